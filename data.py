@@ -1,0 +1,484 @@
+"""From task files to packed batches: tokenizer, templates, tasks, wordings, splits, records.
+
+Methods: instruction augmentation of arXiv 2403.14221 (`augmented_examples`); everything here is text and token ids.
+
+    B batch   N tokens of a packed row (documents laid end to end, no padding)
+
+A document is a prompt and its response. `input_ids` and `labels` are aligned; labels are IGNORE_INDEX on the prompt.
+The shift by one lives in losses.prediction_rows, nowhere else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import json
+import os
+import random
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+IGNORE_INDEX = -100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer and templates
+
+
+class Tokenizer:
+    """A sentencepiece model in LLaMA's manner: BOS is added once, by `encode_prompt`; text never yields control ids.
+
+    `path` is a tokenizer.model or a folder that holds one. Raises ValueError where it is absent or of another kind.
+    """
+
+    def __init__(self, path):
+        path = Path(path)
+        file = path / "tokenizer.model" if path.is_dir() else path
+        self.path = file
+        self.model = sentencepiece.SentencePieceProcessor(model_proto=_sentencepiece_bytes(file))
+        self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise ValueError(f"{file} defines no BOS or no EOS piece (ids {self.bos_id}, {self.eos_id}). "
+                             "Use the tokenizer of a LLaMA-family checkpoint.")
+
+    def __len__(self) -> int:
+        return len(self.model)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """BOS and the ids of `text`."""
+        return [self.bos_id] + self.model.encode(text)
+
+    def encode_continuation(self, text: str, tail: str = "\n") -> list[int]:
+        """The ids of `text` as they stand behind a prompt that ends in `tail` (spec 1b: equal to the joint encoding's).
+
+        sentencepiece puts a space before whatever it encodes; so `tail` is encoded along and its ids are dropped.
+        """
+        head = self.model.encode(tail)
+        ids = self.model.encode(tail + text)
+        assert ids[:len(head)] == head, f"the template's tail {tail!r} fuses with the response {text[:20]!r}"
+        return ids[len(head):]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, control pieces dropped, without surrounding blanks."""
+        return self.model.decode([i for i in ids if not self.model.is_control(i)]).strip()
+
+
+def _sentencepiece_bytes(file: Path) -> bytes:
+    """The file's bytes, or one sentence that says what the file is instead."""
+    if not file.exists():
+        fast = file.parent / "tokenizer.json"
+        if fast.exists():
+            raise ValueError(f"{file.parent} has tokenizer.json but no tokenizer.model, and this program reads "
+                             "sentencepiece only. Newer transformers versions do not save that file: take it from the "
+                             "original model and pass --tokenizer FILE.")
+        raise ValueError(f"no tokenizer at {file}. Give the model's tokenizer.model with --tokenizer FILE.")
+    blob = file.read_bytes()
+    if re.match(rb"[A-Za-z0-9+/=]+ \d+\n", blob):
+        raise ValueError(f"{file} is a tiktoken file (LLaMA 3 and later), not sentencepiece. "
+                         "Use a LLaMA-1/2, Mistral, Vicuna or TinyLlama checkpoint.")
+    if blob.startswith(b"version https://git-lfs"):
+        raise ValueError(f'{file} is a Git LFS pointer of {len(blob)} bytes, not a tokenizer. Run "git lfs pull" there.')
+    try:
+        sentencepiece.SentencePieceProcessor(model_proto=blob)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{file} is not a sentencepiece model. Use the tokenizer.model of the checkpoint.") from error
+    return blob
+
+
+@dataclass(frozen=True)
+class Template:
+    """How an instruction and an input become a prompt; `separator` stands before the response and belongs to it."""
+
+    with_input: str
+    without_input: str
+    separator: str = ""
+
+    @property
+    def tail(self) -> str:
+        """What every prompt of this template ends in; responses are encoded behind it."""
+        return self.with_input[-1]
+
+    def render(self, instruction: str, input: str = "") -> str:
+        """The prompt. A wording with the placeholder {input} places the input itself. Substitutes once, in one pass."""
+        if "{input}" in instruction:
+            instruction, input = instruction.replace("{input}", input), ""
+        text = self.with_input if input else self.without_input
+        values = {"instruction": instruction, "input": input}
+        return re.sub(r"\{(instruction|input)\}", lambda match: values[match[1]], text)
+
+
+TEMPLATES = {
+    "alpaca": Template(                                     # Stanford's wording with alpaca-lora's final newline
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}"
+        "\n\n### Response:\n",
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Response:\n"),
+    "plain": Template("### Instruction: {instruction}\n### Input: {input}\n### Response:",
+                      "### Instruction: {instruction}\n### Response:", separator=" "),
+}
+
+
+def find_template(name: str) -> Template:
+    """TEMPLATES[name], or a ValueError that lists the names."""
+    if name not in TEMPLATES:
+        raise ValueError(f"unknown template {name!r}. Templates: {', '.join(TEMPLATES)}.")
+    return TEMPLATES[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks and wordings
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One input and its reference outputs."""
+
+    id: str
+    input: str
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Wording:
+    """One way to put a task's instruction into words."""
+
+    text: str
+    style: str = ""
+
+
+@dataclass
+class Task:
+    """A task: its original instruction, other wordings of it by split, and instances."""
+
+    name: str
+    definition: str
+    instances: list[Instance]
+    wordings: dict[str, list[Wording]] = field(default_factory=dict)    # {"train": [...], "dev": [...], "test": [...]}
+
+    @property
+    def labels(self) -> list[str] | None:
+        """The closed set of outputs of a classification task; None where the answer is free.
+
+        A task counts as classification when its outputs repeat: at most 50 different ones of at most six words, each
+        of them twice or more on average.
+        """
+        outputs = [output for instance in self.instances for output in instance.outputs]
+        labels = sorted(set(outputs))
+        closed = len(labels) <= 50 and 2 * len(labels) <= len(outputs) and all(len(x.split()) <= 6 for x in labels)
+        return labels if closed else None
+
+
+def _read_json(path: Path):
+    """The JSON in a file, or a ValueError naming file, line and column."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error.msg}, line {error.lineno} column {error.colno}.") from None
+    except (UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise ValueError(f"{path} is not readable as UTF-8 JSON: {error}.") from None
+
+
+def _strings(value, where: str) -> list[str]:
+    """A string or a list of strings, as a list (both are found in every field of the older files)."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not values or not all(isinstance(item, str) for item in values):
+        raise ValueError(f"{where} is {json.dumps(value)[:60]}. Expected a string or a list of strings.")
+    return values
+
+
+def _task_from_ni(path: Path) -> Task:
+    """A Super-NaturalInstructions file in any of its ages: Definition and output str or list, id or none."""
+    record = _read_json(path)
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} holds a {type(record).__name__}. Expected a task object with Definition and Instances.")
+    for name in ("Definition", "Instances"):
+        if name not in record:
+            raise ValueError(f'{path}: field "{name}" is missing; found: {", ".join(list(record)[:8])}. '
+                             "Expected a Super-NaturalInstructions task.")
+    definition = " ".join(_strings(record["Definition"], f'{path}: field "Definition"')).strip()
+    if not isinstance(record["Instances"], list) or not record["Instances"]:
+        raise ValueError(f"{path} has no instances. Give it at least one, or remove the file.")
+    instances = []
+    for number, row in enumerate(record["Instances"]):
+        where = f"{path}, record {number}"
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is a {type(row).__name__}. Expected an object with input and output.")
+        for name in ("input", "output"):
+            if name not in row:
+                raise ValueError(f'{where}: field "{name}" is missing; found: {", ".join(row)}. '
+                                 "Expected a string or a list of strings.")
+        outputs = [text.strip() for text in _strings(row["output"], f'{where}, field "output"')]
+        instances.append(Instance(str(row.get("id", f"{path.stem}-{number}")),
+                                  _strings(row["input"], f'{where}, field "input"')[0].strip(), tuple(outputs)))
+    return Task(path.stem, definition, instances)
+
+
+def _tasks_from_induction(folder: Path) -> list[Task]:
+    """The instruction-induction layout: human wordings in annotations/, instances in execute/ (or raw/)."""
+    tasks = []
+    for path in sorted((folder / "annotations").glob("*.json")):
+        wordings = [text.strip() for text in _read_json(path)["annotations"] if text.strip()]
+        instances = []
+        for number, row in _read_json(folder / "execute" / path.name)["examples"].items():
+            if "input" in row:
+                outputs = row["output"] if isinstance(row["output"], list) else [row["output"]]
+            elif "cause" in row:                            # two sentences in any order; the cause is asked for
+                pair = sorted((row["cause"], row["effect"]))
+                row, outputs = {"input": f"Sentence 1: {pair[0]} Sentence 2: {pair[1]}"}, [row["cause"]]
+            else:
+                row, outputs = {"input": ", ".join(row["items"])}, [row["all_common"][0]]
+            instances.append(Instance(f"{path.stem}-{number}", str(row["input"]), tuple(str(x) for x in outputs)))
+        unique = list(dict.fromkeys(wordings))
+        tasks.append(Task(path.stem, unique[0], instances, split_wordings(path.stem, unique[1:])))
+    return tasks
+
+
+def load_tasks(path) -> list[Task]:
+    """All tasks at `path`: a Super-NaturalInstructions file, a folder of them, or an instruction-induction folder."""
+    path = Path(path)
+    if path.is_file():
+        return [_task_from_ni(path)]
+    if (path / "annotations").is_dir() and (path / "execute").is_dir():
+        return _tasks_from_induction(path)
+    files = sorted(path.glob("*.json")) if path.is_dir() else []
+    if not files:
+        raise ValueError(f"no task files at {path}. Give a folder of *.json files in the schema of "
+                         "Super-NaturalInstructions, or one such file.")
+    return [_task_from_ni(file) for file in files]
+
+
+def _hash_order(names: list[str], salt: str) -> list[str]:
+    """The names in an order that depends on each name and the salt alone, not on the others."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{salt}/{name}".encode()).digest())
+
+
+def split_wordings(task: str, texts: list[str]) -> dict[str, list[Wording]]:
+    """A plain list of wordings in three: half train, a quarter dev, a quarter test, by a hash of the text."""
+    order = [Wording(text) for text in _hash_order(list(dict.fromkeys(texts)), f"wordings/{task}")]
+    held = len(order) // 4
+    return {"test": order[:held], "dev": order[held:2 * held], "train": order[2 * held:]}
+
+
+def load_paraphrases(path, tasks: list[Task]) -> None:
+    """Read {task: [wording, ...]} or {task: {split: [wording, ...]}} into tasks; a wording is a string or {text, style}.
+
+    Lists are split by `split_wordings`. The derived file of Tk-Instruct's human paraphrases ({task: {definition,
+    paraphrases}}) is read too. Wordings equal to the definition or said twice are dropped.
+    """
+    path, by_name = Path(path), {task.name: task for task in tasks}
+    record = _read_json(path)
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} holds a {type(record).__name__}. Expected an object: task name -> wordings.")
+    for name, given in record.items():
+        if name not in by_name:
+            near = difflib.get_close_matches(name, by_name, 1)
+            raise ValueError(f"{path} has wordings for task {name!r}, which is not among the {len(tasks)} tasks."
+                             + (f" Did you mean {near[0]!r}?" if near else " Remove them, or add the task."))
+        if isinstance(given, dict) and "paraphrases" in given:
+            given = given["paraphrases"]
+        if isinstance(given, list):
+            by_name[name].wordings = split_wordings(name, _strings(given, f"{path}, task {name!r}"))
+            continue
+        seen, wordings = {by_name[name].definition}, {}
+        for split in ("train", "dev", "test"):
+            wordings[split] = []
+            for row in given.get(split, []):
+                wording = Wording(row) if isinstance(row, str) else Wording(row["text"], row.get("style", ""))
+                if wording.text not in seen:
+                    seen.add(wording.text)
+                    wordings[split].append(wording)
+        by_name[name].wordings = wordings
+
+
+def split_instances(task: Task, split: str) -> list[Instance]:
+    """The instances of one of the four disjoint splits: train, pool (for sampled candidates), dev, test.
+
+    By a hash of the input text, so tasks that share inputs share the split, and the split outlives reordering:
+    30 % train, 30 % pool, 15 % dev, 25 % test.
+    """
+    share = {"train": (0, 30), "pool": (30, 60), "dev": (60, 75), "test": (75, 100)}[split]
+
+    def bucket(text):
+        return int(hashlib.sha256(f"instances/{text}".encode()).hexdigest()[:8], 16) % 100
+    return [instance for instance in task.instances if share[0] <= bucket(instance.input) < share[1]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Examples and questions
+
+
+def instruction_examples(tasks, *, wordings: int, augment: str, per_task: int, seed: int, split="train") -> list[dict]:
+    """Instruction examples {task, instruction, input, output, ...} (arXiv 2403.14221, stage 1).
+
+    `wordings` = 0 gives the original instruction only (SFT); k > 0 adds k train wordings (SFT(IA)). `assign` keeps the
+    number of examples: each instance gets one wording, dealt round; `product` gives each instance all of them.
+    """
+    examples = []
+    for task in tasks:
+        rng = random.Random(f"{seed}/{task.name}")
+        instances = split_instances(task, split)
+        rng.shuffle(instances)                              # some files are sorted by label
+        texts = [task.definition] + [w.text for w in task.wordings.get("train", [])[:wordings]]
+        for number, instance in enumerate(instances[:per_task]):
+            chosen = texts if augment == "product" else [texts[number % len(texts)]]
+            examples += [{"task": task.name, "id": instance.id, "instruction": task.definition, "wording": text,
+                          "input": instance.input, "output": instance.outputs[0]} for text in chosen]
+    return examples
+
+
+def questions(tasks, *, split: str, wordings: int, per_task: int) -> list[dict]:
+    """Held-out questions: one instance under several held-out wordings of its task (the split's own, both)."""
+    rows = []
+    for task in tasks:
+        held = task.wordings.get(split, [])[:wordings]
+        if len(held) < 2:
+            continue                                        # CR needs two wordings; the caller reports how many remain
+        names = {instance.id: instance for instance in split_instances(task, split)}
+        for name in _hash_order(list(names), "questions")[:per_task]:
+            instance = names[name]
+            rows.append({"task": task.name, "id": instance.id, "instruction": task.definition, "input": instance.input,
+                         "targets": list(instance.outputs), "labels": task.labels,
+                         "wordings": [w.text for w in held], "styles": [w.style for w in held]})
+    return rows
+
+
+def answer_candidates(target: str, *, same_task: list[str], same_input: list[str], rng, n: int) -> list[str]:
+    """`n` answers to judge: the target itself about half the time, else an error of the kinds that models make.
+
+    Another instance's output, another task's output for the same input, or the target with one word dropped or changed.
+    """
+    answers = []
+    for _ in range(n):
+        kind, words = rng.random(), target.split()
+        if kind < 0.4:
+            answer = target
+        elif kind < 0.6 and same_input:
+            answer = rng.choice(same_input)
+        elif kind < 0.8 and len(words) > 1:
+            at = rng.randrange(len(words))
+            other = rng.choice(rng.choice(same_task).split())
+            answer = " ".join(words[:at] + ([other] if rng.random() < 0.7 else []) + words[at + 1:])
+        else:
+            answer = rng.choice(same_task)
+        answers.append(answer)
+    return answers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents and packed batches
+
+
+def encode_document(tokenizer, segments, *, max_len: int) -> dict:
+    """[(text, is_label), ...] -> {"input_ids", "labels"}: every segment in context, labels on the labelled ones only.
+
+    The first segment is the prompt (BOS is added). Used for documents with several labelled places; see encode_example.
+    """
+    ids, labels, tail = [tokenizer.bos_id], [IGNORE_INDEX], ""
+    for text, is_label in segments:
+        piece = tokenizer.encode_continuation(text, tail) if tail else tokenizer.model.encode(text)
+        ids += piece
+        labels += piece if is_label else [IGNORE_INDEX] * len(piece)
+        tail = text[-1]
+    return {"input_ids": ids[:max_len], "labels": labels[:max_len], "cut": int(len(ids) > max_len)}
+
+
+def encode_response(tokenizer, template: Template, response: str) -> list[int]:
+    """Response ids with EOS, as they stand behind any prompt of this template; N in every loss counts these."""
+    return tokenizer.encode_continuation(template.separator + response, template.tail) + [tokenizer.eos_id]
+
+
+def encode_example(tokenizer, template: Template, prompt: str, response, *, max_len: int) -> dict:
+    """Prompt and response (text, or ids that a model sampled) -> {"input_ids", "labels", "cut"}.
+
+    An over-long prompt loses its left (never BOS, never the response), and `cut` says so.
+    Raises ValueError where the response alone fills max_len.
+    """
+    tokens = response if isinstance(response, list) else encode_response(tokenizer, template, response)
+    ids = tokenizer.encode_prompt(prompt)
+    room = max_len - len(tokens)
+    if room < 2:
+        raise ValueError(f"--max-len {max_len} leaves no room for a response of {len(tokens)} tokens and a prompt; "
+                         f"raise --max-len to at least {len(tokens) + len(ids)}.")
+    cut = len(ids) > room
+    if cut:
+        ids = ids[:1] + ids[len(ids) - room + 1:]
+    return {"input_ids": ids + tokens, "labels": [IGNORE_INDEX] * len(ids) + tokens, "cut": int(cut)}
+
+
+def pack(documents: list[dict]) -> dict:
+    """Documents laid end to end: {"input_ids" (N,), "labels" (N,), "lengths": [int]}; no padding anywhere."""
+    return {"input_ids": torch.tensor([i for d in documents for i in d["input_ids"]]),
+            "labels": torch.tensor([i for d in documents for i in d["labels"]]),
+            "lengths": [len(d["input_ids"]) for d in documents]}
+
+
+def micro_batches(groups: list[dict], max_tokens: int) -> list[list[dict]]:
+    """Split a step's groups {"documents": [...]} into runs of at most `max_tokens` tokens; a group is never torn."""
+    runs, size = [[]], 0
+    for group in groups:
+        tokens = sum(len(document["input_ids"]) for document in group["documents"])
+        if runs[-1] and size + tokens > max_tokens:
+            runs.append([])
+            size = 0
+        runs[-1].append(group)
+        size += tokens
+    return runs
+
+
+def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """The examples of one step, from (seed, epoch) alone: a permutation per epoch, steps run on across epochs."""
+    indices = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, offset = divmod(position, n)
+        indices.append(_permutation(n, seed, epoch)[offset])
+    return indices
+
+
+@functools.lru_cache(maxsize=2)                             # a step may straddle two epochs
+def _permutation(n: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(n))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records: JSON Lines, one writer, whole lines
+
+
+def append_records(path, records: list[dict]) -> None:
+    """Append whole lines and sync them, so that a stopped run keeps what it collected."""
+    blob = "".join(json.dumps(record, ensure_ascii=True, allow_nan=False) + "\n" for record in records).encode()
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        while blob:
+            blob = blob[os.write(handle, blob):]            # a nearly full disk writes a part and says so
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_records(path) -> list[dict]:
+    """The records of a file. A torn last line is cut off and kept in PATH.torn; damage elsewhere is a ValueError."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    blob = path.read_bytes()
+    whole, newline, torn = blob.rpartition(b"\n")
+    if torn:
+        path.with_name(path.name + ".torn").write_bytes(torn)
+        os.truncate(path, len(whole) + len(newline))
+        print(f"warning: cut an unfinished record of {len(torn)} bytes from {path} (kept in {path.name}.torn).")
+    records = []
+    for number, line in enumerate((whole + newline).split(b"\n")[:-1], 1):
+        try:
+            records.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}, is not JSON: {error}. Only a torn last line is repaired "
+                             "automatically. Fix or delete that line.") from None
+    return records

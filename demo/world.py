@@ -1,0 +1,136 @@
+"""The demo's small world: inputs that many tasks share, so that only the instruction tells the tasks apart.
+
+Four families (purchases, word lists, reviews, meetings), 34 tasks. Every task of a family answers another question
+about the same input; 13 of them want several words. `python demo/world.py` writes the task files (in the schema of
+Super-NaturalInstructions) to demo/tasks and the wordings to demo/paraphrases.json. The wordings were written by hand
+and live in demo/wordings; the answers are computed here, so that every reference is right.
+"""
+
+import json
+import random
+from pathlib import Path
+
+HERE = Path(__file__).parent
+N_INPUTS = 120                                             # inputs per family; data.py splits them by a hash of the text
+
+NAMES = ("anna tom mary peter lucy john emma paul sarah david clara mark julia simon laura henry nina oscar alice "
+         "frank rosa martin helen victor").split()
+VERBS = "bought sold found lost".split()
+COLOURS = "red blue green yellow black white brown pink grey purple".split()
+KINDS = {
+    "furniture": "lamp chair table desk shelf".split(), "clothing": "shirt coat hat scarf dress".split(),
+    "tool": "hammer saw drill spade brush".split(), "toy": "doll kite ball puzzle robot".split(),
+    "vehicle": "bike car van boat truck".split(), "kitchenware": "cup plate bowl kettle pan".split(),
+}
+KIND_OF = {thing: kind for kind, things in KINDS.items() for thing in things}
+COUNTRY_OF = {
+    "paris": "france", "lyon": "france", "rome": "italy", "milan": "italy", "madrid": "spain", "seville": "spain",
+    "berlin": "germany", "munich": "germany", "london": "england", "leeds": "england", "oslo": "norway",
+    "bergen": "norway", "tokyo": "japan", "kyoto": "japan", "cairo": "egypt", "luxor": "egypt",
+}
+DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
+ANIMALS = "dog cat horse cow sheep lion tiger bear rabbit duck goat wolf".split()
+FRUITS = "pear apple plum lemon grape peach cherry mango banana melon fig lime".split()
+OTHERS = "rain snow wind stone river chair table bread milk book paper glass iron gold door window road bridge shoe ring".split()
+NUMBERS = "one two three four five six seven eight nine ten eleven twelve".split()
+ASPECTS = "food staff music price room view service coffee light garden bed menu".split()
+VENUES = "hotel bar museum cafe cinema theatre shop market gym school zoo club".split()
+GOOD = "great lovely perfect pleasant wonderful excellent charming superb fine delightful".split()
+BAD = "awful cold rude terrible horrible poor dirty nasty dreadful boring".split()
+ACTIVITIES = "lunch coffee chess tennis dinner tea golf yoga breakfast cards swimming dancing".split()
+PLACES = "station park library harbour church square garden office airport museum beach tower".split()
+
+
+def purchase(rng):
+    """One purchase: its input and the answer of every task of the family."""
+    who, verb, colour, thing = rng.choice(NAMES), rng.choice(VERBS), rng.choice(COLOURS), rng.choice(list(KIND_OF))
+    city, day, order = rng.choice(list(COUNTRY_OF)), rng.choice(DAYS), rng.randrange(3)
+
+    def sentence(thing):
+        deed = f"{who} {verb} a {thing}"
+        return (f"{deed} in {city} on {day}", f"on {day} {deed} in {city}", f"in {city} , {deed} on {day}")[order]
+    return sentence(f"{colour} {thing}"), {
+        "purchase_person": who, "purchase_colour": colour, "purchase_object": thing, "purchase_city": city,
+        "purchase_day": day, "purchase_country": COUNTRY_OF[city], "purchase_kind": KIND_OF[thing],
+        "purchase_no_colour": sentence(thing), "purchase_short": f"{who} {verb} a {thing}",
+        "purchase_where_when": f"{city} on {day}", "purchase_who_what": f"{who} : {colour} {thing}",
+    }
+
+
+def words(rng):
+    """One list of three to five words with exactly one animal and one fruit."""
+    animal, fruit = rng.choice(ANIMALS), rng.choice(FRUITS)
+    row = [animal, fruit] + rng.sample(OTHERS, rng.randrange(1, 4))
+    rng.shuffle(row)
+    return " ".join(row), {
+        "words_first": row[0], "words_last": row[-1], "words_count": NUMBERS[len(row) - 1], "words_animal": animal,
+        "words_fruit": fruit, "words_ends": f"{row[0]} and {row[-1]}", "words_rest": " ".join(row[1:]),
+        "words_joined": " and ".join(row),
+    }
+
+
+def review(rng):
+    """One review of one aspect of one venue."""
+    aspect, venue, good = rng.choice(ASPECTS), rng.choice(VENUES), rng.random() < 0.5
+    word, verdict = rng.choice(GOOD if good else BAD), "good" if good else "bad"
+    text = rng.choice((f"the {aspect} at the {venue} was {word}", f"we found the {aspect} in the {venue} {word}",
+                       f"at this {venue} the {aspect} is {word}"))
+    return text, {
+        "review_sentiment": "positive" if good else "negative", "review_venue": venue, "review_aspect": aspect,
+        "review_word": word, "review_recommend": "yes" if good else "no", "review_verdict": f"{verdict} {aspect}",
+        "review_summary": f"{verdict} {aspect} at the {venue}",
+    }
+
+
+def meeting(rng):
+    """One appointment."""
+    who, what, where, hour = rng.choice(NAMES), rng.choice(ACTIVITIES), rng.choice(PLACES), rng.choice(NUMBERS)
+    text = rng.choice((f"meet {who} for {what} at the {where} at {hour}", f"at {hour} , {what} with {who} at the {where}",
+                       f"come to the {where} at {hour} for {what} with {who}"))
+    return text, {
+        "meeting_person": who, "meeting_place": where, "meeting_hour": hour, "meeting_activity": what,
+        "meeting_who_when": f"{who} at {hour}", "meeting_where_when": f"{where} at {hour}",
+        "meeting_accept": f"yes , see you at {hour}", "meeting_decline": f"sorry , no {what}",
+    }
+
+
+FAMILIES = {"purchase": purchase, "words": words, "review": review, "meeting": meeting}
+
+
+def demo_inputs(family):
+    """The N_INPUTS (input, answers) of a family that the task files hold; the base model never sees these inputs."""
+    rng, rows = random.Random(f"tasks/{family}"), {}
+    while len(rows) < N_INPUTS:
+        text, answers = FAMILIES[family](rng)
+        rows.setdefault(text, answers)
+    return list(rows.items())
+
+
+def load_wordings(family):
+    """{task: {"definition", "terms", "train", "dev", "test"}} of one family, as written by hand."""
+    return json.loads((HERE / "wordings" / f"{family}.json").read_text())
+
+
+def write_tasks(out=HERE):
+    """Write OUT/tasks/*.json and OUT/paraphrases.json."""
+    paraphrases = {}
+    (out / "tasks").mkdir(parents=True, exist_ok=True)
+    for family in FAMILIES:
+        rows = demo_inputs(family)
+        for task, text in load_wordings(family).items():
+            record = {"Contributors": ["the authors of this repository"], "Source": ["demo/world.py"],
+                      "Categories": [family], "Definition": [text["definition"]], "Input_language": ["English"],
+                      "Output_language": ["English"], "Instruction_language": ["English"],
+                      "Positive Examples": [], "Negative Examples": [],
+                      "Instances": [{"id": f"{task}-{i}", "input": row, "output": [answers[task]]}
+                                    for i, (row, answers) in enumerate(rows)]}
+            head = json.dumps({k: v for k, v in record.items() if k != "Instances"}, indent=1)[:-2]
+            body = ",\n".join("  " + json.dumps(instance) for instance in record["Instances"])
+            (out / "tasks" / f"{task}.json").write_text(f'{head},\n "Instances": [\n{body}\n ]\n}}\n')
+            paraphrases[task] = {split: text[split] for split in ("train", "dev", "test")}
+    (out / "paraphrases.json").write_text(json.dumps(paraphrases, indent=1) + "\n")
+    return len(paraphrases)
+
+
+if __name__ == "__main__":
+    print(f"{write_tasks()} tasks written to {HERE}/tasks, wordings to {HERE}/paraphrases.json")

@@ -1,0 +1,147 @@
+"""Every objective, as a pure function of tensors: shift, log-probabilities, cross-entropy, ranking, CAT.
+
+Methods:
+    cross_entropy            token-level likelihood                     arXiv 2203.02155 (the SFT step of InstructGPT)
+    pairwise_ranking_loss    hinge over pairs of responses              RRHF, arXiv 2304.05302, Eq. 2-3
+    cat_loss                 ranking + lam * cross-entropy              CAT, arXiv 2403.14221; form of RRHF, Eq. 5
+
+    B batch   T length   V vocabulary   N positions of a packed row   M labelled positions   n responses   P pairs
+
+A loss returns (sum, count). The training loop divides once, by the count over micro-batches and ranks; so an empty
+batch adds 0 / 0 tokens and no NaN. Only `prediction_rows` shifts; all other functions work on what it selected:
+
+    rows, targets = prediction_rows(labels)                # before the forward pass
+    logprobs = gathered_logprobs(head(hidden[rows]), targets)
+    loss_sum, count = cross_entropy(logprobs)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From labels to log-probabilities
+
+
+def prediction_rows(labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """Where the labelled tokens are predicted: the one place that shifts (position t-1 predicts labels[t]).
+
+    labels (B, T), or (N,) for a packed row, aligned with input_ids -> rows (M,) into the flat (B*T,) or (N,)
+    positions, and targets (M,), the token ids there. Raises ValueError for a label that no position precedes.
+    In a packed row the caller guarantees that the first token of every document carries no label: lengths are not
+    known here, and such a label would be predicted from the document before.
+    """
+    if (labels[..., :1] != ignore_index).any():
+        raise ValueError(f"the first of {labels.shape[-1]} positions carries a label, but no position precedes it; "
+                         f"set labels[..., 0] to {ignore_index} (usually the BOS token's place).")
+    flat = labels.reshape(-1)                                      # (B, T) -> (B*T,)
+    positions = (flat != ignore_index).nonzero().squeeze(-1)       # (M,)
+    return positions - 1, flat[positions]
+
+
+def gathered_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(logits)[target]; logits (M, V), targets (M,) -> (M,), float32 or, for float64 logits, float64."""
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()                                    # log_softmax of half precision loses digits
+    return logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def token_logprobs(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """log p(labels[t] | input_ids[<t]) for padded batches; logits (B, T, V), labels (B, T) -> logprobs, mask, (B, T-1).
+
+    Column t-1 belongs to labels[t]; logprobs are 0 where the mask is False.
+    """
+    rows, targets = prediction_rows(labels, ignore_index)
+    picked = gathered_logprobs(logits.flatten(0, 1)[rows], targets)                             # (M,)
+    logprobs = picked.new_zeros(labels.numel()).index_copy(0, rows, picked).view_as(labels)     # (B, T)
+    mask = torch.zeros_like(labels, dtype=torch.bool).view(-1).index_fill(0, rows, True).view_as(labels)
+    return logprobs[:, :-1], mask[:, :-1]                          # the last column predicts nothing
+
+
+def sequence_logprobs(logprobs: Tensor, sequence_ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """S(y) = sum_t log p(y_t | x, y_<t) and the length N of each of n responses (EOS counted).
+
+    logprobs (M,), sequence_ids (M,) in [0, n) -> sums (n,), lengths (n,). Length-normalised: sums / lengths.
+    """
+    sums = logprobs.new_zeros(n).index_add(0, sequence_ids, logprobs)                           # (n,)
+    lengths = logprobs.new_zeros(n).index_add(0, sequence_ids, torch.ones_like(logprobs))       # (n,)
+    return sums, lengths
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Likelihood
+
+
+def cross_entropy(logprobs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, int]:
+    """L = -sum_t log p(y_t | x, y_<t); sum / count is the token mean of arXiv 2203.02155.
+
+    Either logprobs (M,) of labelled tokens alone, or `cross_entropy(*token_logprobs(logits, labels))`: logprobs and
+    mask of any one shape. Returns the sum and the number of tokens; without tokens, 0 (with a gradient) and 0.
+    """
+    if mask is not None:
+        logprobs = logprobs[mask]                                  # (B, T-1) -> (M,)
+    return (-logprobs).sum(), logprobs.numel()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranking: RRHF and CAT
+
+
+def best_vs_lower_pairs(rewards: list[float], *, rule: str = "best", best: float = 2) -> tuple[list[int], list[int]]:
+    """Pairs (i better than j) within one group of responses to one question, as two index lists.
+
+    rule "best": r_i = best and r_j < best (arXiv 2403.14221); "all": r_i > r_j (arXiv 2304.05302).
+    A reward of None (no verdict) is in no pair. Equal rewards make none, so both lists may be empty.
+    """
+    if rule not in ("best", "all"):
+        raise ValueError(f"pair rule {rule!r} is unknown; use 'best' or 'all'.")
+    known = [(i, reward) for i, reward in enumerate(rewards) if reward is not None]
+    pairs = [(i, j) for i, high in known for j, low in known if low < high and (rule == "all" or high == best)]
+    return [i for i, _ in pairs], [j for _, j in pairs]
+
+
+def cat_targets(groups: list[list[float]], *, rule: str = "best", best: float = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """What `cat_loss` needs to know of a batch of groups, from their rewards; the groups' responses lie end to end.
+
+    Returns better (P,) and worse (P,), indices into all n responses, and weights (n,): 1 / (number of best responses
+    of the group) on those, 0 elsewhere. A group without a pair gets weights 0, so that it takes no part at all.
+    """
+    better, worse, weights = [], [], []
+    for rewards in groups:
+        offset = len(weights)
+        high, low = best_vs_lower_pairs(rewards, rule=rule, best=best)
+        better += [offset + i for i in high]
+        worse += [offset + i for i in low]
+        top = max((rewards[i] for i in high), default=None)        # = best under rule "best", the maximum under "all"
+        chosen = {i for i in high if rewards[i] == top}
+        weights += [1 / len(chosen) if i in chosen else 0.0 for i in range(len(rewards))]
+    return (torch.tensor(better, dtype=torch.long), torch.tensor(worse, dtype=torch.long),
+            torch.tensor(weights, dtype=torch.float64))
+
+
+def pairwise_ranking_loss(scores: Tensor, better: Tensor, worse: Tensor, *, margin: float = 0.0) -> tuple[Tensor, int]:
+    """L = sum over pairs of max(0, margin - p_better + p_worse)   RRHF, arXiv 2304.05302, Eq. 3 (there margin = 0).
+
+    scores (n,), length-normalised log-probabilities; better, worse (P,) indices. Returns the sum and P.
+    """
+    return torch.relu(margin - scores[better] + scores[worse]).sum(), better.numel()
+
+
+def cat_loss(logprobs: Tensor, sequence_ids: Tensor, better: Tensor, worse: Tensor, weights: Tensor, *,
+             lam: float = 1.0, margin: float = 0.0) -> dict[str, tuple[Tensor, float]]:
+    """L = L_rank + lam * L_ce   CAT, arXiv 2403.14221 (the form is RRHF's Eq. 5; lam weighs the cross-entropy).
+
+        p_i    = S(y_i) / N_i
+        L_rank = sum over pairs of max(0, margin - p_better + p_worse)
+        L_ce   = sum over responses of weight_i * -S(y_i)          the mean over a group's best responses
+
+    logprobs (M,) of response tokens, sequence_ids (M,) the response of each; better, worse (P,) and weights (n,) as
+    `cat_targets` makes them. Returns {"rank": (sum, pairs), "ce": (lam * sum, weighted tokens)}: lam is inside the sum
+    and not in the count, so that a loop adds the terms as they are, each over its own total. The undivided sums of
+    one group with rule="all" and lam=1 add up to RRHF's loss.
+    """
+    weights = weights.to(logprobs)
+    sums, lengths = sequence_logprobs(logprobs, sequence_ids, len(weights))                     # (n,), (n,)
+    rank = pairwise_ranking_loss(sums / lengths.clamp(min=1), better, worse, margin=margin)
+    return {"rank": rank, "ce": (-lam * (weights * sums).sum(), float((weights * lengths).sum()))}

@@ -1,0 +1,270 @@
+"""losses.py: golden numbers (spec 2.G), the shift, gradients, packed = padded, empty batches."""
+
+import inspect
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import losses
+
+PROMPT, LENGTHS, VOCAB, IGNORE = 3, (7, 6, 8, 5), 7, -100
+
+
+def golden_row(i):
+    """Logits (T, V), ids (T,), labels (T,) of candidate i: pi(i, t, v) = 2 sin(0.7i + 1.3t + 2.1v + 0.5)."""
+    t, v = torch.arange(LENGTHS[i], dtype=torch.float64)[:, None], torch.arange(VOCAB, dtype=torch.float64)[None]
+    ids = torch.tensor([(3 * i + 2 * t + 1) % VOCAB for t in range(LENGTHS[i])])
+    labels = ids.clone()
+    labels[:PROMPT] = IGNORE
+    return 2 * torch.sin(0.7 * i + 1.3 * t + 2.1 * v + 0.5), ids, labels
+
+
+def packed():
+    """The four candidates end to end: logits (26, V), labels (26,), document of each position (26,)."""
+    rows = [golden_row(i) for i in range(4)]
+    documents = torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS))
+    return torch.cat([row[0] for row in rows]), torch.cat([row[2] for row in rows]), documents
+
+
+def padded(fill=0.0):
+    """The four candidates as rows of 8: logits (4, 8, V), labels (4, 8)."""
+    logits, labels = torch.full((4, 8, VOCAB), fill, dtype=torch.float64), torch.full((4, 8), IGNORE)
+    for i in range(4):
+        logits[i, :LENGTHS[i]], _, labels[i, :LENGTHS[i]] = golden_row(i)
+    return logits, labels
+
+
+def golden_logprobs():
+    logits, labels, documents = packed()
+    rows, targets = losses.prediction_rows(labels)
+    return losses.gathered_logprobs(logits[rows], targets), documents[rows]
+
+
+def near(values):
+    return pytest.approx(values, abs=1e-8, rel=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The shift
+
+
+def test_prediction_rows_by_hand():
+    rows, targets = losses.prediction_rows(torch.tensor([[IGNORE, 3, 4], [IGNORE, IGNORE, 2]]))
+    assert rows.tolist() == [0, 1, 4] and targets.tolist() == [3, 4, 2]
+    rows, targets = losses.prediction_rows(torch.tensor([IGNORE, 5, IGNORE, 6, 0]))
+    assert rows.tolist() == [0, 2, 3] and targets.tolist() == [5, 6, 0]
+    rows, targets = losses.prediction_rows(torch.tensor([[-1, 3], [-1, -100]]), ignore_index=-1)
+    assert rows.tolist() == [0, 2] and targets.tolist() == [3, -100]
+
+
+@pytest.mark.parametrize("labels", [[[1, 2], [IGNORE, 2]], [[IGNORE, 2], [1, IGNORE]], [1, 2]])
+def test_a_label_that_nothing_precedes_is_refused(labels):
+    with pytest.raises(ValueError, match="no position precedes"):
+        losses.prediction_rows(torch.tensor(labels))
+
+
+def test_labels_stay_as_they_were():
+    logits, labels = padded()
+    before = labels.clone()
+    losses.cross_entropy(*losses.token_logprobs(logits, labels))
+    assert torch.equal(labels, before)
+
+
+def test_token_logprobs_match_a_naive_loop():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3, 6, 11), torch.randint(0, 11, (3, 6))
+    labels[torch.rand(3, 6) < 0.4] = IGNORE
+    labels[:, 0] = IGNORE
+    logprobs, mask = losses.token_logprobs(logits, labels)
+    assert logprobs.shape == mask.shape == (3, 5) and mask.dtype == torch.bool
+    for b in range(3):
+        for t in range(1, 6):
+            assert mask[b, t - 1] == (labels[b, t] != IGNORE)
+            wanted = logits[b, t - 1].softmax(-1)[labels[b, t]].log() if mask[b, t - 1] else torch.tensor(0.0)
+            torch.testing.assert_close(logprobs[b, t - 1], wanted)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cross_entropy_matches_torch_with_padding_and_packing(seed):
+    torch.manual_seed(seed)
+    lengths = torch.randint(2, 9, (4,)).tolist()
+    rows = [(torch.randn(n, 13, dtype=torch.float64), torch.randint(0, 13, (n,))) for n in lengths]
+    for _, labels in rows:
+        labels[:torch.randint(1, len(labels) + 1, ())] = IGNORE
+    left, right = torch.zeros(4, 9, 13, dtype=torch.float64), torch.full((4, 9), IGNORE)
+    for i, (logits, labels) in enumerate(rows):
+        start = i % 2 * (9 - len(labels))                          # odd rows are padded on the left
+        left[i, start:start + len(labels)], right[i, start:start + len(labels)] = logits, labels
+    wanted = F.cross_entropy(left[:, :-1].flatten(0, 1), right[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
+    loss_sum, count = losses.cross_entropy(*losses.token_logprobs(left, right))
+    flat_rows, targets = losses.prediction_rows(torch.cat([labels for _, labels in rows]))
+    flat = losses.gathered_logprobs(torch.cat([logits for logits, _ in rows])[flat_rows], targets)
+    assert count == flat.numel() == (right != IGNORE).sum()
+    torch.testing.assert_close(loss_sum, wanted)
+    torch.testing.assert_close(losses.cross_entropy(flat)[0], wanted)
+
+
+def test_what_stands_at_unlabelled_positions_does_not_matter():
+    (clean, labels), (dirty, _) = padded(), padded(fill=float("nan"))
+    clean.requires_grad_(), dirty.requires_grad_()
+    for logits in (clean, dirty):
+        losses.cross_entropy(*losses.token_logprobs(logits, labels))[0].backward()
+    assert torch.equal(clean.grad, dirty.grad) and not clean.grad.isnan().any()
+
+
+@pytest.mark.parametrize("dtype, wanted", [(torch.bfloat16, torch.float32), (torch.float16, torch.float32),
+                                           (torch.float32, torch.float32), (torch.float64, torch.float64)])
+def test_logprobs_are_float32_or_better(dtype, wanted):
+    logits, labels = padded()
+    assert losses.token_logprobs(logits.to(dtype), labels)[0].dtype == wanted
+    exact = losses.token_logprobs(logits.to(dtype).double(), labels)[0]
+    torch.testing.assert_close(losses.token_logprobs(logits.to(dtype), labels)[0].double(), exact, atol=1e-6, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Golden numbers, spec 2.G
+
+
+def test_golden_sequence_logprobs():
+    logprobs, sequence_ids = golden_logprobs()
+    sums, lengths = losses.sequence_logprobs(logprobs, sequence_ids, 4)
+    assert sums.tolist() == near([-5.8064740333, -8.7850893872, -12.7249884894, -3.7316307244])
+    assert (sums / lengths).tolist() == near([-1.4516185083, -2.9283631291, -2.5449976979, -1.8658153622])
+    assert lengths.tolist() == [4, 3, 5, 2]
+    by_row, mask = losses.token_logprobs(*padded())
+    torch.testing.assert_close(by_row.sum(1), sums)
+    assert mask.sum(1).tolist() == [4, 3, 5, 2]
+
+
+def test_golden_sft():
+    logprobs, sequence_ids = golden_logprobs()
+    loss_sum, count = losses.cross_entropy(logprobs)
+    sums, lengths = losses.sequence_logprobs(logprobs, sequence_ids, 4)
+    assert (loss_sum / count).item() == near(2.2177273310)
+    assert -(sums / lengths).mean().item() == near(2.1976986744)
+
+
+def test_golden_rrhf():
+    logprobs, sequence_ids = golden_logprobs()
+    terms = losses.cat_loss(logprobs, sequence_ids, *losses.cat_targets([[1, 3, 2, 0]], rule="all"), lam=1.0)
+    assert terms["rank"][0].item() == near(4.6952193440) and terms["rank"][1] == 6
+    assert terms["ce"][0].item() == near(8.7850893872) and terms["ce"][1] == 3
+    assert sum(term for term, _ in terms.values()).item() == near(13.4803087312)
+
+
+def test_golden_cat():
+    logprobs, sequence_ids = golden_logprobs()
+    better, worse, weights = losses.cat_targets([[1, 2, 1, 0]])
+    assert (better.tolist(), worse.tolist(), weights.tolist()) == ([1, 1, 1], [0, 2, 3], [0, 1, 0, 0])
+    terms = losses.cat_loss(logprobs, sequence_ids, better, worse, weights, lam=0.5)
+    assert terms["rank"][0].item() == near(2.9226578189) and terms["rank"][1] == 3
+    assert terms["ce"][0].item() == near(0.5 * 8.7850893872) and terms["ce"][1] == 3
+    scores = torch.tensor([-1.4516185083, -2.9283631291, -2.5449976979, -1.8658153622], dtype=torch.float64)
+    hinges = [losses.pairwise_ranking_loss(scores, better[k:k + 1], worse[k:k + 1])[0].item() for k in range(3)]
+    assert hinges == near([1.4767446208, 0.3833654312, 1.0625477669])
+
+
+def test_margin_by_hand():
+    scores = torch.tensor([-1.0, -1.2, -3.0])
+    loss, count = losses.pairwise_ranking_loss(scores, torch.tensor([0, 0]), torch.tensor([1, 2]), margin=0.5)
+    assert loss.item() == pytest.approx(0.3) and count == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs and groups
+
+
+@pytest.mark.parametrize("rewards, rule, pairs", [
+    ([2, 0, 1, 2], "best", [(0, 1), (0, 2), (3, 1), (3, 2)]),
+    ([2, 0, 1], "all", [(0, 1), (0, 2), (2, 1)]),
+    ([1, 0, 0], "best", []),
+    ([1, 1], "all", []),
+    ([2, 2], "best", []),
+    ([2, None, 0], "best", [(0, 2)]),
+    ([None, 1], "all", []),
+    ([], "best", []),
+])
+def test_pairs(rewards, rule, pairs):
+    assert list(zip(*losses.best_vs_lower_pairs(rewards, rule=rule))) == pairs
+
+
+def test_unknown_pair_rule():
+    with pytest.raises(ValueError, match="'some' is unknown"):
+        losses.best_vs_lower_pairs([1, 2], rule="some")
+
+
+def test_groups_lie_end_to_end_and_those_without_a_pair_take_no_part():
+    better, worse, weights = losses.cat_targets([[0, 2], [2, 2], [1, 0], [2, 1, 2]])
+    assert better.tolist() == [1, 6, 8] and worse.tolist() == [0, 7, 7]
+    assert weights.tolist() == [0, 1, 0, 0, 0, 0, 0.5, 0, 0.5]
+
+
+def test_ce_is_the_mean_over_best_responses():
+    logprobs, sequence_ids = golden_logprobs()
+    sums, _ = losses.sequence_logprobs(logprobs, sequence_ids, 4)
+    terms = losses.cat_loss(logprobs, sequence_ids, *losses.cat_targets([[2, 2, 2, 1]]), lam=1.5)
+    assert terms["ce"][0].item() == near(-1.5 * sums[:3].sum().item() / 3)
+    assert terms["ce"][1] == near((4 + 3 + 5) / 3)
+
+
+def test_several_groups_add_up():
+    logprobs, sequence_ids = golden_logprobs()
+    first, second = sequence_ids < 2, sequence_ids >= 2
+    whole = losses.cat_loss(logprobs, sequence_ids, *losses.cat_targets([[0, 2], [2, 1]]))
+    parts = [losses.cat_loss(logprobs[first], sequence_ids[first], *losses.cat_targets([[0, 2]])),
+             losses.cat_loss(logprobs[second], sequence_ids[second] - 2, *losses.cat_targets([[2, 1]]))]
+    for term in ("rank", "ce"):
+        assert whole[term][0].item() == near(sum(part[term][0].item() for part in parts))
+        assert whole[term][1] == sum(part[term][1] for part in parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients and empty batches
+
+
+@pytest.mark.parametrize("margin, lam", [(0.0, 1.0), (0.3, 0.5)])
+def test_gradients_against_finite_differences(margin, lam):
+    logits, labels, documents = packed()
+    rows, targets = losses.prediction_rows(labels)
+    plan = losses.cat_targets([[1, 2], [2, 0]])
+
+    def loss(logits):
+        logprobs = losses.gathered_logprobs(logits[rows], targets)
+        terms = losses.cat_loss(logprobs, documents[rows], *plan, margin=margin, lam=lam)
+        return sum(total / count for total, count in terms.values())
+
+    assert torch.autograd.gradcheck(loss, logits.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x: losses.token_logprobs(x, padded()[1])[0], padded()[0].requires_grad_())
+
+
+def test_ties_have_no_gradient():
+    scores = torch.tensor([-1.0, -1.0], requires_grad=True)
+    losses.pairwise_ranking_loss(scores, torch.tensor([0]), torch.tensor([1]))[0].backward()
+    assert scores.grad.tolist() == [0, 0]
+
+
+def test_an_all_ignored_batch_is_zero_with_a_gradient():
+    logits = torch.randn(2, 4, VOCAB, requires_grad=True)
+    labels = torch.full((2, 4), IGNORE)
+    logprobs, mask = losses.token_logprobs(logits, labels)
+    rows, targets = losses.prediction_rows(labels)
+    flat = losses.gathered_logprobs(logits.flatten(0, 1)[rows], targets)
+    terms = losses.cat_loss(flat, torch.zeros(0, dtype=torch.long), *losses.cat_targets([[1, 1]]))
+    found = [losses.cross_entropy(logprobs, mask), losses.cross_entropy(flat), terms["rank"], terms["ce"]]
+    assert [(total.item(), count) for total, count in found] == [(0, 0)] * 4
+    sum(total for total, _ in found).backward()
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_extreme_logits_stay_finite():
+    logits = torch.tensor([[1e4, 0.0, -1e4]])
+    assert losses.gathered_logprobs(logits, torch.tensor([1])).item() == -1e4
+    assert losses.gathered_logprobs(torch.zeros(1, 3), torch.tensor([2])).item() == pytest.approx(-math.log(3))
+
+
+def test_ignore_index_is_data_s():
+    data = pytest.importorskip("data")
+    for function in (losses.prediction_rows, losses.token_logprobs):
+        assert inspect.signature(function).parameters["ignore_index"].default == data.IGNORE_INDEX
