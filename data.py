@@ -220,23 +220,25 @@ def _task_from_ni(path: Path) -> Task:
 
 
 def _tasks_from_induction(folder: Path) -> list[Task]:
-    """The instruction-induction layout: human wordings in annotations/, instances in execute/ (or raw/)."""
+    """The instruction-induction layout: human wordings in annotations/, instances in execute/."""
     tasks = []
     for path in sorted((folder / "annotations").glob("*.json")):
-        wordings = [text.strip() for text in _read_json(path)["annotations"] if text.strip()]
-        instances = []
-        for number, row in _read_json(folder / "execute" / path.name)["examples"].items():
-            if "input" in row:
-                outputs = row["output"] if isinstance(row["output"], list) else [row["output"]]
-            elif "cause" in row:                            # two sentences in any order; the cause is asked for
-                pair = sorted((row["cause"], row["effect"]))
-                row, outputs = {"input": f"Sentence 1: {pair[0]} Sentence 2: {pair[1]}"}, [row["cause"]]
-            else:
-                row, outputs = {"input": ", ".join(row["items"])}, [row["all_common"][0]]
-            instances.append(Instance(f"{path.stem}-{number}", str(row["input"]), tuple(str(x) for x in outputs)))
-        unique = list(dict.fromkeys(wordings))
-        tasks.append(Task(path.stem, unique[0], instances, split_wordings(path.stem, unique[1:])))
+        wordings = list(dict.fromkeys(text.strip() for text in _read_json(path)["annotations"] if text.strip()))
+        examples = _read_json(folder / "execute" / path.name)["examples"]
+        instances = [Instance(f"{path.stem}-{number}", *_induction_example(row)) for number, row in examples.items()]
+        tasks.append(Task(path.stem, wordings[0], instances, split_wordings(path.stem, wordings[1:])))
     return tasks
+
+
+def _induction_example(row: dict) -> tuple[str, tuple[str, ...]]:
+    """Input and reference outputs of one instruction-induction example, whichever its task's fields are."""
+    if "cause" in row:                                      # two sentences in either order; the cause is asked for
+        first, second = sorted((row["cause"], row["effect"]))
+        return f"Sentence 1: {first} Sentence 2: {second}", (row["cause"],)
+    if "items" in row:
+        return ", ".join(row["items"]), tuple(dict.fromkeys([row["concept"], *row["all_common_concepts"]]))
+    more = row.get("other_rhymes", []) + row.get("possible_translations", [])
+    return str(row["input"]), tuple(dict.fromkeys([str(row["output"]), *more]))
 
 
 def load_tasks(path) -> list[Task]:

@@ -159,8 +159,8 @@ def _add_logprobs(model, cache, branches: list[_Branch], results) -> None:
     items, which, positions, tokens = torch.tensor(asked).unbind(1)                                 # (M,) each
     input_ids = torch.tensor(list(chain(*(branch.token_ids for branch in branches))), device=cache.k.device)    # (N,)
     logits = model(input_ids, lengths=lengths, kv_cache=cache, logits_at=positions.to(cache.k.device))
-    logprobs = logits.float().log_softmax(-1).cpu().gather(1, tokens[:, None]).squeeze(1)           # (M, V) -> (M,)
-    results.index_put_((items, which), logprobs, accumulate=True)
+    logprobs = logits.float().log_softmax(-1).gather(1, tokens[:, None].to(logits.device)).squeeze(1)    # (M,)
+    results.index_put_((items, which), logprobs.cpu(), accumulate=True)
 
 
 def keyword_logprobs(model, tokenizer, prefixes: list[str], suffixes: list[str], keywords: list[tuple[str, str]], *,
@@ -320,11 +320,15 @@ def rouge_scores(prediction: str, references: list[str], *, use_stemmer: bool = 
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+    kept = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(kept.split()) or text.strip()
 
 
 def exact_match(prediction: str, references: list[str]) -> bool:
-    """Equal to a reference after lower-casing, dropping ASCII punctuation and collapsing spaces (Super-NI's rule)."""
+    """Equal to a reference after lower-casing, dropping ASCII punctuation and collapsing spaces (Super-NI's rule).
+
+    DEVIATION: text of punctuation alone is compared as it stands; there, "+" equals "-" and the empty response.
+    """
     return _plain(prediction) in map(_plain, references)
 
 
@@ -424,7 +428,8 @@ def _key(row: dict) -> tuple:
     return row["task"], row.get("id", ""), row["input"]
 
 
-def paired_difference(rows_a: list[dict], rows_b: list[dict], metric: str, *, resamples: int = 1000, seed: int = 0):
+def paired_difference(rows_a: list[dict], rows_b: list[dict], metric: str, *, resamples: int = 1000,
+                      seed: int = 0) -> dict:
     """{"mean", "ci95", "n"} of metric(b) - metric(a) over the questions that both tables hold (paired bootstrap)."""
     before = {_key(row): row[metric] for row in rows_a}
     pairs = [(before[_key(row)], row[metric]) for row in rows_b if _key(row) in before]

@@ -16,6 +16,7 @@ import math
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -100,9 +100,7 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
     Raises:
         ValueError: the model has adapters already, or a target names no Linear.
     """
-    if lora_modules(model):
-        raise ValueError("the model already has LoRA adapters; merge them first (merge_lora), or start from the base.")
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = plain_linears(model)
     for target in config.targets:
         if not any(matches(name, [target]) for name in linears):
             raise ValueError(f'LoRA target "{target}" names no linear layer of the model; there are: '
@@ -112,6 +110,12 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
         if matches(name, config.targets):
             replace(model, name, LoRALinear(module, config))
     return model
+
+
+def plain_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    if lora_modules(model):
+        raise ValueError("the model already has LoRA adapters; merge them first (merge_lora), or start from the base.")
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 def matches(name: str, targets) -> bool:
@@ -161,7 +165,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, base_model: str = ""
     config = next(iter(modules.values())).config
     raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "r": config.rank,
            "lora_alpha": config.alpha, "lora_dropout": config.dropout, "target_modules": list(config.targets),
-           "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "use_rslora": False, "modules_to_save": None}
+           "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "modules_to_save": None,
+           "inference_mode": True}
     tensors = {}
     for name, module in modules.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A.detach().float().cpu().contiguous()     # (R, in)
@@ -196,19 +201,17 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, trainable: bool = Fa
     """
     config, targets, base_model = read_adapter_config(Path(path))
     tensors = read_adapter_weights(Path(path))
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    expected = {}
-    for name, module in linears.items():
-        if matches(name, targets):
-            expected[f"{PREFIX}{name}.lora_A.weight"] = (config.rank, module.in_features)
-            expected[f"{PREFIX}{name}.lora_B.weight"] = (module.out_features, config.rank)
+    linears = plain_linears(model)
+    names = [name for name in linears if matches(name, targets)]
+    expected = {f"{PREFIX}{name}.lora_A.weight": (config.rank, linears[name].in_features) for name in names}
+    expected |= {f"{PREFIX}{name}.lora_B.weight": (linears[name].out_features, config.rank) for name in names}
     for key, tensor in tensors.items():
-        name = re.sub(r"\.lora_[AB]\.weight$", "", key.removeprefix(PREFIX))
-        if key.startswith(PREFIX) and name not in linears:
-            raise ValueError(f"adapter {path} was made for another model: no module named {name:.200}. It names "
+        module = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight", key)
+        if module and module[1] not in linears:
+            raise ValueError(f"adapter {path} was made for another model: no module named {module[1]:.200}. It names "
                              f"{base_model or 'no model'} as its base; pass that with --model.")
         if key not in expected:
-            raise ValueError(f"tensor {key:.200} of adapter {path} is not one that its adapter_config.json announces.")
+            raise ValueError(f"tensor {key!r:.200} of adapter {path} is not one that its adapter_config.json asks for.")
         if tuple(tensor.shape) != expected[key]:
             raise ValueError(f"tensor {key} of adapter {path} is {tuple(tensor.shape)}, expected {expected[key]}: the "
                              "adapter was made for another model, or its adapter_config.json is another's.")
@@ -218,15 +221,18 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, trainable: bool = Fa
     if missing or not expected:
         raise ValueError(f"adapter {path} lacks {missing[0] if missing else 'any tensor for this model'}. It is "
                          "incomplete, or was made for another model.")
-    names = tuple(name for name in linears if matches(name, targets))
-    config.targets = names if isinstance(targets, str) else tuple(t for t in targets if any(matches(n, [t]) for n in names))
+    config.targets = tuple(names)
     apply_lora(model, config)
+    if not isinstance(targets, str):
+        config.targets = tuple(targets)                              # as short as they came
     with torch.no_grad():
         for name, module in lora_modules(model).items():
             module.lora_A.copy_(tensors[f"{PREFIX}{name}.lora_A.weight"])
             module.lora_B.copy_(tensors[f"{PREFIX}{name}.lora_B.weight"])
     for weight in lora_parameters(model):
         weight.requires_grad_(trainable)
+    if not any(module.lora_B.any() for module in lora_modules(model).values()):
+        warnings.warn(f"adapter {path} changes nothing: each lora_B in it is zero.", stacklevel=2)
     return model
 
 
@@ -249,11 +255,16 @@ def read_adapter_config(folder: Path) -> tuple[LoraConfig, list[str] | str, str]
         raise ValueError(f"{file} asks for {used[0]}, which is not implemented; only plain LoRA is.")
     targets = raw.get("target_modules")
     is_list = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
+    try:
+        re.compile(targets if isinstance(targets, str) else "")
+    except re.error:
+        targets = None
     if not targets or not (is_list or isinstance(targets, str)):
-        raise ValueError(f"{file}: target_modules is {targets!r:.60}; expected a list of names or a string.")
+        raise ValueError(f"{file}: target_modules is {raw.get('target_modules')!r:.60}; expected a list of names or a "
+                         "regular expression.")
     config = LoraConfig(rank=raw.get("r"), alpha=raw.get("lora_alpha"), dropout=raw.get("lora_dropout") or 0.0)
     if raw.get("use_rslora"):
-        config.alpha *= math.sqrt(config.rank)                       # alpha / sqrt(r), Kalajdzievski 2023, as alpha' / r
+        config.alpha *= math.sqrt(config.rank)                       # alpha / sqrt(r) written as alpha' / r
     return config, targets, str(raw.get("base_model_name_or_path") or "")[:200]
 
 
@@ -265,9 +276,10 @@ def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(file) if file.suffix != ".bin" else torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"{file} contains code, or is damaged. It was not loaded. Get a safetensors version.") from None
-    except (SafetensorError, RuntimeError, OSError, EOFError) as error:
-        raise ValueError(f"{file} is damaged or incomplete: {str(error)[:100]}. Get it again.") from None
+        raise ValueError(f"{file} contains code, not weights. It was not loaded. Get a safetensors version.") from None
+    except Exception as error:                                       # damaged bytes can make a reader raise anything
+        reason = " ".join(str(error).split())[:100]
+        raise ValueError(f"{file} is damaged or incomplete: {reason}. Get it again.") from None
     values = tensors.values() if isinstance(tensors, dict) else [None]
     if not all(isinstance(value, Tensor) and value.is_floating_point() for value in values):
         raise ValueError(f"{file} does not hold tensors by name. It was not loaded.")

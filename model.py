@@ -463,7 +463,8 @@ class Llama(nn.Module):
                 raise ValueError(f"lengths sum to {sum(lengths)}, input_ids have {len(input_ids)} tokens.")
             attend = Packed(lengths, input_ids.device) if kv_cache is None else Cached(kv_cache, lengths)
             hidden = self.hidden(input_ids, attend, position_ids)                        # (N, D)
-            return self.lm_head(hidden if logits_at is None else hidden[logits_at])      # (N or M, V)
+            hidden = hidden if logits_at is None else take(hidden, logits_at.to(hidden.device))
+            return self.lm_head(hidden)                                                  # (N or M, V)
         if lengths is not None or logits_at is not None:
             raise ValueError("lengths and logits_at go with flat input_ids (N,), not with rows (B, T).")
         real, lengths = documents(input_ids, attention_mask, segment_ids, cached=kv_cache is not None)
@@ -511,10 +512,10 @@ def documents(input_ids: Tensor, attention_mask: Tensor | None, segment_ids: Ten
 
 @dataclass
 class Answer:
-    """One row of `generate`: its prompt, its own uniform draws (max_new_tokens,), and what has come out so far."""
+    """One row of `generate`: its prompt, the name of its own random stream, and what has come out so far."""
 
     prompt: list[int]
-    draws: Tensor
+    stream: str
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -545,40 +546,39 @@ def generate(model: Llama, prompts: list[list[int]], *, max_new_tokens: int, tem
     for index, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= room:
             raise ValueError(f"prompt {index} has {len(prompt)} tokens; expected 1 to {room}, since the model takes "
-                             f"{model.config.max_position_embeddings} positions and max_new_tokens is {max_new_tokens}.")
-    names = [f"{seed},{index}" for index in range(len(prompts))] if isinstance(seed, int) else [str(s) for s in seed]
-    if len(names) != len(prompts):
-        raise ValueError(f"{len(names)} seeds for {len(prompts)} prompts; give one int, or one per prompt.")
-    answers = [Answer(prompt, uniform_draws(name, max_new_tokens)) for name, prompt in zip(names, prompts)]
+                             f"{model.config.max_position_embeddings} positions, max_new_tokens {max_new_tokens}.")
+    streams = [f"{seed},{index}" for index in range(len(prompts))] if isinstance(seed, int) else list(map(str, seed))
+    if len(streams) != len(prompts):
+        raise ValueError(f"{len(streams)} seeds for {len(prompts)} prompts; give one int, or one per prompt.")
+    answers = [Answer(prompt, stream) for prompt, stream in zip(prompts, streams)]
     was_training = model.training
     model.eval()
     try:
         stop = set(model.config.eos_ids if eos_ids is None else eos_ids)
-        decode(model, answers, (temperature, top_k, top_p), stop, batch_size, progress)
+        decode(model, answers, max_new_tokens, (temperature, top_k, top_p), stop, batch_size, progress)
     finally:
         model.train(was_training)
     tokens = [answer.tokens for answer in answers]
     return (tokens, [answer.logprobs for answer in answers]) if return_logprobs else tokens
 
 
-def uniform_draws(name: str, count: int) -> Tensor:
-    """The row's own uniform numbers in [0, 1), (count,) float64, from a hash of its seed's name."""
-    state = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
-    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(state))
+def uniform(stream: str, step: int) -> float:
+    """Number `step` of a random stream, uniform in [0, 1): a hash, so there is no state to carry."""
+    return (int.from_bytes(hashlib.sha256(f"{stream},{step}".encode()).digest()[:8], "big") >> 11) / 2**53
 
 
 @torch.inference_mode()
-def decode(model: Llama, answers: list[Answer], how: tuple, eos_ids: set[int], batch_size: int,
+def decode(model: Llama, answers: list[Answer], max_new_tokens: int, how: tuple, eos_ids: set[int], batch_size: int,
            progress: Callable[[int, int], None] | None) -> None:
     """Fill in the answers. Live rows stay in front of a static cache; a quarter of free slots is refilled at once."""
     if not answers:
         return
     weight = model.model.embed_tokens.weight
     slots = min(batch_size, len(answers))
-    max_len = max(len(answer.prompt) + len(answer.draws) for answer in answers)
+    max_len = max(len(answer.prompt) for answer in answers) + max_new_tokens
     cache = KVCache(model.config, slots, max_len, weight.dtype, weight.device)
     waiting = sorted(answers, key=lambda answer: len(answer.prompt))                     # longest last, taken first
-    live: list[Answer] = []                                                              # live[i] has row i of the cache
+    live: list[Answer] = []                                                              # live[i] has the cache's row i
     while waiting or live:
         begin = 0                                                                        # rows [begin, live) move on
         if waiting and 4 * len(live) <= 3 * slots:
@@ -592,14 +592,14 @@ def decode(model: Llama, answers: list[Answer], how: tuple, eos_ids: set[int], b
         input_ids = torch.tensor([token for ids in inputs for token in ids], device=weight.device)    # (N,)
         last = torch.tensor(counts[begin:len(live)], device=weight.device).cumsum(0) - 1              # (B,)
         logits = model(input_ids, lengths=counts, kv_cache=cache, logits_at=last)        # (B, V)
-        draws = torch.stack([answer.draws[len(answer.tokens)] for answer in moving]).to(weight.device)
-        chosen, logprobs = sample(logits.float(), draws, *how)
+        draws = [uniform(answer.stream, len(answer.tokens)) for answer in moving]
+        chosen, logprobs = sample(logits.float(), torch.tensor(draws, dtype=torch.float64, device=weight.device), *how)
         for answer, token, logprob in zip(moving, chosen.tolist(), logprobs.tolist()):
             answer.tokens.append(token)
             answer.logprobs.append(logprob)
         was_live = len(live)
         for slot in reversed(range(begin, was_live)):
-            if live[slot].tokens[-1] in eos_ids or len(live[slot].tokens) == len(live[slot].draws):
+            if live[slot].tokens[-1] in eos_ids or len(live[slot].tokens) == max_new_tokens:
                 cache.move(len(live) - 1, slot)                                          # the last row fills the hole
                 live[slot] = live[-1]
                 live.pop()
@@ -608,7 +608,7 @@ def decode(model: Llama, answers: list[Answer], how: tuple, eos_ids: set[int], b
 
 
 def sample(logits: Tensor, draws: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """One id per row by inverse CDF. logits (B, V) float32, draws (B,) in [0, 1) -> ids (B,), logprobs (B,)."""
+    """One id per row by inverse CDF. logits (B, V) float32, draws (B,) float64 -> ids (B,), logprobs (B,)."""
     normalizer = logits.logsumexp(-1)                                                    # (B,)
     if not normalizer.isfinite().all():
         raise ValueError("the model gave non-finite logits; its weights are broken, or overflow in this dtype.")
@@ -669,11 +669,15 @@ def read_config(folder: Path) -> ModelConfig:
     return ModelConfig.from_hf(read_json(file))
 
 
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:100]
+
+
 def read_json(file: Path) -> dict:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {str(error)[:100]}.") from None
+        raise ValueError(f"{file} is not JSON: {one_line(error)}.") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{file} is not a JSON object.")
     return raw
@@ -695,7 +699,7 @@ def weight_files(folder: Path) -> list[Path]:
     for name in names:
         plain = isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}\.(safetensors|bin)", name)
         if not plain or (folder / name).resolve().parent not in homes:
-            raise ValueError(f'{file} points outside its folder ("{str(name)[:80]}"). Refused; do not trust this '
+            raise ValueError(f"{file} points outside its folder ({json.dumps(name):.80}). Refused; do not trust this "
                              "download.")
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing, though {file.name} lists it. Download it again.")
@@ -712,8 +716,8 @@ def find_tensors(folder: Path, expected: dict[str, tuple]) -> dict[str, tuple[Pa
                 continue                                             # a buffer of old files; a head that is tied
             if name not in expected or name in sources:
                 what = "comes twice" if name in sources else "has no place in the model that config.json describes"
-                raise ValueError(f"tensor {name:.200} in {file} {what}. The weights and config.json are from different "
-                                 "models.")
+                raise ValueError(f"tensor {name!r:.200} in {file} {what}. The weights and config.json are from "
+                                 "different models.")
             if shape != expected[name]:
                 raise ValueError(f"tensor {name} is {shape} in {file}, config.json says {expected[name]}. The weights "
                                  "and config.json are from different models.")
@@ -738,27 +742,30 @@ def open_weights(file: Path) -> tuple[dict[str, tuple], Callable[[str], Tensor]]
             return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__
         handle = safe_open(file, "pt")
         slices = {name: handle.get_slice(name) for name in handle.keys()}
-    except (SafetensorError, RuntimeError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} is damaged or incomplete: {str(error)[:100]}. Download it again (found {size:,} "
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise ValueError(f"{file} is damaged or incomplete: {one_line(error)}. Download it again (found {size:,} "
                          "bytes).") from None
     for name, piece in slices.items():
         if piece.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-            raise ValueError(f"tensor {name:.200} in {file} is {piece.get_dtype()}, expected F32, F16 or BF16.")
+            raise ValueError(f"tensor {name!r:.200} in {file} is {piece.get_dtype()}, expected F32, F16 or BF16.")
     return {name: tuple(piece.get_shape()) for name, piece in slices.items()}, handle.get_tensor
 
 
 def read_bin(file: Path) -> dict[str, Tensor]:
     """The tensors of a pytorch_model*.bin, memory-mapped, and nothing but plain dense tensors."""
-    with zipfile.ZipFile(file) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ValueError(f"{file} is compressed, which torch.save never does. It was not loaded.")
     try:
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        with zipfile.ZipFile(file) as archive:
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True) if stored else None
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise ValueError(f"{file} contains {found[1] if found else 'an object'}, which is code, not weights. It was "
                          "not loaded. Get a safetensors version of this model.") from None
-    for name, tensor in tensors.items() if isinstance(tensors, dict) else [("", tensors)]:
+    except Exception as error:                                       # damaged bytes can make the reader raise anything
+        raise RuntimeError(f"{type(error).__name__} {error}") from None
+    if not stored:
+        raise ValueError(f"{file} is compressed, which torch.save never does. It was not loaded.")
+    for name, tensor in tensors.items() if isinstance(tensors, dict) else [("", None)]:
         if not (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
                 and tensor.device.type == "cpu" and tensor.is_floating_point()
                 and tensor.nbytes <= tensor.untyped_storage().nbytes()):

@@ -181,8 +181,15 @@ def fill_paths(cfg: TrainConfig) -> TrainConfig:
                                paraphrases=paraphrases, out=cfg.out or f"runs/{cfg.stage}")
 
 
+def say(message: str) -> None:
+    """Print once, however many processes there are."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
+
+
 def _complain(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
     return 2
 
 
@@ -190,6 +197,7 @@ if __name__ == "__main__":
     parse_config()                                          # a mistake answers at once, before torch is imported
 
 import torch                                                # noqa: E402
+import torch.distributed as dist                            # noqa: E402
 from tqdm import tqdm                                       # noqa: E402
 
 import data                                                 # noqa: E402
@@ -285,7 +293,7 @@ def cat_groups(run: Run) -> list[dict]:
         rng.shuffle(worse)
         for start in range(0, len(worse), cfg.max_worse):
             groups.append(cat_item(run, rng.choice(best), worse[start:start + cfg.max_worse]))
-    print(f"cat: {len(groups)} items; skipped {skipped['no best']} groups without a best answer and "
+    say(f"cat: {len(groups)} items; skipped {skipped['no best']} groups without a best answer and "
           f"{skipped['no worse']} with nothing below the best.")
     return groups
 
@@ -446,36 +454,76 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
     return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def ranks() -> tuple[int, int]:
+    """This process's rank and the number of processes; (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def on_first_rank(action: Callable, *arguments) -> None:
+    """Rank 0 acts while the others wait; where it fails, all stop, and only rank 0 speaks."""
+    rank, size = ranks()
+    failed, error = torch.zeros(1), None
+    if rank == 0:
+        try:
+            action(*arguments)
+        except (ValueError, OSError) as problem:
+            failed, error = torch.ones(1), problem
+    if size > 1:
+        dist.broadcast(failed, 0)
+    if error:
+        raise error
+    if failed:
+        sys.exit(1)
+
+
+def all_sum(values: dict) -> dict:
+    """The sums over all ranks of {name: number}, in float64."""
+    if ranks()[1] == 1:
+        return values
+    total = torch.tensor(list(values.values()), dtype=torch.float64)
+    dist.all_reduce(total)
+    return dict(zip(values, total.tolist()))
+
+
+def backward(model, stage: Stage, batches: list[dict], cfg: TrainConfig) -> dict:
+    """Gradients of one step; returns {term: mean}. Each term is divided once, by its total over batches and ranks."""
+    totals, sums = {}, {}
+    for batch in batches:
+        for term, n in stage.counts(batch).items():
+            totals[term] = totals.get(term, 0) + n
+    totals = all_sum(totals)
+    device = next(model.parameters()).device.type
+    for batch in batches:
+        with torch.autocast(device, torch.bfloat16, enabled=cfg.full and cfg.dtype != "float32"):
+            terms = stage.step(model, batch, cfg)
+        sum(loss / max(1, totals[term]) for term, loss in terms.items()).backward()
+        for term, loss in terms.items():
+            sums[term] = sums.get(term, 0.0) + loss.detach()
+    if ranks()[1] > 1:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                dist.all_reduce(parameter.grad)
+    return {term: value / max(1, totals[term]) for term, value in all_sum({k: float(v) for k, v in sums.items()}).items()}
+
+
 def train(run: Run, stage: Stage, groups: list[dict], log_path: Path) -> None:
-    """The one loop: every term is summed over micro-batches and divided once, by its total over the whole step."""
-    cfg, device = run.cfg, next(run.model.parameters()).device
+    """The one loop, for every stage and any number of ranks: rank r takes each step's groups r, r + size, ..."""
+    cfg, device, (rank, size) = run.cfg, next(run.model.parameters()).device, ranks()
     if not groups:
         raise ValueError(f"nothing to train on for stage {cfg.stage}: no item is left. See the counts above; "
                          "more samples or another judge may help.")
     cut = sum(document["cut"] for group in groups for document in group["documents"])
     if cut:
-        print(f"{cfg.stage}: {cut} documents are longer than --max-len {cfg.max_len}; the left of their prompts was cut.")
+        say(f"{cfg.stage}: {cut} documents are longer than --max-len {cfg.max_len}; the left of their prompts was cut.")
     parameters = [p for p in run.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)
-    torch.manual_seed(cfg.seed)                             # dropout
-    mixed = torch.autocast(device.type, torch.bfloat16, enabled=cfg.full and cfg.dtype != "float32")
+    torch.manual_seed(cfg.seed + rank)                      # dropout
     run.model.train()
-    bar, seen, started = tqdm(range(cfg.steps), desc=cfg.stage, disable=None), 0, time.time()
+    bar, seen, started = tqdm(range(cfg.steps), desc=cfg.stage, disable=None if rank == 0 else True), 0, time.time()
     for step in bar:
-        chosen = [groups[i] for i in data.batch_indices(len(groups), cfg.batch_size, step, cfg.seed)]
-        batches = [collate(part, device) for part in data.micro_batches(chosen, cfg.micro_tokens)]
-        totals, sums = {}, {}
-        for batch in batches:
-            for term, n in stage.counts(batch).items():
-                totals[term] = totals.get(term, 0) + n
-        for batch in batches:
-            with mixed:
-                terms = stage.step(run.model, batch, cfg)
-            sum(loss / max(1, totals[term]) for term, loss in terms.items()).backward()
-            for term, loss in terms.items():
-                sums[term] = sums.get(term, 0.0) + loss.detach()
-            seen += len(batch["input_ids"])
-        means = {term: float(value) / max(1, totals[term]) for term, value in sums.items()}
+        chosen = data.batch_indices(len(groups), cfg.batch_size, step, cfg.seed)[rank::size]
+        batches = [collate(part, device) for part in data.micro_batches([groups[i] for i in chosen], cfg.micro_tokens)]
+        means = backward(run.model, stage, batches, cfg)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.clip))
         if not math.isfinite(sum(means.values())) or not math.isfinite(norm):
             raise FloatingPointError(f"step {step} of {cfg.stage} gave a non-finite loss or gradient norm ({means}, norm "
@@ -484,15 +532,22 @@ def train(run: Run, stage: Stage, groups: list[dict], log_path: Path) -> None:
             part["lr"] = learning_rate(step, cfg)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        row = {"stage": cfg.stage, "step": step, **{k: round(v, 6) for k, v in means.items()}, "norm": round(norm, 4),
-               "lr": learning_rate(step, cfg), "tokens": seen, "seconds": round(time.time() - started, 2)}
-        data.append_records(log_path, [row])
-        speed = seen / (time.time() - started)
-        if (step + 1) % max(1, cfg.steps // 10) == 0:
-            text = " | ".join(f"{name} {value:.3f}" for name, value in means.items())
-            tqdm.write(f"{cfg.stage} step {step + 1}/{cfg.steps} | {text} | {speed / 1000:.1f}k tok/s")
-        bar.set_postfix_str(f"{speed / 1000:.1f}k tok/s")
+        seen += size * sum(len(batch["input_ids"]) for batch in batches)
+        seconds = time.time() - started
+        bar.set_postfix_str(f"{seen / seconds / 1000:.1f}k tok/s")
+        if rank == 0:
+            log_step(log_path, cfg, step, means, norm=norm, tokens=seen, seconds=seconds)
     run.model.eval()
+
+
+def log_step(path: Path, cfg: TrainConfig, step: int, means: dict, *, norm: float, tokens: int, seconds: float) -> None:
+    """A row of log.jsonl for every step, a line on the screen for every tenth of the run."""
+    means = {name: round(value, 6) for name, value in means.items()}
+    data.append_records(path, [{"stage": cfg.stage, "step": step, **means, "norm": round(norm, 4),
+                                "lr": learning_rate(step, cfg), "tokens": tokens, "seconds": round(seconds, 2)}])
+    if (step + 1) % max(1, cfg.steps // 10) == 0:
+        text = " | ".join(f"{name} {value:.3f}" for name, value in means.items())
+        tqdm.write(f"{cfg.stage} step {step + 1}/{cfg.steps} | {text} | {tokens / seconds / 1000:.1f}k tok/s")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -572,25 +627,26 @@ def run_stage(run: Run, name: str) -> Path:
     """Train a stage unless its folder already holds it; returns the folder of its adapter."""
     stage, cfg = STAGES[name], run.cfg if name == run.cfg.stage else stage_config(run.cfg, name)
     folder = Path(cfg.out)
-    for place in [Path(run.cfg.init) / name, Path(run.cfg.init)] if run.cfg.init and cfg is not run.cfg else [folder]:
+    places = [Path(run.cfg.init) / name, Path(run.cfg.init)] if run.cfg.init and cfg is not run.cfg else [folder]
+    for place in places:
         if finished(place, cfg):
-            print(f"{name}: found in {place}.")
+            say(f"{name}: found in {place}.")
             return place
     before = run_stage(run, stage.needs) if stage.needs else None
-    print(f"{name}: training in {folder}.")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "log.jsonl").unlink(missing_ok=True)
+    say(f"{name}: training in {folder}.")
     part = dataclasses.replace(run, cfg=cfg, folder=folder)
     adapted(part, before)
-    write_config(part)
-    stage.collect(part)
+    on_first_rank(prepare_folder, part)
+    on_first_rank(stage.collect, part)
     train(part, stage, stage.groups(part), folder / "log.jsonl")
-    lora.save_adapter(part.model, folder, base_model=cfg.model)
+    on_first_rank(lora.save_adapter, part.model, folder, cfg.model)
     return folder
 
 
-def write_config(run: Run) -> None:
-    """The resolved settings, as JSON in the run folder."""
+def prepare_folder(run: Run) -> None:
+    """Make the stage's folder, with its resolved settings in config.json and no log of an unfinished try."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "log.jsonl").unlink(missing_ok=True)
     (run.folder / "config.json").write_text(json.dumps(dataclasses.asdict(run.cfg), indent=1) + "\n")
 
 
@@ -602,43 +658,64 @@ def pretrain(cfg: TrainConfig) -> None:
                                  eos_ids=(tokenizer.eos_id,), prompt_template=cfg.template or "plain")
     model = Llama(config).init_weights(cfg.seed).to(device)
     run = Run(cfg, model, tokenizer, data.find_template(config.prompt_template), [], Path(cfg.out))
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "log.jsonl").unlink(missing_ok=True)
-    write_config(run)
-    print(f"pretrain: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters.")
+    on_first_rank(prepare_folder, run)
+    say(f"pretrain: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters.")
     train(run, STAGES["pretrain"], corpus_groups(run), run.folder / "log.jsonl")
-    target = Path(cfg.export or run.folder / "model")
-    save_model(model, target, dtype=torch.bfloat16)
-    (target / "tokenizer.model").write_bytes(Path(cfg.tokenizer).read_bytes())
-    print(f"pretrain: wrote {target}.")
+    on_first_rank(export, run)
+
+
+def export(run: Run) -> None:
+    """The finished model and its tokenizer as a Hugging Face folder."""
+    target = Path(run.cfg.export or run.folder / "model")
+    save_model(run.model, target, dtype=torch.bfloat16)
+    (target / "tokenizer.model").write_bytes(Path(run.cfg.tokenizer).read_bytes())
+    say(f"pretrain: wrote {target}.")
 
 
 def align(cfg: TrainConfig) -> None:
     """Train the stage and what it needs, evaluate all of them on the same held-out questions, and write the report."""
     run = make_run(cfg)
-    cfg = run.cfg
-    run.folder.mkdir(parents=True, exist_ok=True)
     stage, ladder = STAGES[cfg.stage], {}
-    names = [*(stage.beside if cfg.compare else ()), *([stage.needs] if stage.needs else []), cfg.stage]
-    for name in names:
+    for name in [*(stage.beside if cfg.compare else ()), *([stage.needs] if stage.needs else []), cfg.stage]:
         ladder[STAGES[name].title] = run_stage(run, name)
+    on_first_rank(report, run, {"base": None, **ladder} if cfg.compare else {stage.title: ladder[stage.title]})
+
+
+def report(run: Run, ladder: dict[str, Path | None]) -> None:
+    """Evaluate {title: adapter folder} and write metrics.json, judge.json, report.md and plots."""
+    cfg = run.cfg
+    if STAGES[cfg.stage].collect is collect_candidates:
+        measure_judge(run)
     if not cfg.evaluate:
         return
     rows = data.questions(run.tasks, split=cfg.split, wordings=cfg.eval_wordings, per_task=cfg.eval_per_task)
-    config = EvalConfig(template=run.cfg.template, max_new_tokens=cfg.max_new_tokens, batch_size=cfg.eval_batch)
-    judge = judging.RuleJudge(rouge_threshold=cfg.rouge_threshold)
-    results, tables = {}, {}
-    print(f"evaluating on {len(rows)} held-out questions, {sum(len(r['wordings']) for r in rows)} answers per model.")
-    for title, folder in {"base": None, **ladder}.items():
+    config = EvalConfig(template=cfg.template, max_new_tokens=cfg.max_new_tokens, batch_size=cfg.eval_batch)
+    judge, results, tables = judging.RuleJudge(rouge_threshold=cfg.rouge_threshold), {}, {}
+    say(f"evaluating on {len(rows)} held-out questions ({cfg.split}), {sum(len(r['wordings']) for r in rows)} answers per model.")
+    for title, folder in ladder.items():
         model = load_base(cfg)
         if folder:
             lora.load_adapter(model, folder)
             model = lora.merge_lora(model)
-        answered = evaluate_model(model, run.tokenizer, rows, config)
-        results[title], tables[title] = evaluate_responses(answered, judge=judge)
-    write_report(run.folder, results, tables)
-    print(summary_table(results))
-    print(f"report: {run.folder / 'report.md'}\nnext: {next_command(cfg)}")
+        results[title], tables[title] = evaluate_responses(evaluate_model(model, run.tokenizer, rows, config), judge=judge)
+    write_report(cfg.out, results, tables)
+    say(summary_table(results))
+    say(f"report: {cfg.out}/report.md\nnext: {next_command(cfg)}")
+
+
+def measure_judge(run: Run) -> None:
+    """Write judge.json: the rewards that were trained on against the exact rules."""
+    labels, items, verdicts, truths = {task.name: task.labels for task in run.tasks}, [], [], []
+    for record in (c for group in grouped_candidates(run) for c in group):
+        items.append({**record, "labels": labels.get(record["task"])})
+        verdicts.append(judging.Verdict(record["expected"], record["correct"], record["reward"], record["how"]))
+    truths = judging.RuleJudge(rouge_threshold=run.cfg.rouge_threshold).judge(items)
+    found = judging.confusion(items, verdicts, truths)
+    (run.folder / "judge.json").write_text(json.dumps(found, indent=1) + "\n")
+    asked = found["asked"]
+    if asked["n"]:
+        parts = [f"{name} {100 * asked[name]['accuracy']:.0f} %" for name in ("type", "correct") if asked[name]["accuracy"] is not None]
+        say(f"self-judge against exact rules, on {asked['n']} different answers that it was asked about: " + ", ".join(parts))
 
 
 def next_command(cfg: TrainConfig) -> str:
@@ -651,16 +728,20 @@ def next_command(cfg: TrainConfig) -> str:
 def main(argv=None) -> int:
     """Run a stage. Returns 0, or 2 for a mistake in what was given, 1 for a run that failed."""
     cfg, _ = parse_config(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if pick_device(cfg)[0].startswith("cuda") else "gloo")
+        if cfg.batch_size < ranks()[1]:
+            return _complain(f"--batch-size {cfg.batch_size} is less than the {ranks()[1]} processes. Raise it.")
     try:
-        if cfg.stage == "pretrain":
-            pretrain(cfg)
-        else:
-            align(cfg)
+        (pretrain if cfg.stage == "pretrain" else align)(cfg)
     except ValueError as error:
         return _complain(str(error))
     except (FloatingPointError, OSError) as error:
         _complain(str(error))
         return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

@@ -73,8 +73,7 @@ def runs_of_seed(root, seed, split, more, threads):
         (rows[title],) = run(command(root / f"seed{seed}-{name}", *shared, "--no-compare", *flags), threads).values()
     for count in WORDINGS if more else ():
         out = root / f"seed{seed}-wordings{count}"
-        found = run(["train.py" if text == "cat" else text for text in
-                     command(out, *shared, "--no-compare", "--wordings", str(count))], threads)
+        found = run(command(out, *shared, "--no-compare", "--wordings", str(count)), threads)
         (rows[f"{count} wordings"],) = found.values()
     rows["judge"] = json.loads((main / "judge.json").read_text())
     return rows
@@ -133,7 +132,7 @@ def mean_metrics(seeds, name):
     return found
 
 
-def write_results(root, seeds, split, numbers, more):
+def write_results(root, seeds, split, numbers, n_ablated):
     """results.md and, with the ablations, the two sweeps."""
     pairs = [*zip(LADDER, LADDER[1:]), *((LADDER[2], title) for title, _ in CONTROLS.values()),
              *((title, LADDER[3]) for title, _ in CONTROLS.values())]
@@ -142,14 +141,17 @@ def write_results(root, seeds, split, numbers, more):
              "Paired differences per seed: mean [95 % interval] and the number of seeds in which it is positive.",
              differences(seeds, pairs), "The self-judge against the exact rules, unique answers that it was asked about:",
              confusion(seeds)]
-    if more:
+    shutil.copy(root / f"seed{numbers[0]}" / "plots" / "metrics.png", root / "metrics.png")
+    shutil.copy(root / f"seed{numbers[0]}" / "plots" / "question.png", root / "question.png")
+    if n_ablated:
+        ablated = seeds[:n_ablated]
         titles = [title for title, _ in ABLATIONS.values()] + [f"{n} wordings" for n in WORDINGS]
-        parts += [table(seeds, titles), differences(seeds, [(LADDER[3], title) for title in titles])]
-        sweep = [(lam, mean_metrics(seeds, f"lambda {lam:g}")) for lam in (0, 0.1, 0.5)] + [(1, mean_metrics(seeds, LADDER[3]))]
-        plot_sweep(sweep, "lambda", root / "lambda.png")
-        sweep = [(n, mean_metrics(seeds, f"{n} wordings")) for n in WORDINGS] + [(10, mean_metrics(seeds, LADDER[3]))]
-        plot_sweep(sweep, "training wordings per task", root / "wordings.png")
-        shutil.copy(root / f"seed{numbers[0]}" / "plots" / "metrics.png", root / "metrics.png")
+        parts += [f"Ablations, the first {len(ablated)} of these seeds; each against the full method on the same seeds.",
+                  table(ablated, [LADDER[3], *titles]), differences(ablated, [(LADDER[3], title) for title in titles])]
+        sweep = [(lam, mean_metrics(ablated, f"lambda {lam:g}")) for lam in (0, 0.1, 0.5)]
+        plot_sweep([*sweep, (1, mean_metrics(ablated, LADDER[3]))], "lambda", root / "lambda.png")
+        sweep = [(n, mean_metrics(ablated, f"{n} wordings")) for n in WORDINGS]
+        plot_sweep([*sweep, (10, mean_metrics(ablated, LADDER[3]))], "training wordings per task", root / "wordings.png")
     (root / "results.md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
 
@@ -168,7 +170,7 @@ def main(argv=None):
         jobs = [pool.submit(runs_of_seed, root, seed, args.split, args.ablations and k < args.ablation_seeds, 1)
                 for k, seed in enumerate(args.seeds)]
         seeds = [job.result() for job in jobs]
-    write_results(root, seeds, args.split, args.seeds, args.ablations)
+    write_results(root, seeds, args.split, args.seeds, args.ablation_seeds if args.ablations else 0)
 
 
 if __name__ == "__main__":

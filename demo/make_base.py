@@ -4,7 +4,8 @@
 
 The corpus is text about the demo's world (demo/world.py), never about the inputs of its task files: what phrases mean
 ("the hue : red"), facts ("lyon is in france"), which phrases mean the same, a few plain instructions, and judged
-answers in the format in which the self-judge is asked. It holds no wording of demo/wordings but their noun phrases.
+answers in the format in which the self-judge is asked. Its phrases are those of demo/phrases.json; it holds none of the
+wordings in demo/paraphrases.json.
 """
 
 import argparse
@@ -35,7 +36,7 @@ class Corpus:
 
     def __init__(self, seed):
         self.rng = random.Random(seed)
-        self.wordings = {family: world.load_wordings(family) for family in world.FAMILIES}
+        self.phrases = world.load_phrases()
         self.held_out = {family: {text for text, _ in world.demo_inputs(family)} for family in world.FAMILIES}
         self.labels = {task.name: task.labels for task in load_tasks(HERE / "tasks")}
         self.judge = RuleJudge(rouge_threshold=0.95)
@@ -53,20 +54,20 @@ class Corpus:
             if text not in self.held_out[family]:
                 return family, text, answers
 
-    def term(self, family, task):
-        return self.rng.choice(self.wordings[family][task]["terms"])
+    def term(self, task):
+        return self.rng.choice(self.phrases[task]["terms"])
 
     def request(self, family, task):
         """A plain instruction for a task, in one of the corpus's own frames."""
-        other = self.rng.choice([name for name in self.wordings[family] if name != task])
-        return self.rng.choice(FRAMES).format(term=self.term(family, task), other=self.term(family, other))
+        other = self.rng.choice([name for name in self.phrases if name != task and name.split("_")[0] == family])
+        return self.rng.choice(FRAMES).format(term=self.term(task), other=self.term(other))
 
     def fields(self):
         """An input and what several noun phrases mean in it."""
         family, text, answers = self.sample()
         segments = [(f"{text} .", False)]
         for task in self.rng.sample(list(answers), min(len(answers), 7)):
-            segments += [(f" {self.term(family, task)} :", False), (f" {answers[task]} ;", True)]
+            segments += [(f" {self.term(task)} :", False), (f" {answers[task]} ;", True)]
         return segments
 
     def instruction(self):
@@ -82,7 +83,7 @@ class Corpus:
         """Several answers to one instruction, judged by rule, in the self-judge's own format."""
         family, text, answers = self.sample()
         task = self.rng.choice(list(answers))
-        instruction = self.wordings[family][task]["definition"]
+        instruction = self.phrases[task]["definition"]
         if self.rng.random() < 0.5:
             instruction = self.request(family, task)
         same_task = [world.FAMILIES[family](self.rng)[1][task] for _ in range(4)]
@@ -99,10 +100,10 @@ class Corpus:
 
     def same(self):
         """Two noun phrases that mean the same, or do not."""
-        family = self.rng.choice(list(self.wordings))
-        task, other = self.rng.sample(list(self.wordings[family]), 2)
-        first, second = self.rng.sample(self.wordings[family][task]["terms"], 2)
-        return [(f"{first} : the same as {second} ; not {self.term(family, other)} .", True)]
+        family = self.rng.choice(list(world.FAMILIES))
+        task, other = self.rng.sample([name for name in self.phrases if name.split("_")[0] == family], 2)
+        first, second = self.rng.sample(self.phrases[task]["terms"], 2)
+        return [(f"{first} : the same as {second} ; not {self.term(other)} .", True)]
 
     def facts(self):
         """A few facts of the world."""
@@ -115,9 +116,8 @@ class Corpus:
 
 
 def train_tokenizer(corpus, path):
-    """A byte-fallback BPE with LLaMA's settings over the corpus and the training wordings."""
+    """A byte-fallback BPE with LLaMA's settings over a sample of the corpus."""
     texts = ["".join(text for text, _ in corpus.draw() if text != "</s>").replace("\n", " ") for _ in range(12000)]
-    texts += [row["text"] for tasks in corpus.wordings.values() for task in tasks.values() for row in task["train"]] * 20
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=str(path / "tokenizer"), vocab_size=VOCAB_SIZE, model_type="bpe",
         byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=True, remove_extra_whitespaces=False,

@@ -2,8 +2,8 @@
 
 Four families (purchases, word lists, reviews, meetings), 34 tasks. Every task of a family answers another question
 about the same input; 13 of them want several words. `python demo/world.py` writes the task files (in the schema of
-Super-NaturalInstructions) to demo/tasks and the wordings to demo/paraphrases.json. The wordings were written by hand
-and live in demo/wordings; the answers are computed here, so that every reference is right.
+Super-NaturalInstructions) to demo/tasks. Instructions and their wordings were written by hand (demo/phrases.json,
+demo/paraphrases.json); inputs and answers are computed here, so that every reference is right.
 """
 
 import json
@@ -106,31 +106,26 @@ def demo_inputs(family):
     return list(rows.items())
 
 
-def load_wordings(family):
-    """{task: {"definition", "terms", "train", "dev", "test"}} of one family, as written by hand."""
-    return json.loads((HERE / "wordings" / f"{family}.json").read_text())
+def load_phrases():
+    """{task: {"definition": its instruction, "terms": noun phrases that name the wanted answer}}, written by hand."""
+    return json.loads((HERE / "phrases.json").read_text())
 
 
 def write_tasks(out=HERE):
-    """Write OUT/tasks/*.json and OUT/paraphrases.json."""
-    paraphrases = {}
+    """Write OUT/tasks/*.json; returns the number of tasks."""
     (out / "tasks").mkdir(parents=True, exist_ok=True)
-    for family in FAMILIES:
-        rows = demo_inputs(family)
-        for task, text in load_wordings(family).items():
-            record = {"Contributors": ["the authors of this repository"], "Source": ["demo/world.py"],
-                      "Categories": [family], "Definition": [text["definition"]], "Input_language": ["English"],
-                      "Output_language": ["English"], "Instruction_language": ["English"],
-                      "Positive Examples": [], "Negative Examples": [],
-                      "Instances": [{"id": f"{task}-{i}", "input": row, "output": [answers[task]]}
-                                    for i, (row, answers) in enumerate(rows)]}
-            head = json.dumps({k: v for k, v in record.items() if k != "Instances"}, indent=1)[:-2]
-            body = ",\n".join("  " + json.dumps(instance) for instance in record["Instances"])
-            (out / "tasks" / f"{task}.json").write_text(f'{head},\n "Instances": [\n{body}\n ]\n}}\n')
-            paraphrases[task] = {split: text[split] for split in ("train", "dev", "test")}
-    (out / "paraphrases.json").write_text(json.dumps(paraphrases, indent=1) + "\n")
-    return len(paraphrases)
+    rows = {family: demo_inputs(family) for family in FAMILIES}
+    phrases = load_phrases()
+    for task, text in phrases.items():
+        family = task.split("_")[0]
+        record = {"Contributors": ["the authors of this repository"], "Source": ["demo/world.py"], "Categories": [family],
+                  "Definition": [text["definition"]], "Input_language": ["English"], "Output_language": ["English"],
+                  "Instruction_language": ["English"], "Positive Examples": [], "Negative Examples": []}
+        instances = [{"id": f"{task}-{i}", "input": row, "output": [answers[task]]} for i, (row, answers) in enumerate(rows[family])]
+        body = ",\n".join("  " + json.dumps(instance) for instance in instances)
+        (out / "tasks" / f"{task}.json").write_text(f'{json.dumps(record, indent=1)[:-2]},\n "Instances": [\n{body}\n ]\n}}\n')
+    return len(phrases)
 
 
 if __name__ == "__main__":
-    print(f"{write_tasks()} tasks written to {HERE}/tasks, wordings to {HERE}/paraphrases.json")
+    print(f"{write_tasks()} tasks written to {HERE}/tasks")

@@ -150,6 +150,7 @@ def test_rouge_of_other_scripts_counts_characters_and_says_so():
 def test_exact_match_ignores_case_punctuation_and_spacing_only():
     assert exact_match(" The  red-lamp. ", ["blue", "the redlamp"])
     assert not exact_match("a red lamp", ["red lamp"])
+    assert exact_match("+", ["-", "+"]) and not exact_match("", ["-"]) and not exact_match("+", ["-"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

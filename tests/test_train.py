@@ -1,0 +1,333 @@
+"""train.py: every stage for a few steps through main(), what it leaves behind, what it answers to mistakes, the house."""
+
+import ast
+import dataclasses
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from safetensors.torch import load_file
+
+import data
+import losses
+import lora
+import train
+from model import PRESETS, Llama, load_model, save_model
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+COLOURS = "red blue green black white".split()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny random model with a tokenizer, two tasks over the same inputs, and wordings, as files."""
+    path, rng = tmp_path_factory.mktemp("world"), random.Random(0)
+    inputs = [f"{rng.choice('anna tom mary paul'.split())} has a {rng.choice(COLOURS)} hat {i}" for i in range(60)]
+    (path / "tasks").mkdir()
+    for name, place in (("colour", 3), ("person", 0)):
+        record = {"Definition": [f"give the {name} ."],
+                  "Instances": [{"id": f"{name}-{i}", "input": text, "output": [text.split()[place]]} for i, text in enumerate(inputs)]}
+        (path / "tasks" / f"{name}.json").write_text(json.dumps(record))
+    wordings = {name: {"train": [f"what is the {name} ?", f"{name} :", f"tell the {name}"], "dev": [f"the {name} , please", f"which {name} ?"],
+                       "test": [f"name its {name}", f"say the {name}"]} for name in ("colour", "person")}
+    (path / "paraphrases.json").write_text(json.dumps(wordings))
+    (path / "model").mkdir()
+    text = inputs + [w for task in wordings.values() for split in task.values() for w in split]
+    text += ["judge each answer . type : expected unexpected correct incorrect instruction input response reference"] * 5
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text * 3), model_prefix=str(path / "model/tokenizer"), vocab_size=420, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2)
+    tokenizer = data.Tokenizer(path / "model")
+    config = dataclasses.replace(PRESETS["tiny"], vocab_size=len(tokenizer), prompt_template="plain", bos_id=tokenizer.bos_id,
+                                 eos_ids=(tokenizer.eos_id,))
+    save_model(Llama(config).init_weights(0), path / "model")
+    return path
+
+
+def arguments(world, out, *more):
+    """A command line for the tiny world."""
+    return ["--model", str(world / "model"), "--tasks", str(world / "tasks"), "--paraphrases", str(world / "paraphrases.json"),
+            "--out", str(out), "--max-new-tokens", "4", "--eval-per-task", "3", "--eval-wordings", "2", "--per-task", "8",
+            "--judge-share", "0.3", *more]
+
+
+def cat(world, out, *more):
+    """The arguments of a short `cat` run whose judge is the rules."""
+    return ["--stage", "cat", *arguments(world, out, "--judge", "rule", "--pool-per-task", "4", "--wordings", "3", "--steps", "3", *more)]
+
+
+@pytest.fixture()
+def short(monkeypatch):
+    """The stages on the way take three steps too."""
+    for stage in ("sft", "sft-ia", "cat"):
+        monkeypatch.setitem(train.STAGE_DEFAULTS, stage, dict(train.STAGE_DEFAULTS[stage], steps=3))
+
+
+def planted(world, path):
+    """Scored candidates, as a run folder holds them: each group has a good answer and worse ones."""
+    tasks = data.load_tasks(world / "tasks")
+    records = [{"task": task.name, "id": x.id, "instruction": task.definition, "wording": wording, "input": x.input,
+                "target": x.outputs[0], "response": response, "finished": True, "reward": reward, "how": "rule",
+                "expected": True, "correct": reward == 2, "p_expected": None, "p_correct": None}
+               for task in tasks for x in data.split_instances(task, "pool")[:5]
+               for wording, response, reward in (("w1", x.outputs[0], 2), ("w2", "hat", 0), ("w3", "tom tom", 1), ("w3", "", 0))]
+    data.append_records(path, records)
+    return path
+
+
+# Stages --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["sft", "sft-ia"])
+def test_tuning_moves_the_adapter_and_nothing_else(world, tmp_path, stage):
+    before = {p.name: p.read_bytes() for p in (world / "model").iterdir()}
+    assert train.main(["--stage", stage, *arguments(world, tmp_path, "--steps", "3", "--no-evaluate")]) == 0
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(weights) == 2 * 7 * PRESETS["tiny"].n_layers
+    assert all(w.abs().sum() > 0 for name, w in weights.items() if "lora_B" in name)         # all of them moved
+    assert before == {p.name: p.read_bytes() for p in (world / "model").iterdir()}
+    log = data.read_records(tmp_path / "log.jsonl")
+    assert [row["step"] for row in log] == [0, 1, 2] and all(row["ce"] > 0 for row in log)
+
+
+def test_cat_goes_through_every_phase_and_finds_them_again(world, tmp_path, short, capsys):
+    out = tmp_path / "run"
+    path = planted(world, tmp_path / "candidates.jsonl")
+    assert train.main(cat(world, out, "--candidates", str(path))) == 0
+    printed = capsys.readouterr().out
+    assert all(title in printed for title in ("base", "SFT ", "SFT(IA) ", "SFT(IA)+CAT")) and "next: python train.py" in printed
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert list(metrics) == ["base", "SFT", "SFT(IA)", "SFT(IA)+CAT"]
+    for name in ("cr", "mcr", "rouge1", "rougeL", "exact_match", "consistent_and_correct", "worst_paraphrase"):
+        assert set(metrics["base"][name]) == {"mean", "ci95", "n"}
+    assert {"config.json", "log.jsonl", "adapter_config.json", "report.md", "judge.json", "sft", "sft-ia", "plots"} <= {
+        p.name for p in out.iterdir()}
+    adapter = (out / "adapter_model.safetensors").read_bytes()
+    assert train.main(cat(world, out, "--candidates", str(path))) == 0
+    assert "cat: found in" in capsys.readouterr().out and (out / "adapter_model.safetensors").read_bytes() == adapter
+    assert train.main(cat(world, out, "--candidates", str(path), "--lam", "0.5")) == 2
+    assert "holds another run: lam was 1.0, now 0.5" in capsys.readouterr().err
+
+
+def test_collecting_resumes_to_the_very_same_records(world, tmp_path, short):
+    """Per-record seeds: a file cut anywhere, mid-line too, is completed to what an undisturbed run wrote."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    arguments_of = lambda out: cat(world, out, "--eval-batch", "8", "--no-compare", "--no-evaluate")       # noqa: E731
+    train.main(arguments_of(whole))                         # a random model: 1 if no group has a good answer
+    records = (whole / "candidates.jsonl").read_bytes()
+    assert records.count(b"\n") == 2 * 4 * 4 * 2            # tasks, instances, wordings (3 and the original), samples
+    shutil.copytree(whole, cut)
+    for name in ("adapter_config.json", "log.jsonl"):
+        (cut / name).unlink(missing_ok=True)
+    first = records.split(b"\n")
+    per_group = 8
+    (cut / "candidates.jsonl").write_bytes(b"\n".join(first[:2 * per_group]) + b"\n" + first[2 * per_group][:40])
+    train.main(arguments_of(cut))
+    assert (cut / "candidates.jsonl").read_bytes() == records
+
+
+@pytest.mark.parametrize("condition", ["own", "original", "worse"])
+@pytest.mark.parametrize("target", ["best", "gold"])
+def test_cat_items_pair_good_with_worse(world, tmp_path, condition, target):
+    cfg, _ = train.parse_config(cat(world, tmp_path, "--condition", condition, "--ce-target", target))
+    run = train.make_run(cfg)
+    best = {"wording": "w1", "instruction": "do", "input": "in", "target": "red", "response": "blue", "reward": 2}
+    worse = [{**best, "wording": w, "response": r, "reward": x} for w, r, x in (("w2", "hat", 0), ("w3", "coat", 1), ("w3", "", 0))]
+    item = train.cat_item(run, best, worse)
+    texts = [run.tokenizer.decode(d["input_ids"]) for d in item["documents"]]
+    good = "red" if target == "gold" else "blue"
+    assert item["n_best"] == (2 if condition == "worse" else 1) and len(item["pairs"]) == 3
+    assert all(text.endswith(good) for text in texts[:item["n_best"]])
+    wording = {"own": ["w1", "w1", "w1"], "original": ["do"] * 3, "worse": ["w2", "w3", "w3"]}[condition]
+    for (better, lower), expected, row in zip(item["pairs"], wording, worse):
+        assert f"Instruction: {expected}" in texts[better] and texts[lower].endswith(f"Response: {row['response']}".strip())
+
+
+def test_pretrain_makes_a_checkpoint_that_loads(world, tmp_path):
+    data.append_records(tmp_path / "corpus.jsonl", [[["anna has a red hat", True]], [["what ?", False], [" red", True], ["</s>", True]]] * 20)
+    assert train.main(["--stage", "pretrain", "--corpus", str(tmp_path / "corpus.jsonl"), "--tokenizer", str(world / "model/tokenizer.model"),
+                       "--preset", "tiny", "--steps", "30", "--lr", "0.02", "--out", str(tmp_path / "run"), "--export", str(tmp_path / "base")]) == 0
+    log = data.read_records(tmp_path / "run/log.jsonl")
+    assert log[-1]["ce"] < 0.3 * log[0]["ce"]
+    assert load_model(tmp_path / "base").config.prompt_template == "plain"
+
+
+# The loop ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def cat_run(world, tmp_path):
+    """A run at the start of its cat stage, with its groups of documents."""
+    path = planted(world, tmp_path / "candidates.jsonl")
+    cfg, _ = train.parse_config(cat(world, tmp_path / "run", "--candidates", str(path), "--max-worse", "2"))
+    run = train.make_run(cfg)
+    train.adapted(run, None)
+    with torch.no_grad():
+        for p in lora.lora_parameters(run.model):
+            p.normal_(0, 0.05)
+    return run, train.cat_groups(run)
+
+
+def gradients(run, groups, micro_tokens):
+    """Gradients of one step, split into micro-batches of the given size."""
+    stage, cfg = train.STAGES["cat"], run.cfg
+    parameters = lora.lora_parameters(run.model)
+    for p in parameters:
+        p.grad = None
+    batches = [train.collate(part, "cpu") for part in data.micro_batches(groups, micro_tokens)]
+    train.backward(run.model, stage, batches, cfg)
+    return len(batches), [p.grad.clone() for p in parameters]
+
+
+def test_accumulated_gradients_equal_the_full_batch(cat_run):
+    run, groups = cat_run
+    one, whole = gradients(run, groups, 10**9)
+    many, parts = gradients(run, groups, 60)
+    assert one == 1 and many > 3
+    for a, b in zip(whole, parts):
+        assert torch.allclose(a, b, atol=1e-7, rtol=1e-4)
+
+
+def test_step_equals_the_equation_written_out(cat_run):
+    """L_rank + lambda L_ce of the batch, from plain log-softmax over one document at a time."""
+    run, groups = cat_run
+    cfg, rank, pairs, ce, tokens = run.cfg, 0.0, 0, 0.0, 0.0
+    for group in groups:
+        scores = []
+        for k, document in enumerate(group["documents"]):
+            ids, labels = torch.tensor(document["input_ids"]), torch.tensor(document["labels"])
+            logits = run.model(ids[None])[0].log_softmax(-1)
+            terms = [logits[t - 1, labels[t]] for t in range(len(ids)) if labels[t] != -100]
+            scores.append(sum(terms) / len(terms))
+            if k < group["n_best"]:
+                ce, tokens = ce - sum(terms) / group["n_best"], tokens + len(terms) / group["n_best"]
+        for better, worse in group["pairs"]:
+            rank, pairs = rank + max(0.0, float(scores[worse] - scores[better])), pairs + 1
+    batch = train.collate(groups, "cpu")
+    terms = train.STAGES["cat"].step(run.model, batch, cfg)
+    totals = train.STAGES["cat"].counts(batch)
+    assert totals["rank"] == pairs and totals["ce"] == pytest.approx(tokens, rel=1e-6)
+    assert float(terms["rank"]) == pytest.approx(rank, rel=1e-4) and float(terms["ce"]) == pytest.approx(float(ce), rel=1e-5)
+
+
+def test_a_non_finite_loss_stops_before_anything_moves(cat_run, tmp_path):
+    run, groups = cat_run
+    before = [p.clone() for p in lora.lora_parameters(run.model)]
+    stage = dataclasses.replace(train.STAGES["cat"], step=lambda model, batch, cfg: {"ce": train.cat_step(model, batch, cfg)["ce"] * float("nan")},
+                                counts=lambda batch: {"ce": 1})
+    with pytest.raises(FloatingPointError, match="step 0 of cat gave a non-finite loss"):
+        train.train(run, stage, groups, tmp_path / "log.jsonl")
+    assert all(torch.equal(a, b) for a, b in zip(before, lora.lora_parameters(run.model)))
+
+
+def test_learning_rate_warms_up_and_decays():
+    cfg = train.TrainConfig(steps=100, lr=1.0, warmup_ratio=0.1, min_lr_ratio=0.1)
+    rates = [train.learning_rate(step, cfg) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0) and rates.index(max(rates)) in (9, 10)
+    assert rates[-1] == pytest.approx(0.1, abs=0.01) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_two_processes_train_as_one(world, tmp_path):
+    """torchrun with two gloo ranks gives the adapter of one process, within float32 rounding."""
+    path = planted(world, tmp_path / "candidates.jsonl")
+    common = cat(world, "OUT", "--candidates", str(path), "--no-compare", "--no-evaluate", "--init", str(tmp_path / "ia"))
+    assert train.main(["--stage", "sft-ia", *arguments(world, tmp_path / "ia", "--no-evaluate", "--wordings", "3")]) == 0
+    outs = [tmp_path / "one", tmp_path / "two"]
+    assert train.main([str(outs[0]) if x == "OUT" else x for x in common]) == 0
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"),
+            *[str(outs[1]) if x == "OUT" else x for x in common]]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (load_file(out / "adapter_model.safetensors") for out in outs)
+    assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-5
+
+
+# Mistakes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line, sentence", [
+    (["--stage", "sfft"], 'unknown stage "sfft". Stages: pretrain, sft, sft-ia, cat. Did you mean "sft"?'),
+    (["--stagee", "cat"], "unrecognized arguments: --stagee"), (["--judge", "oracle"], "invalid choice: 'oracle'"),
+    (["--lr", "fast"], "invalid float value: 'fast'"), (["--lr", "-1"], "--lr is -1.0. Expected a positive number."),
+    (["--steps", "0"], "--steps is 0. Expected 1 or more."), (["--model", "nowhere"], "--model nowhere does not exist."),
+    (["--stage", "sft", "--lam", "1"], '--lam means nothing to stage "sft"'), (["--stage", "pretrain"], "needs --corpus FILE")])
+def test_a_wrong_command_answers_in_one_sentence_before_torch(line, sentence):
+    done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "train.py"), *line], capture_output=True, text=True)
+    ours = [row for row in done.stderr.splitlines() if not row.startswith("import time:")]
+    assert done.returncode == 2 and len(ours) == 1 and ours[0].startswith("error: ") and sentence in ours[0]
+    assert " torch\n" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_bad_input_is_one_sentence_and_nothing_is_written(world, tmp_path, capsys):
+    def answer(**files):
+        place = tmp_path / "bad"
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(world, place)
+        for name, text in files.items():
+            (place / name.replace("__", "/").replace("_json", ".json").replace("_model", ".model")).write_text(text)
+        assert train.main(cat(place, tmp_path / "never")) == 2
+        assert not (tmp_path / "never").exists()
+        return capsys.readouterr().err
+    assert "is not JSON" in answer(tasks__colour_json="{")
+    assert 'field "output" is missing' in answer(tasks__colour_json='{"Definition": "d", "Instances": [{"input": "a"}]}')
+    assert "no instances" in answer(tasks__colour_json='{"Definition": "d", "Instances": []}')
+    assert "not among the 2 tasks" in answer(paraphrases_json='{"shape": ["a", "b"]}')
+    assert "tiktoken" in answer(model__tokenizer_model="IQ== 0\n")
+    assert "is not JSON" in answer(paraphrases_json="[")
+
+
+def test_no_room_for_a_response_and_an_unwritable_folder(world, tmp_path, capsys):
+    assert train.main(cat(world, tmp_path / "a", "--max-len", "3")) == 2
+    assert "--max-len 3 leaves no room" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert train.main(cat(world, tmp_path / "file" / "out")) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+# Real data -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real task files are not beside the project")
+@pytest.mark.parametrize("folder", ["ni_tasks", "instruction_induction"])
+def test_real_task_files_are_read(folder):
+    tasks = data.load_tasks(SHARED / folder)
+    assert len(tasks) == len(list((SHARED / folder).rglob("*.json" if folder == "ni_tasks" else "annotations/*.json")))
+    assert all(task.instances and task.definition and all(x.outputs[0] for x in task.instances) for task in tasks)
+
+
+# The house -----------------------------------------------------------------------------------------------------------
+
+ROOMS = {"model": set(), "lora": set(), "losses": set(), "data": set(), "judge": set(), "eval": {"model", "lora", "data", "judge"},
+         "train": {"model", "lora", "losses", "data", "judge", "eval"}}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_follow_the_direction_of_the_house(room):
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / f"{room}.py").read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    assert names & set(ROOMS) <= ROOMS[room]
+
+
+def test_tables_of_stages_agree_and_ignore_index_is_one():
+    assert train.STAGES.keys() == train.STAGE_DEFAULTS.keys() and data.IGNORE_INDEX == -100
+    assert losses.prediction_rows(torch.tensor([-100, 5]))[1].tolist() == [5]
+
+
+def test_every_flag_in_the_readme_exists():
+    text = (ROOT / "README.md").read_text()
+    names = {"--" + item.name.replace("_", "-") for item in dataclasses.fields(train.TrainConfig)}
+    for line in re.findall(r"python train\.py[^\n`]*", text):
+        for name in re.findall(r"--[a-z-]+", line):
+            assert name in names or name.replace("--no-", "--") in names, f"{name} in: {line}"
