@@ -261,9 +261,12 @@ def _hash_order(names: list[str], salt: str) -> list[str]:
 
 
 def split_wordings(task: str, texts: list[str]) -> dict[str, list[Wording]]:
-    """A plain list of wordings in three: half train, a quarter dev, a quarter test, by a hash of the text."""
+    """A plain list of wordings in three by a hash of the text: a quarter dev, a quarter test (two at least), the rest train.
+
+    Fewer than five wordings are all for training: consistency needs two held-out ones.
+    """
     order = [Wording(text) for text in _hash_order(list(dict.fromkeys(texts)), f"wordings/{task}")]
-    held = len(order) // 4
+    held = max(2, len(order) // 4) if len(order) >= 5 else 0
     return {"test": order[:held], "dev": order[held:2 * held], "train": order[2 * held:]}
 
 
@@ -296,6 +299,30 @@ def load_paraphrases(path, tasks: list[Task]) -> None:
                     seen.add(wording.text)
                     wordings[split].append(wording)
         by_name[name].wordings = wordings
+
+
+FRAMES = {                                                  # around a definition, where nobody wrote wordings of it
+    "train": ["Please do the following. {definition}", "{definition} Answer for the text below.", "Task: {definition}",
+              "Here is what you have to do: {definition}", "{input}\n\n{definition}", "I need your help. {definition}",
+              "Read the instruction and follow it. {definition}", "Given: {input}\nWhat to do: {definition}"],
+    "dev": ["Could you help me with this? {definition}", "{input}\n\nThe instruction for the text above: {definition}",
+            "Instruction - {definition}", "You are an expert. {definition} Think carefully, then give only the answer."],
+    "test": ["Would you mind doing this for me? {definition}", "Text: {input}\n\nNow, {definition}", "TODO: {definition}",
+             "{definition} Do not explain, just answer."],
+}
+
+
+def frame_bare_tasks(tasks: list[Task]) -> str:
+    """Give every task without wordings some made of FRAMES; returns a sentence that says so, or nothing.
+
+    They are a weak stand-in for paraphrases, since the definition's own words stay.
+    """
+    bare = [task for task in tasks if not any(task.wordings.values())]
+    for task in bare:
+        task.wordings = {split: [Wording(frame.replace("{definition}", task.definition), "frame") for frame in frames]
+                         for split, frames in FRAMES.items()}
+    return (f"{len(bare)} of {len(tasks)} tasks have no paraphrases: their definitions are set into the sentences of "
+            "data.FRAMES. Real paraphrases (--paraphrases FILE) measure more.") if bare else ""
 
 
 def split_instances(task: Task, split: str) -> list[Instance]:
@@ -407,10 +434,13 @@ def encode_example(tokenizer, template: Template, prompt: str, response, *, max_
     if room < 2:
         raise ValueError(f"--max-len {max_len} leaves no room for a response of {len(tokens)} tokens and a prompt; "
                          f"raise --max-len to at least {len(tokens) + len(ids)}.")
-    cut = len(ids) > room
-    if cut:
-        ids = ids[:1] + ids[len(ids) - room + 1:]
-    return {"input_ids": ids + tokens, "labels": [IGNORE_INDEX] * len(ids) + tokens, "cut": int(cut)}
+    kept = cut_left(ids, room)
+    return {"input_ids": kept + tokens, "labels": [IGNORE_INDEX] * len(kept) + tokens, "cut": int(len(ids) > room)}
+
+
+def cut_left(ids: list[int], room: int) -> list[int]:
+    """Prompt ids that fit: BOS and the right end. The answer depends most on what stands last."""
+    return ids if len(ids) <= room else ids[:1] + ids[len(ids) - room + 1:]
 
 
 def pack(documents: list[dict]) -> dict:

@@ -28,6 +28,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+DEMO = Path(__file__).parent / "demo"
 METRICS = {                                                # name in metrics.json: (column title, what it says)
     "cr": ("CR", "share of a question's pairs of responses that the judge calls similar"),
     "mcr": ("MCR", "share of a question's responses in its largest set of mutually similar ones"),
@@ -57,13 +58,14 @@ class EvalConfig:
     model: str = _flag("demo/base", "folder of the model")
     tokenizer: str = _flag("", "tokenizer.model, where the model folder has none")
     adapter: list[str] = field(default_factory=list, metadata={"help": "adapter folders to evaluate beside the model"})
-    tasks: str = _flag("demo/tasks", "task file or folder")
-    paraphrases: str = _flag("demo/paraphrases.json", "wordings of the tasks' instructions")
+    tasks: str = _flag("", "task file or folder (default: demo/tasks)")
+    paraphrases: str = _flag("", "JSON file of wordings per task (default for the demo's tasks: demo/paraphrases.json)")
     split: Literal["dev", "test"] = _flag("dev", "which held-out wordings and inputs")
     wordings: int = _flag(10, "wordings per question, at most")
     per_task: int = _flag(20, "questions per task, at most")
     template: str = _flag("", "prompt template (default: the checkpoint's own, else alpaca)")
     max_new_tokens: int = _flag(128, "longest response in tokens")
+    max_len: int = _flag(0, "most tokens of prompt and response together (0: what the model takes)")
     batch_size: int = _flag(64, "responses generated side by side")
     rouge_threshold: float = _flag(0.7, "ROUGE-L from which the rule judge calls two free texts similar")
     cluster: Literal["clique", "component", "greedy"] = _flag("clique", "what counts as a cluster in MCR")
@@ -88,15 +90,22 @@ class Completion:
 
 
 def complete(model, tokenizer, prompts: list[str], *, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
-             top_k: int = 0, seed: int | list[int] = 0, batch_size: int = 64, progress=None) -> list[Completion]:
+             top_k: int = 0, seed: int | list[int] = 0, batch_size: int = 64, max_len: int | None = None,
+             progress=None) -> list[Completion]:
     """One completion per prompt, in order. At temperature 0 identical prompts are generated once.
 
-    `seed` is one number, or one per prompt. `progress(k)` is called when k more rows are done.
+    `seed` is one number, or one per prompt. Prompt and answer share max_len tokens (default: what the model takes); a
+    longer prompt loses its left, as in training. `progress(k)` is called when k more rows are done.
     """
+    from data import cut_left
     from model import generate
 
     asked = list(dict.fromkeys(prompts)) if temperature == 0 else prompts
-    token_ids = generate(model, [tokenizer.encode_prompt(text) for text in asked], max_new_tokens=max_new_tokens,
+    room = min(max_len or sys.maxsize, model.config.max_position_embeddings) - max_new_tokens
+    if room < 2:
+        raise ValueError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: prompt and answer share "
+                         f"{room + max_new_tokens} tokens. Lower it.")
+    token_ids = generate(model, [cut_left(tokenizer.encode_prompt(text), room) for text in asked], max_new_tokens=max_new_tokens,
                          temperature=temperature, top_p=top_p, top_k=top_k, eos_ids=(tokenizer.eos_id,),
                          seed=0 if temperature == 0 else seed, batch_size=batch_size, progress=progress)
     made = [Completion(tokenizer.decode(ids), ids, ids[-1:] == [tokenizer.eos_id]) for ids in token_ids]
@@ -131,17 +140,20 @@ def _branches(tokenizer, item: int, suffix: str, keywords: tuple[str, str]) -> l
     return [_Branch(item, ids, scored) for ids, scored in targets.items()]
 
 
-def _read_prefixes(model, prefixes: list[list[int]], room: int):
-    """A KV cache with a row per prefix and room for `room` more tokens in each."""
+def _read_prefixes(model, prefixes: list[list[int]], room: int, max_len: int | None):
+    """A KV cache with a row per prefix and room for `room` more tokens in each; a prefix too long loses its left."""
     import torch
 
+    from data import cut_left
     from model import KVCache
 
-    lengths, weight = [len(ids) for ids in prefixes], model.lm_head.weight
-    longest, limit = max(lengths) + room, model.config.max_position_embeddings
-    if longest > limit:
-        raise ValueError(f"a question has up to {longest} tokens, and the model takes {limit}. Shorten the inputs.")
-    cache = KVCache(model.config, len(prefixes), longest, weight.dtype, weight.device)
+    limit = min(max_len or sys.maxsize, model.config.max_position_embeddings) - room
+    if limit < 2:
+        raise ValueError(f"an answer to judge has about {room} tokens and leaves no room for its question within "
+                         f"{limit + room}. Lower --max-new-tokens, or raise --max-len.")
+    prefixes, weight = [cut_left(ids, limit) for ids in prefixes], model.lm_head.weight
+    lengths = [len(ids) for ids in prefixes]
+    cache = KVCache(model.config, len(prefixes), max(lengths) + room, weight.dtype, weight.device)
     input_ids = torch.tensor(list(chain(*prefixes)), device=weight.device)                          # (N,)
     unasked = torch.zeros(0, dtype=torch.long, device=weight.device)
     model(input_ids, lengths=lengths, kv_cache=cache, logits_at=unasked)
@@ -164,7 +176,7 @@ def _add_logprobs(model, cache, branches: list[_Branch], results) -> None:
 
 
 def keyword_logprobs(model, tokenizer, prefixes: list[str], suffixes: list[str], keywords: list[tuple[str, str]], *,
-                     batch_size: int = 64) -> list[tuple[float, float]]:
+                     batch_size: int = 64, max_len: int | None = None) -> list[tuple[float, float]]:
     """log P(keyword | prefix + suffix), over all tokens of the keyword, for both keywords of every item.
 
     A prefix that several items share is read once; its row of the cache is forked to their suffixes. Prefixes end in a
@@ -183,7 +195,7 @@ def keyword_logprobs(model, tokenizer, prefixes: list[str], suffixes: list[str],
             for texts in _chunks(order, batch_size):
                 forks = [(row, branch) for row, text in enumerate(texts) for branch in by_prefix[text]]
                 room = max(len(branch.token_ids) for _, branch in forks)
-                cache = _read_prefixes(model, [tokenizer.encode_prompt(text) for text in texts], room)
+                cache = _read_prefixes(model, [tokenizer.encode_prompt(text) for text in texts], room, max_len)
                 for part in _chunks(forks, batch_size):
                     rows, branches = zip(*part, strict=True)
                     _add_logprobs(model, cache.select(rows), branches, results)
@@ -444,7 +456,7 @@ def evaluate_model(model, tokenizer, questions: list[dict], config: EvalConfig, 
 
     template = find_template(config.template or model.config.prompt_template or "alpaca")
     prompts = [template.render(text, question["input"]) for question in questions for text in question["wordings"]]
-    made = iter(complete(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens,
+    made = iter(complete(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens, max_len=config.max_len or None,
                          batch_size=config.batch_size, progress=progress))
     answered = []
     for question in questions:
@@ -699,13 +711,17 @@ def check_config(config: EvalConfig) -> None:
 
 def load_questions(config: EvalConfig) -> list[dict]:
     """The held-out questions of the split, without responses."""
-    from data import load_paraphrases, load_tasks, questions
+    from data import frame_bare_tasks, load_paraphrases, load_tasks, questions
 
-    tasks = load_tasks(config.tasks)
-    load_paraphrases(config.paraphrases, tasks)
+    tasks, wordings = load_tasks(config.tasks or DEMO / "tasks"), config.paraphrases
+    if wordings or not config.tasks:
+        load_paraphrases(wordings or DEMO / "paraphrases.json", tasks)
+    framed = frame_bare_tasks(tasks)
+    if framed:
+        print(framed)
     found = questions(tasks, split=config.split, wordings=config.wordings, per_task=config.per_task)
     if not found:
-        raise ValueError(f"no task of {config.tasks} has two {config.split} wordings in {config.paraphrases}. "
+        raise ValueError(f"no task has two {config.split} wordings. "
                          "CR needs at least two: add some, or take the other split.")
     return found
 

@@ -355,7 +355,7 @@ def score_candidates(run: Run, judge, todo) -> list[dict]:
                 seeds.append(random.Random(f"{cfg.seed}/{task.name}/{instance.id}/{text}/{sample}").getrandbits(31))
     answers = complete(run.model, run.tokenizer, [run.template.render(r["wording"], r["input"]) for r in records],
                        max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p, seed=seeds,
-                       batch_size=cfg.eval_batch)
+                       batch_size=cfg.eval_batch, max_len=cfg.max_len)
     for record, answer in zip(records, answers):
         record.update(response=answer.text, finished=answer.finished)
     for record, verdict in zip(records, judge.judge(records)):
@@ -372,7 +372,8 @@ def make_judge(run: Run):
         return judging.RuleJudge(rouge_threshold=cfg.rouge_threshold)
 
     def ask(prefixes, suffixes, keywords):
-        return keyword_logprobs(run.model, run.tokenizer, prefixes, suffixes, keywords, batch_size=cfg.eval_batch)
+        return keyword_logprobs(run.model, run.tokenizer, prefixes, suffixes, keywords, batch_size=cfg.eval_batch,
+                                max_len=cfg.max_len)
     return judging.LocalJudge(ask, judging.JudgeConfig(mode=cfg.reward_mode, steps=cfg.reward_steps,
                                                        show_target=cfg.show_target))
 
@@ -572,6 +573,9 @@ def make_run(cfg: TrainConfig) -> Run:
     tasks = data.load_tasks(cfg.tasks)
     if cfg.paraphrases:
         data.load_paraphrases(cfg.paraphrases, tasks)
+    framed = data.frame_bare_tasks(tasks)
+    if framed:
+        say(framed)
     tokenizer = data.Tokenizer(cfg.tokenizer or cfg.model)
     model = load_base(cfg)
     if len(tokenizer) > model.config.vocab_size:
@@ -689,7 +693,7 @@ def report(run: Run, ladder: dict[str, Path | None]) -> None:
     if not cfg.evaluate:
         return
     rows = data.questions(run.tasks, split=cfg.split, wordings=cfg.eval_wordings, per_task=cfg.eval_per_task)
-    config = EvalConfig(template=cfg.template, max_new_tokens=cfg.max_new_tokens, batch_size=cfg.eval_batch)
+    config = EvalConfig(template=cfg.template, max_new_tokens=cfg.max_new_tokens, max_len=cfg.max_len, batch_size=cfg.eval_batch)
     judge, results, tables = judging.RuleJudge(rouge_threshold=cfg.rouge_threshold), {}, {}
     say(f"evaluating on {len(rows)} held-out questions ({cfg.split}), {sum(len(r['wordings']) for r in rows)} answers per model.")
     for title, folder in ladder.items():
