@@ -705,7 +705,7 @@ def check_config(config: EvalConfig) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small. Give 1 or more.")
     given = [("--model", config.model), ("--tasks", config.tasks), ("--paraphrases", config.paraphrases)]
     for flag, path in given + [("--adapter", path) for path in config.adapter]:
-        if not Path(path).exists():
+        if path and not Path(path).exists():
             raise ValueError(f"{flag} {path} does not exist. Give the path of a file or folder that does.")
 
 

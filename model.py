@@ -367,8 +367,8 @@ class Cached:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (N, H, Dh), k and v (N, K, Dh) -> (N, H, Dh)."""
-        self.cache.k[layer][self.rows, :, self.position_ids] = k
-        self.cache.v[layer][self.rows, :, self.position_ids] = v
+        self.cache.k[layer][self.rows, :, self.position_ids] = k.detach()
+        self.cache.v[layer][self.rows, :, self.position_ids] = v.detach()
         if self.packed is not None:
             return self.packed(layer, q, k, v)
         (B, T), S = self.index.shape, self.mask.shape[-1]
@@ -522,7 +522,7 @@ class Answer:
 
 def generate(model: Llama, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 0.0,
              top_p: float = 1.0, top_k: int = 0, eos_ids: tuple[int, ...] | None = None, seed: int | list[int] = 0,
-             batch_size: int = 64, progress: Callable[[int, int], None] | None = None, return_logprobs: bool = False):
+             batch_size: int = 64, progress: Callable[[int], None] | None = None, return_logprobs: bool = False):
     """Continue prompts until an EOS id (kept as the last element) or max_new_tokens.
 
     A row's answer depends on its own prompt and seed only: not on its neighbours, nor on batch_size.
@@ -532,7 +532,7 @@ def generate(model: Llama, prompts: list[list[int]], *, max_new_tokens: int, tem
         temperature: 0 takes the most probable token; else top_k (0: off), then top_p (1: off), then a draw.
         eos_ids: by default those of the model's config.
         seed: one int for all (row i draws from (seed, i)), or one int per row.
-        progress: called as progress(done, total) when rows finish.
+        progress: called as progress(k) when k more rows are done, so that a tqdm bar's `update` fits.
     Returns:
         new token ids per prompt; with return_logprobs a pair (ids, logprobs), the latter of the full distribution at
         temperature 1, as teacher forcing gives them.
@@ -569,7 +569,7 @@ def uniform(stream: str, step: int) -> float:
 
 @torch.inference_mode()
 def decode(model: Llama, answers: list[Answer], max_new_tokens: int, how: tuple, eos_ids: set[int], batch_size: int,
-           progress: Callable[[int, int], None] | None) -> None:
+           progress: Callable[[int], None] | None) -> None:
     """Fill in the answers. Live rows stay in front of a static cache; a quarter of free slots is refilled at once."""
     if not answers:
         return
@@ -604,7 +604,7 @@ def decode(model: Llama, answers: list[Answer], max_new_tokens: int, how: tuple,
                 live[slot] = live[-1]
                 live.pop()
         if progress is not None and len(live) < was_live:
-            progress(len(answers) - len(waiting) - len(live), len(answers))
+            progress(was_live - len(live))
 
 
 def sample(logits: Tensor, draws: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:

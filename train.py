@@ -330,39 +330,42 @@ def collect_candidates(run: Run) -> None:
     cfg, path = run.cfg, run.folder / "candidates.jsonl"
     if cfg.candidates:
         return
-    done = {(r["task"], r["id"]) for r in data.read_records(path)}
-    todo = []
-    for task in run.tasks:
-        texts = [task.definition] + [w.text for w in task.wordings.get("train", [])[:cfg.wordings]]
-        for instance in data.split_instances(task, "pool")[:cfg.pool_per_task]:
-            if (task.name, instance.id) not in done:
-                rng = random.Random(f"pool/{cfg.seed}/{task.name}/{instance.id}")
-                todo.append((task, instance, rng.sample(texts, min(cfg.pool_wordings, len(texts)))))
-    judge = make_judge(run)
-    chunk = max(1, 4 * cfg.eval_batch // (cfg.pool_wordings * cfg.samples))
+    done = {candidate_key(record) for record in data.read_records(path)}
+    todo = [record for record in unanswered(run) if candidate_key(record) not in done]
+    judge, chunk = make_judge(run), 4 * cfg.eval_batch
     for start in tqdm(range(0, len(todo), chunk), desc="collect", unit="chunk", disable=None):
         data.append_records(path, score_candidates(run, judge, todo[start:start + chunk]))
 
 
-def score_candidates(run: Run, judge, todo) -> list[dict]:
-    """Sampled and judged answers for some (task, instance, wordings)."""
-    cfg, records, seeds = run.cfg, [], []
-    for task, instance, texts in todo:
-        for text in texts:
-            for sample in range(cfg.samples):
-                records.append({"task": task.name, "id": instance.id, "instruction": task.definition, "wording": text,
-                                "input": instance.input, "target": instance.outputs[0], "labels": task.labels})
-                seeds.append(random.Random(f"{cfg.seed}/{task.name}/{instance.id}/{text}/{sample}").getrandbits(31))
+def candidate_key(record: dict) -> tuple:
+    """What tells one candidate from another."""
+    return record["task"], record["id"], record["wording"], record["sample"]
+
+
+def unanswered(run: Run) -> list[dict]:
+    """The candidates to collect, without their responses: pool instances x wordings x samples."""
+    cfg, records = run.cfg, []
+    for task in run.tasks:
+        texts = [task.definition] + [w.text for w in task.wordings.get("train", [])[:cfg.wordings]]
+        for instance in data.split_instances(task, "pool")[:cfg.pool_per_task]:
+            rng = random.Random(f"pool/{cfg.seed}/{task.name}/{instance.id}")
+            records += [{"task": task.name, "id": instance.id, "sample": sample, "instruction": task.definition, "wording": text,
+                         "input": instance.input, "target": instance.outputs[0]}
+                        for text in rng.sample(texts, min(cfg.pool_wordings, len(texts))) for sample in range(cfg.samples)]
+    return records
+
+
+def score_candidates(run: Run, judge, records: list[dict]) -> list[dict]:
+    """The records with a sampled response and its reward; each draws from its own seed, so chunks change nothing."""
+    cfg, labels = run.cfg, {task.name: task.labels for task in run.tasks}
+    seeds = [random.Random(f"{cfg.seed}/{candidate_key(record)}").getrandbits(31) for record in records]
     answers = complete(run.model, run.tokenizer, [run.template.render(r["wording"], r["input"]) for r in records],
                        max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p, seed=seeds,
                        batch_size=cfg.eval_batch, max_len=cfg.max_len)
-    for record, answer in zip(records, answers):
-        record.update(response=answer.text, finished=answer.finished)
-    for record, verdict in zip(records, judge.judge(records)):
-        record.pop("labels")
-        record.update(reward=verdict.reward, how=verdict.how, expected=verdict.type, correct=verdict.correct,
-                      p_expected=verdict.p_expected, p_correct=verdict.p_correct)
-    return records
+    records = [{**record, "response": answer.text, "finished": answer.finished} for record, answer in zip(records, answers)]
+    verdicts = judge.judge([{**record, "labels": labels[record["task"]]} for record in records])
+    return [{**record, "reward": verdict.reward, "how": verdict.how, "expected": verdict.type, "correct": verdict.correct,
+             "p_expected": verdict.p_expected, "p_correct": verdict.p_correct} for record, verdict in zip(records, verdicts)]
 
 
 def make_judge(run: Run):

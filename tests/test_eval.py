@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -324,6 +325,9 @@ class ToyTokenizer:
         return "".join(chr(i - 3) if i < 131 else " " + chr(i - 131) for i in ids if i > 2)
 
 
+ROOMY = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=10**6))             # all that complete() reads
+
+
 def fake_generate(calls):
     def generate(model, prompts, *, max_new_tokens, temperature, top_p, top_k, eos_ids, seed, batch_size, progress):
         calls.append(prompts)
@@ -334,10 +338,10 @@ def fake_generate(calls):
 def test_complete_generates_equal_greedy_prompts_once(monkeypatch):
     calls = []
     monkeypatch.setattr("model.generate", fake_generate(calls))
-    made = complete(None, ToyTokenizer(), ["abc", "x", "abc", "abcdef"], max_new_tokens=4)
+    made = complete(ROOMY, ToyTokenizer(), ["abc", "x", "abc", "abcdef"], max_new_tokens=4)
     assert [answer.text for answer in made] == ["abc", "x", "abc", "abcd"] and len(calls[0]) == 3
     assert [answer.finished for answer in made] == [True, True, True, False]
-    assert len(complete(None, ToyTokenizer(), ["a", "a"], max_new_tokens=4, temperature=1.0, seed=[1, 2])) == 2
+    assert len(complete(ROOMY, ToyTokenizer(), ["a", "a"], max_new_tokens=4, temperature=1.0, seed=[1, 2])) == 2
     assert len(calls[1]) == 2
 
 
@@ -347,7 +351,7 @@ def test_evaluate_model_answers_every_wording(monkeypatch):
     for row in asked:
         del row["responses"]
         row["wordings"] = ["Say it.", "Say it again."]
-    answered = evaluate_model(None, ToyTokenizer(), asked, EvalConfig(template="plain", max_new_tokens=60))
+    answered = evaluate_model(ROOMY, ToyTokenizer(), asked, EvalConfig(template="plain", max_new_tokens=60))
     assert [len(row["responses"]) for row in answered] == [2, 2]
     assert answered[1]["responses"][1].startswith("### Instruction: Say it again.\n### Input: other")
     assert answered[0]["unfinished"] + answered[1]["unfinished"] == sum(

@@ -273,8 +273,8 @@ def test_refused_weights(adapter, tmp_path):
     good, key = load_file(file), "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     far = key.replace("layers.0", "layers.24")
     for tensors, words in [
-        (good | {far: good[key].clone()}, "made for another model: no module named model.layers.24.self_attn.q_proj. It "
-                                          "names some/base as its base; pass that with --model"),
+        (good | {far: good[key].clone()},
+         "made for another model: no module named model.layers.24.self_attn.q_proj. It names some/base as its base"),
         ({name: value for name, value in good.items() if name != key}, f"lacks {key}"),
         ({name.removeprefix("base_model.model."): value for name, value in good.items()}, "is not one that its"),
         (good | {key.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}, "magnitude_vector' of adap"),

@@ -75,7 +75,7 @@ def planted(world, path):
     """Scored candidates, as a run folder holds them: each group has a good answer and worse ones."""
     tasks = data.load_tasks(world / "tasks")
     records = [{"task": task.name, "id": x.id, "instruction": task.definition, "wording": wording, "input": x.input,
-                "target": x.outputs[0], "response": response, "finished": True, "reward": reward, "how": "rule",
+                "target": x.outputs[0], "sample": 0, "response": response, "finished": True, "reward": reward, "how": "rule",
                 "expected": True, "correct": reward == 2, "p_expected": None, "p_correct": None}
                for task in tasks for x in data.split_instances(task, "pool")[:5]
                for wording, response, reward in (("w1", x.outputs[0], 2), ("w2", "hat", 0), ("w3", "tom tom", 1), ("w3", "", 0))]
@@ -127,9 +127,7 @@ def test_collecting_resumes_to_the_very_same_records(world, tmp_path, short):
     shutil.copytree(whole, cut)
     for name in ("adapter_config.json", "log.jsonl"):
         (cut / name).unlink(missing_ok=True)
-    first = records.split(b"\n")
-    per_group = 8
-    (cut / "candidates.jsonl").write_bytes(b"\n".join(first[:2 * per_group]) + b"\n" + first[2 * per_group][:40])
+    (cut / "candidates.jsonl").write_bytes(records[:len(records) * 2 // 5])          # in the middle of a group and a line
     train.main(arguments_of(cut))
     assert (cut / "candidates.jsonl").read_bytes() == records
 
