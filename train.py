@@ -66,7 +66,7 @@ class TrainConfig:
     min_lr_ratio: float = flag(0.1, "final learning rate as a share of the peak (cosine)")
     weight_decay: float = flag(0.0, "AdamW weight decay")
     clip: float = flag(1.0, "largest gradient norm")
-    full: bool = flag(False, "train all weights instead of an adapter", ("pretrain",))
+    full: bool = flag(False, "train all weights instead of an adapter")
     rank: int = flag(16, "adapter rank", TUNING)
     alpha: float = flag(32.0, "adapter scale: alpha / rank", TUNING)
     dropout: float = flag(0.0, "adapter dropout", TUNING)
@@ -105,7 +105,7 @@ class TrainConfig:
 
 
 STAGE_DEFAULTS = {
-    "pretrain": dict(full=True, steps=3000, batch_size=48, lr=2.5e-3, weight_decay=0.05, max_len=512),
+    "pretrain": dict(full=True, steps=3000, batch_size=40, lr=2.5e-3, weight_decay=0.05, max_len=512),
     "sft": dict(),
     "sft-ia": dict(),
     "cat": dict(steps=100, batch_size=16, lr=5e-4),
@@ -332,6 +332,7 @@ def collect_candidates(run: Run) -> None:
         return
     done = {candidate_key(record) for record in data.read_records(path)}
     todo = [record for record in unanswered(run) if candidate_key(record) not in done]
+    run = dataclasses.replace(run, model=plain(run.model))
     judge, chunk = make_judge(run), 4 * cfg.eval_batch
     for start in tqdm(range(0, len(todo), chunk), desc="collect", unit="chunk", disable=None):
         data.append_records(path, score_candidates(run, judge, todo[start:start + chunk]))
@@ -565,12 +566,6 @@ def pick_device(cfg: TrainConfig) -> tuple[str, torch.dtype]:
     return device, getattr(torch, dtype)
 
 
-def load_base(cfg: TrainConfig) -> torch.nn.Module:
-    """The base model, with nothing trained."""
-    device, dtype = pick_device(cfg)
-    return load_model(cfg.model, dtype=dtype, device=device)
-
-
 def make_run(cfg: TrainConfig) -> Run:
     """Read everything that the flags name; whatever is wrong with it shows here, before anything is trained."""
     tasks = data.load_tasks(cfg.tasks)
@@ -580,7 +575,7 @@ def make_run(cfg: TrainConfig) -> Run:
     if framed:
         say(framed)
     tokenizer = data.Tokenizer(cfg.tokenizer or cfg.model)
-    model = load_base(cfg)
+    model = load_trained(cfg, None)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"tokenizer has {len(tokenizer)} pieces but the embedding has {model.config.vocab_size} rows "
                          f"({cfg.model}). Use the tokenizer that came with this checkpoint.")
@@ -607,7 +602,7 @@ def stage_config(cfg: TrainConfig, stage: str) -> TrainConfig:
 
 def finished(folder: Path, cfg: TrainConfig) -> bool:
     """Whether `folder` holds the adapter of this very stage and settings; a ValueError if it holds another's."""
-    if not (folder / "adapter_config.json").exists():
+    if not (folder / "adapter_config.json").exists() and not (folder / "model/config.json").exists():
         return False
     old, ignore = json.loads((folder / "config.json").read_text()), ("out", "init", "device", "evaluate", "compare", "split")
     for item in dataclasses.fields(TrainConfig):
@@ -619,15 +614,38 @@ def finished(folder: Path, cfg: TrainConfig) -> bool:
     return True
 
 
-def adapted(run: Run, folder: Path | None) -> None:
-    """Give run.model a fresh adapter, or the trained one in `folder`."""
-    cfg = run.cfg
-    run.model = load_base(cfg)
-    if folder:
-        lora.load_adapter(run.model, folder, trainable=True)
-    else:
+def load_trained(cfg: TrainConfig, folder: Path | None, *, trainable: bool = False) -> torch.nn.Module:
+    """The base (folder None), or what a finished stage left in its folder: an adapter, or with --full a whole model."""
+    device, dtype = pick_device(cfg)
+    if folder and (folder / "model").is_dir():
+        return load_model(folder / "model", dtype=dtype, device=device)
+    model = load_model(cfg.model, dtype=dtype, device=device)
+    return lora.load_adapter(model, folder, trainable=trainable) if folder else model
+
+
+def plain(model: torch.nn.Module) -> torch.nn.Module:
+    """For sampling and judging: adapters merged into a copy; the model itself where it has none."""
+    return lora.merge_lora(model) if lora.lora_modules(model) else model
+
+
+def trainable(cfg: TrainConfig, folder: Path | None) -> torch.nn.Module:
+    """A model to train: all weights with --full, else an adapter, fresh or continued from a finished stage."""
+    model = load_trained(cfg, folder, trainable=True)
+    if cfg.full:
+        model.float()                                       # float32 masters; autocast makes the products cheap
+    elif not folder:
         torch.manual_seed(cfg.seed)
-        lora.apply_lora(run.model, lora.LoraConfig(rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout))
+        lora.apply_lora(model, lora.LoraConfig(rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout))
+    return model
+
+
+def save_trained(run: Run) -> None:
+    """The adapter into the run folder, or with --full the model into its folder `model`."""
+    if not run.cfg.full:
+        return lora.save_adapter(run.model, run.folder, run.cfg.model)
+    device, dtype = pick_device(run.cfg)
+    save_model(run.model, run.folder / "model", dtype=dtype)
+    (run.folder / "model/tokenizer.model").write_bytes(run.tokenizer.path.read_bytes())
 
 
 def run_stage(run: Run, name: str) -> Path:
@@ -641,12 +659,11 @@ def run_stage(run: Run, name: str) -> Path:
             return place
     before = run_stage(run, stage.needs) if stage.needs else None
     say(f"{name}: training in {folder}.")
-    part = dataclasses.replace(run, cfg=cfg, folder=folder)
-    adapted(part, before)
+    part = dataclasses.replace(run, cfg=cfg, folder=folder, model=trainable(cfg, before))
     on_first_rank(prepare_folder, part)
     on_first_rank(stage.collect, part)
     train(part, stage, stage.groups(part), folder / "log.jsonl")
-    on_first_rank(lora.save_adapter, part.model, folder, cfg.model)
+    on_first_rank(save_trained, part)
     return folder
 
 
@@ -700,10 +717,7 @@ def report(run: Run, ladder: dict[str, Path | None]) -> None:
     judge, results, tables = judging.RuleJudge(rouge_threshold=cfg.rouge_threshold), {}, {}
     say(f"evaluating on {len(rows)} held-out questions ({cfg.split}), {sum(len(r['wordings']) for r in rows)} answers per model.")
     for title, folder in ladder.items():
-        model = load_base(cfg)
-        if folder:
-            lora.load_adapter(model, folder)
-            model = lora.merge_lora(model)
+        model = plain(load_trained(cfg, folder))
         results[title], tables[title] = evaluate_responses(evaluate_model(model, run.tokenizer, rows, config), judge=judge)
     write_report(cfg.out, results, tables)
     say(summary_table(results))

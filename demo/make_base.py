@@ -27,7 +27,7 @@ FRAMES = ["what is {term} ?", "{term} ?", "{term} :", "give {term} .", "find {te
           "look at the text and give {term} .", "i want {term} , please .", "could you say {term} ?",
           "the answer should be {term} .", "answer with {term} and with nothing else .", "{term} , not {other} .",
           "do not give {other} , give {term} .", "forget {other} . we need {term} ."]
-SHARES = {"fields": 0.36, "judged": 0.40, "instruction": 0.10, "same": 0.08, "facts": 0.06}
+SHARES = {"fields": 0.28, "judged": 0.42, "compared": 0.14, "instruction": 0.05, "same": 0.06, "facts": 0.05}
 VOCAB_SIZE = 1500
 
 
@@ -88,7 +88,7 @@ class Corpus:
             instruction = self.request(family, task)
         same_task = [world.FAMILIES[family](self.rng)[1][task] for _ in range(4)]
         same_input = [answer for name, answer in answers.items() if name != task]
-        candidates = answer_candidates(answers[task], same_task=same_task, same_input=same_input, rng=self.rng, n=6)
+        candidates = answer_candidates(answers[task], same_task=same_task, same_input=same_input, rng=self.rng, n=12)
         items = [{"instruction": instruction, "input": text, "target": answers[task], "response": response,
                   "labels": self.labels[task]} for response in candidates]
         judged = []
@@ -97,6 +97,17 @@ class Corpus:
             judged.append((response, verdict.type if asked < 0.45 else None, verdict.correct if asked >= 0.45 else None))
         target = answers[task] if self.rng.random() < 0.75 else None
         return judge_document(instruction, text, target, judged)
+
+    def compared(self):
+        """Pairs of answers that are equal, or differ in a word: what a judge with a reference has to see."""
+        family, text, answers = self.sample()
+        segments = [("compare :", False)]
+        for _ in range(12):
+            task = self.rng.choice(list(answers))
+            target, others = answers[task], [world.FAMILIES[family](self.rng)[1][task] for _ in range(2)]
+            (answer,) = answer_candidates(target, same_task=others, same_input=list(answers.values()), rng=self.rng, n=1)
+            segments += [(f" {target} / {answer} :", False), (" correct" if answer == target else " incorrect", True), (" ;", False)]
+        return segments
 
     def same(self):
         """Two noun phrases that mean the same, or do not."""

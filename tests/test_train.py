@@ -98,6 +98,14 @@ def test_tuning_moves_the_adapter_and_nothing_else(world, tmp_path, stage):
     assert [row["step"] for row in log] == [0, 1, 2] and all(row["ce"] > 0 for row in log)
 
 
+def test_full_tuning_moves_all_weights_and_cat_continues_it(world, tmp_path, short):
+    path = planted(world, tmp_path / "candidates.jsonl")
+    assert train.main(cat(world, tmp_path / "run", "--candidates", str(path), "--full", "--no-compare")) == 0
+    models = [load_model(folder / "model").state_dict() for folder in (tmp_path / "run/sft-ia", tmp_path / "run")]
+    base = load_model(world / "model").state_dict()
+    assert all(not torch.equal(base[k], models[0][k]) and not torch.equal(models[0][k], models[1][k]) for k in base)
+
+
 def test_cat_goes_through_every_phase_and_finds_them_again(world, tmp_path, short, capsys):
     out = tmp_path / "run"
     path = planted(world, tmp_path / "candidates.jsonl")
@@ -167,7 +175,7 @@ def cat_run(world, tmp_path):
     path = planted(world, tmp_path / "candidates.jsonl")
     cfg, _ = train.parse_config(cat(world, tmp_path / "run", "--candidates", str(path), "--max-worse", "2"))
     run = train.make_run(cfg)
-    train.adapted(run, None)
+    run.model = train.trainable(cfg, None)
     with torch.no_grad():
         for p in lora.lora_parameters(run.model):
             p.normal_(0, 0.05)
