@@ -285,20 +285,33 @@ def load_paraphrases(path, tasks: list[Task]) -> None:
             near = difflib.get_close_matches(name, by_name, 1)
             raise ValueError(f"{path} has wordings for task {name!r}, which is not among the {len(tasks)} tasks."
                              + (f" Did you mean {near[0]!r}?" if near else " Remove them, or add the task."))
+        task, where = by_name[name], f"{path}, task {name!r}"
         if isinstance(given, dict) and "paraphrases" in given:
             given = given["paraphrases"]
         if isinstance(given, list):
-            by_name[name].wordings = split_wordings(name, _strings(given, f"{path}, task {name!r}"))
-            continue
-        seen, wordings = {by_name[name].definition}, {}
-        for split in ("train", "dev", "test"):
-            wordings[split] = []
-            for row in given.get(split, []):
-                wording = Wording(row) if isinstance(row, str) else Wording(row["text"], row.get("style", ""))
-                if wording.text not in seen:
-                    seen.add(wording.text)
-                    wordings[split].append(wording)
-        by_name[name].wordings = wordings
+            task.wordings = split_wordings(name, [w.text for w in _wordings(given, where) if w.text != task.definition])
+        elif isinstance(given, dict) and given.keys() <= {"train", "dev", "test"}:
+            seen, task.wordings = {task.definition}, {}
+            for split in ("train", "dev", "test"):
+                rows = _wordings(given.get(split, []), f"{where}, {split}")
+                task.wordings[split] = [w for w in rows if not (w.text in seen or seen.add(w.text))]
+        else:
+            raise ValueError(f"{where} is {json.dumps(given)[:60]}. Expected a list of wordings, or an object with the "
+                             "lists train, dev and test.")
+
+
+def _wordings(rows, where: str) -> list[Wording]:
+    """A list of strings or {text, style} as wordings."""
+    if not isinstance(rows, list):
+        raise ValueError(f"{where} is {json.dumps(rows)[:60]}. Expected a list of wordings.")
+    found = []
+    for number, row in enumerate(rows):
+        text, style = (row.get("text"), row.get("style", "")) if isinstance(row, dict) else (row, "")
+        if not isinstance(text, str) or not text.strip() or not isinstance(style, str):
+            raise ValueError(f"{where}, wording {number} is {json.dumps(row)[:60]}. Expected a string, or an object with "
+                             "text and, if you like, style.")
+        found.append(Wording(text, style))
+    return found
 
 
 FRAMES = {                                                  # around a definition, where nobody wrote wordings of it

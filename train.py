@@ -60,8 +60,10 @@ class TrainConfig:
     # optimisation
     steps: int = flag(200, "optimiser steps")
     batch_size: int = flag(24, "examples (cat: groups) per step")
+    sft_steps: int = flag(200, "steps of the SFT stages on the way", PREFERENCE)
+    sft_lr: float = flag(2e-4, "learning rate of the SFT stages on the way", PREFERENCE)
     micro_tokens: int = flag(8192, "most tokens per forward pass; bounds memory, changes no result")
-    lr: float = flag(1e-3, "peak learning rate")
+    lr: float = flag(2e-4, "peak learning rate")
     warmup_ratio: float = flag(0.05, "share of the steps that warm up")
     min_lr_ratio: float = flag(0.1, "final learning rate as a share of the peak (cosine)")
     weight_decay: float = flag(0.0, "AdamW weight decay")
@@ -108,9 +110,12 @@ STAGE_DEFAULTS = {
     "pretrain": dict(full=True, steps=3000, batch_size=40, lr=2.5e-3, weight_decay=0.05, max_len=512),
     "sft": dict(),
     "sft-ia": dict(),
-    "cat": dict(steps=100, batch_size=16, lr=5e-4),
+    "cat": dict(steps=100, batch_size=16, lr=1e-4),
 }
-DEMO_DEFAULTS = dict(per_task=24, judge_share=0.4, max_new_tokens=24, rouge_threshold=0.95)
+DEMO_DEFAULTS = {                                           # a model of two million parameters wants larger steps
+    "sft": dict(lr=2e-3, steps=300), "sft-ia": dict(lr=2e-3, steps=300), "cat": dict(lr=5e-4, sft_lr=2e-3, sft_steps=300),
+}
+DEMO_TASKS = dict(per_task=24, judge_share=0.2, max_new_tokens=24, rouge_threshold=0.95)
 
 
 def parse_config(argv=None) -> tuple[TrainConfig, set[str]]:
@@ -140,7 +145,7 @@ def parse_config(argv=None) -> tuple[TrainConfig, set[str]]:
         if item.name in given and item.metadata["only"] and stage not in item.metadata["only"]:
             sys.exit(_complain(f'--{item.name.replace("_", "-")} means nothing to stage "{stage}", only to '
                                f'{", ".join(item.metadata["only"])}. Leave it out.'))
-    demo = {} if given.get("model") or stage == "pretrain" else DEMO_DEFAULTS
+    demo = {} if given.get("model") or stage == "pretrain" else {**DEMO_TASKS, **DEMO_DEFAULTS[stage]}
     cfg = TrainConfig(**{**STAGE_DEFAULTS[stage], **demo, **given})
     problem = check_config(cfg)
     if problem:
@@ -150,11 +155,11 @@ def parse_config(argv=None) -> tuple[TrainConfig, set[str]]:
 
 def check_config(cfg: TrainConfig) -> str:
     """What is wrong with the values, in one sentence, or nothing."""
-    for name in ("steps", "batch_size", "micro_tokens", "max_len", "rank", "samples", "pool_wordings", "max_new_tokens",
+    for name in ("steps", "sft_steps", "batch_size", "micro_tokens", "max_len", "rank", "samples", "pool_wordings", "max_new_tokens",
                  "eval_per_task", "max_worse", "per_task", "pool_per_task", "eval_batch"):
         if getattr(cfg, name) < 1:
             return f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected 1 or more."
-    for name in ("lr", "clip", "alpha"):
+    for name in ("lr", "sft_lr", "clip", "alpha"):
         if not getattr(cfg, name) > 0 or math.isinf(getattr(cfg, name)):
             return f"--{name} is {getattr(cfg, name)}. Expected a positive number."
     for name, top in (("dropout", 1), ("judge_share", 1), ("warmup_ratio", 1), ("min_lr_ratio", 1), ("top_p", 1.0001)):
@@ -590,14 +595,11 @@ def make_run(cfg: TrainConfig) -> Run:
     return Run(cfg, model, tokenizer, template, tasks, Path(cfg.out))
 
 
-OWN = ("steps", "batch_size", "lr")                         # flags that belong to the stage that was asked for
-
-
 def stage_config(cfg: TrainConfig, stage: str) -> TrainConfig:
-    """This run's settings for a stage on the way: that stage's own optimisation defaults, everything else as given."""
-    defaults = {item.name: item.default for item in dataclasses.fields(TrainConfig) if item.name in OWN}
-    folder = Path(cfg.out) / stage
-    return dataclasses.replace(cfg, **{**defaults, **STAGE_DEFAULTS[stage], "stage": stage, "out": str(folder)})
+    """This run's settings for an SFT stage on the way: its own steps, batch and learning rate, everything else as given."""
+    batch_size = {**dataclasses.asdict(TrainConfig()), **STAGE_DEFAULTS[stage]}["batch_size"]
+    steps, lr = (cfg.sft_steps, cfg.sft_lr) if cfg.stage in PREFERENCE else (cfg.steps, cfg.lr)
+    return dataclasses.replace(cfg, stage=stage, out=str(Path(cfg.out) / stage), steps=steps, lr=lr, batch_size=batch_size)
 
 
 def finished(folder: Path, cfg: TrainConfig) -> bool:

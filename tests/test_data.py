@@ -158,6 +158,14 @@ def test_paraphrases_by_list_and_by_split_without_overlap(tmp_path):
         data.load_paraphrases(write(tmp_path / "q.json", {"zzz": texts}), tasks)
 
 
+@pytest.mark.parametrize("given, sentence", [
+    (3, "task 'a' is 3"), ([3], "wording 0 is 3"), ([""], "wording 0 is"), ({"train": "x"}, "Expected a list of wordings"),
+    ({"train": [{"style": "x"}]}, "wording 0 is"), ({"training": ["x"]}, "lists train, dev and test")])
+def test_a_bad_wording_is_named(tmp_path, given, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        data.load_paraphrases(write(tmp_path / "p.json", {"a": given}), [Task("a", "do", [])])
+
+
 def test_instance_splits_are_disjoint_and_follow_the_input():
     inputs = [f"input {i}" for i in range(400)]
     first = Task("a", "d", [data.Instance(f"a{i}", text, ("x",)) for i, text in enumerate(inputs)])

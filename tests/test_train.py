@@ -61,14 +61,7 @@ def arguments(world, out, *more):
 
 def cat(world, out, *more):
     """The arguments of a short `cat` run whose judge is the rules."""
-    return ["--stage", "cat", *arguments(world, out, "--judge", "rule", "--pool-per-task", "4", "--wordings", "3", "--steps", "3", *more)]
-
-
-@pytest.fixture()
-def short(monkeypatch):
-    """The stages on the way take three steps too."""
-    for stage in ("sft", "sft-ia", "cat"):
-        monkeypatch.setitem(train.STAGE_DEFAULTS, stage, dict(train.STAGE_DEFAULTS[stage], steps=3))
+    return ["--stage", "cat", *arguments(world, out, "--judge", "rule", "--pool-per-task", "4", "--wordings", "3", "--steps", "3", "--sft-steps", "3", *more)]
 
 
 def planted(world, path):
@@ -98,7 +91,7 @@ def test_tuning_moves_the_adapter_and_nothing_else(world, tmp_path, stage):
     assert [row["step"] for row in log] == [0, 1, 2] and all(row["ce"] > 0 for row in log)
 
 
-def test_full_tuning_moves_all_weights_and_cat_continues_it(world, tmp_path, short):
+def test_full_tuning_moves_all_weights_and_cat_continues_it(world, tmp_path):
     path = planted(world, tmp_path / "candidates.jsonl")
     assert train.main(cat(world, tmp_path / "run", "--candidates", str(path), "--full", "--no-compare")) == 0
     models = [load_model(folder / "model").state_dict() for folder in (tmp_path / "run/sft-ia", tmp_path / "run")]
@@ -106,7 +99,7 @@ def test_full_tuning_moves_all_weights_and_cat_continues_it(world, tmp_path, sho
     assert all(not torch.equal(base[k], models[0][k]) and not torch.equal(models[0][k], models[1][k]) for k in base)
 
 
-def test_cat_goes_through_every_phase_and_finds_them_again(world, tmp_path, short, capsys):
+def test_cat_goes_through_every_phase_and_finds_them_again(world, tmp_path, capsys):
     out = tmp_path / "run"
     path = planted(world, tmp_path / "candidates.jsonl")
     assert train.main(cat(world, out, "--candidates", str(path))) == 0
@@ -125,7 +118,7 @@ def test_cat_goes_through_every_phase_and_finds_them_again(world, tmp_path, shor
     assert "holds another run: lam was 1.0, now 0.5" in capsys.readouterr().err
 
 
-def test_collecting_resumes_to_the_very_same_records(world, tmp_path, short):
+def test_collecting_resumes_to_the_very_same_records(world, tmp_path):
     """Per-record seeds: a file cut anywhere, mid-line too, is completed to what an undisturbed run wrote."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     arguments_of = lambda out: cat(world, out, "--eval-batch", "8", "--no-compare", "--no-evaluate")       # noqa: E731
@@ -245,7 +238,7 @@ def test_two_processes_train_as_one(world, tmp_path):
     """torchrun with two gloo ranks gives the adapter of one process, within float32 rounding."""
     path = planted(world, tmp_path / "candidates.jsonl")
     common = cat(world, "OUT", "--candidates", str(path), "--no-compare", "--no-evaluate", "--init", str(tmp_path / "ia"))
-    assert train.main(["--stage", "sft-ia", *arguments(world, tmp_path / "ia", "--no-evaluate", "--wordings", "3")]) == 0
+    assert train.main(["--stage", "sft-ia", *arguments(world, tmp_path / "ia", "--no-evaluate", "--wordings", "3", "--steps", "3")]) == 0
     outs = [tmp_path / "one", tmp_path / "two"]
     assert train.main([str(outs[0]) if x == "OUT" else x for x in common]) == 0
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"),
