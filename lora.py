@@ -113,6 +113,7 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
 
 
 def plain_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of a model without adapters, by name. Raises ValueError if it has some."""
     if lora_modules(model):
         raise ValueError("the model already has LoRA adapters; merge them first (merge_lora), or start from the base.")
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -128,6 +129,7 @@ def matches(name: str, targets) -> bool:
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the submodule `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
@@ -269,6 +271,7 @@ def read_adapter_config(folder: Path) -> tuple[LoraConfig, list[str] | str, str]
 
 
 def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of adapter_model.safetensors (or .bin), by PEFT key. Raises ValueError for a missing or bad file."""
     file = folder / "adapter_model.safetensors"
     file = file if file.is_file() else folder / "adapter_model.bin"
     if not file.is_file():

@@ -116,6 +116,7 @@ class ModelConfig:
 
 
 def hf_fields() -> list[Field]:
+    """The fields of ModelConfig that config.json holds under a name of its own."""
     return [item for item in fields(ModelConfig) if item.metadata["hf"]]
 
 
@@ -131,6 +132,7 @@ def checked(raw: dict, hf: str, default, low, high, help: str = ""):
 
 
 def token_ids(raw: dict, key: str, default: int) -> tuple[int, ...]:
+    """An id or a list of ids under `key`, as a tuple. Raises ValueError for anything else."""
     value = raw.get(key, default)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
@@ -659,6 +661,7 @@ def load_model(path: str | os.PathLike, *, dtype: torch.dtype = torch.float32,
 
 
 def read_config(folder: Path) -> ModelConfig:
+    """The ModelConfig of a Hugging Face folder. Raises ValueError where config.json is missing or unreadable."""
     file = folder / "config.json"
     if not file.is_file():
         meta = " Meta's own format (params.json) must be converted first." if (folder / "params.json").is_file() else ""
@@ -670,10 +673,12 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def one_line(error: Exception) -> str:
+    """The beginning of an error text, on one line."""
     return " ".join(str(error).split())[:100]
 
 
 def read_json(file: Path) -> dict:
+    """The object in a JSON file. Raises ValueError for anything else."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
