@@ -182,7 +182,8 @@ def fill_paths(cfg: TrainConfig) -> TrainConfig:
     """The paths that were left out: the demo's, and runs/STAGE."""
     demo_tasks = not cfg.tasks
     paraphrases = cfg.paraphrases or (str(HERE / "demo/paraphrases.json") if demo_tasks else "")
-    return dataclasses.replace(cfg, model=cfg.model or str(HERE / "demo/base"), tasks=cfg.tasks or str(HERE / "demo/tasks"),
+    model = cfg.model or ("" if cfg.stage == "pretrain" else str(HERE / "demo/base"))
+    return dataclasses.replace(cfg, model=model, tasks=cfg.tasks or str(HERE / "demo/tasks"),
                                paraphrases=paraphrases, out=cfg.out or f"runs/{cfg.stage}")
 
 
@@ -677,12 +678,12 @@ def prepare_folder(run: Run) -> None:
 
 
 def pretrain(cfg: TrainConfig) -> None:
-    """A new model from nothing on --corpus; the finished checkpoint goes to --export in bfloat16."""
+    """A new model, or --model trained on, on --corpus; the finished checkpoint goes to --export in bfloat16."""
     device, _ = pick_device(cfg)
     tokenizer = data.Tokenizer(cfg.tokenizer)
     config = dataclasses.replace(PRESETS[cfg.preset], vocab_size=len(tokenizer), bos_id=tokenizer.bos_id,
                                  eos_ids=(tokenizer.eos_id,), prompt_template=cfg.template or "plain")
-    model = Llama(config).init_weights(cfg.seed).to(device)
+    model = load_model(cfg.model, device=device) if cfg.model else Llama(config).init_weights(cfg.seed).to(device)
     run = Run(cfg, model, tokenizer, data.find_template(config.prompt_template), [], Path(cfg.out))
     on_first_rank(prepare_folder, run)
     say(f"pretrain: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters.")

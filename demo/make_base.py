@@ -27,15 +27,18 @@ FRAMES = ["what is {term} ?", "{term} ?", "{term} :", "give {term} .", "find {te
           "look at the text and give {term} .", "i want {term} , please .", "could you say {term} ?",
           "the answer should be {term} .", "answer with {term} and with nothing else .", "{term} , not {other} .",
           "do not give {other} , give {term} .", "forget {other} . we need {term} ."]
-SHARES = {"fields": 0.28, "judged": 0.42, "compared": 0.14, "instruction": 0.05, "same": 0.06, "facts": 0.05}
+PHASES = [                                                  # shares of the documents, and how they are trained on
+    ({"fields": 0.28, "judged": 0.42, "compared": 0.14, "instruction": 0.05, "same": 0.06, "facts": 0.05}, 3000, 2.5e-3),
+    ({"fields": 0.12, "judged": 0.62, "compared": 0.18, "instruction": 0.03, "same": 0.03, "facts": 0.02}, 2400, 1.5e-3),
+]
 VOCAB_SIZE = 1500
 
 
 class Corpus:
     """Draws documents: lists of (text, is_label) segments; the loss reads the labelled ones."""
 
-    def __init__(self, seed):
-        self.rng = random.Random(seed)
+    def __init__(self, seed, shares):
+        self.rng, self.shares = random.Random(seed), shares
         self.phrases = world.load_phrases()
         self.held_out = {family: {text for text, _ in world.demo_inputs(family)} for family in world.FAMILIES}
         self.labels = {task.name: task.labels for task in load_tasks(HERE / "tasks")}
@@ -43,7 +46,7 @@ class Corpus:
 
     def draw(self):
         """One document of a random kind."""
-        kind = self.rng.choices(list(SHARES), list(SHARES.values()))[0]
+        kind = self.rng.choices(list(self.shares), list(self.shares.values()))[0]
         return getattr(self, kind)()
 
     def sample(self):
@@ -140,22 +143,28 @@ def main(argv=None):
     """Write the corpus and the tokenizer, then run the `pretrain` stage on them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=str(HERE / "base"))
-    parser.add_argument("--documents", type=int, default=150_000)
-    parser.add_argument("--work", default="runs/base", help="where the corpus and the training run go")
+    parser.add_argument("--work", default="runs/base", help="where the corpus and the training runs go")
     parser.add_argument("--seed", type=int, default=0)
-    args, rest = parser.parse_known_args(argv)
-    world.write_tasks()
-    work = Path(args.work)
-    work.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(Corpus(args.seed + 1), work)
-    corpus = Corpus(args.seed)
-    with open(work / "corpus.jsonl", "w", encoding="utf-8") as file:
-        for _ in range(args.documents):
-            file.write(json.dumps(corpus.draw()) + "\n")
+    args = parser.parse_args(argv)
     import train
-    return train.main(["--stage", "pretrain", "--corpus", str(work / "corpus.jsonl"), "--tokenizer",
-                       str(work / "tokenizer.model"), "--out", str(work), "--export", args.out,
-                       "--seed", str(args.seed), *rest])
+    world.write_tasks()
+    work, model = Path(args.work), []
+    work.mkdir(parents=True, exist_ok=True)
+    train_tokenizer(Corpus(args.seed + 1, PHASES[0][0]), work)
+    for number, (shares, steps, lr) in enumerate(PHASES):
+        corpus, path = Corpus(1000 * number + args.seed, shares), work / f"corpus{number}.jsonl"
+        with open(path, "w", encoding="utf-8") as file:
+            for _ in range(42 * steps):                     # 40 documents a step: none is seen twice
+                file.write(json.dumps(corpus.draw()) + "\n")
+        last = number == len(PHASES) - 1
+        export = args.out if last else str(work / f"model{number}")
+        code = train.main(["--stage", "pretrain", "--corpus", str(path), "--tokenizer", str(work / "tokenizer.model"),
+                           "--steps", str(steps), "--lr", str(lr), "--out", str(work / f"phase{number}"), "--export", export,
+                           "--seed", str(args.seed), *model])
+        if code:
+            return code
+        model = ["--model", export]
+    return 0
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_every_split_has_enough_questions(tasks):
 
 def test_the_corpus_never_holds_an_input_of_the_task_files(tasks):
     import make_base
-    corpus, inputs = make_base.Corpus(3), {x.input for task in tasks for x in task.instances}
+    corpus, inputs = make_base.Corpus(3, make_base.PHASES[0][0]), {x.input for task in tasks for x in task.instances}
     for _ in range(300):
         text = "".join(segment for segment, _ in corpus.draw())
         assert not any(line.removeprefix("### Input: ") in inputs or line.split(" . ")[0] in inputs for line in text.splitlines())

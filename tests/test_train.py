@@ -330,3 +330,11 @@ def test_every_flag_in_the_readme_exists():
     for line in re.findall(r"python train\.py[^\n`]*", text):
         for name in re.findall(r"--[a-z-]+", line):
             assert name in names or name.replace("--no-", "--") in names, f"{name} in: {line}"
+
+
+def test_line_counts_in_the_readme_are_true():
+    rows = re.findall(r"^\| \[`(\w+\.py)`\]\(\w+\.py\) \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    assert {name for name, _ in rows} == {f"{room}.py" for room in ROOMS}
+    for name, count in rows:
+        lines = len((ROOT / name).read_text().splitlines())
+        assert abs(int(count) - lines) <= 0.1 * lines, f"{name} has {lines} lines"
