@@ -38,7 +38,7 @@ TUNING, PREFERENCE = ("sft", "sft-ia", "cat"), ("cat",)
 
 @dataclass
 class TrainConfig:
-    """Every flag of train.py. Precedence: this default < the stage's < the demo's (without --model) < the command line."""
+    """Every flag of train.py. Precedence: this default < the stage's < the demo's < the command line."""
 
     stage: str = flag("cat", "what to train")
     model: str = flag("", "Hugging Face folder of the base model (default: demo/base)")
@@ -112,14 +112,14 @@ STAGE_DEFAULTS = {
     "sft-ia": dict(),
     "cat": dict(steps=100, batch_size=16, lr=1e-4),
 }
-DEMO_DEFAULTS = {                                           # a model of two million parameters wants larger steps
+DEMO_MODEL = {                                              # a model of two million parameters wants larger steps
     "sft": dict(lr=2e-3, steps=300), "sft-ia": dict(lr=2e-3, steps=300), "cat": dict(lr=5e-4, sft_lr=2e-3, sft_steps=300),
 }
 DEMO_TASKS = dict(per_task=24, judge_share=0.2, max_new_tokens=24, rouge_threshold=0.95)
 
 
-def parse_config(argv=None) -> tuple[TrainConfig, set[str]]:
-    """Command line -> config and the names given on it. A mistake prints one sentence and exits with 2."""
+def parse_config(argv=None) -> TrainConfig:
+    """Command line -> config. A mistake prints one sentence and exits with 2."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n\n")[0] + "\n\n" + __doc__.split("\n\n")[1],
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     types = typing.get_type_hints(TrainConfig)
@@ -145,12 +145,13 @@ def parse_config(argv=None) -> tuple[TrainConfig, set[str]]:
         if item.name in given and item.metadata["only"] and stage not in item.metadata["only"]:
             sys.exit(_complain(f'--{item.name.replace("_", "-")} means nothing to stage "{stage}", only to '
                                f'{", ".join(item.metadata["only"])}. Leave it out.'))
-    demo = {} if given.get("model") or stage == "pretrain" else {**DEMO_TASKS, **DEMO_DEFAULTS[stage]}
-    cfg = TrainConfig(**{**STAGE_DEFAULTS[stage], **demo, **given})
+    demo_model = {} if given.get("model") or stage == "pretrain" else DEMO_MODEL[stage]
+    demo_tasks = {} if given.get("tasks") or stage == "pretrain" else DEMO_TASKS
+    cfg = TrainConfig(**{**STAGE_DEFAULTS[stage], **demo_model, **demo_tasks, **given})
     problem = check_config(cfg)
     if problem:
         sys.exit(_complain(problem))
-    return fill_paths(cfg), set(given)
+    return fill_paths(cfg)
 
 
 def check_config(cfg: TrainConfig) -> str:
@@ -751,7 +752,7 @@ def next_command(cfg: TrainConfig) -> str:
 
 def main(argv=None) -> int:
     """Run a stage. Returns 0, or 2 for a mistake in what was given, 1 for a run that failed."""
-    cfg, _ = parse_config(argv)
+    cfg = parse_config(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if pick_device(cfg)[0].startswith("cuda") else "gloo")
         if cfg.batch_size < ranks()[1]:

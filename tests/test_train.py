@@ -136,7 +136,7 @@ def test_collecting_resumes_to_the_very_same_records(world, tmp_path):
 @pytest.mark.parametrize("condition", ["own", "original", "worse"])
 @pytest.mark.parametrize("target", ["best", "gold"])
 def test_cat_items_pair_good_with_worse(world, tmp_path, condition, target):
-    cfg, _ = train.parse_config(cat(world, tmp_path, "--condition", condition, "--ce-target", target))
+    cfg = train.parse_config(cat(world, tmp_path, "--condition", condition, "--ce-target", target))
     run = train.make_run(cfg)
     best = {"wording": "w1", "instruction": "do", "input": "in", "target": "red", "response": "blue", "reward": 2}
     worse = [{**best, "wording": w, "response": r, "reward": x} for w, r, x in (("w2", "hat", 0), ("w3", "coat", 1), ("w3", "", 0))]
@@ -166,7 +166,7 @@ def test_pretrain_makes_a_checkpoint_that_loads(world, tmp_path):
 def cat_run(world, tmp_path):
     """A run at the start of its cat stage, with its groups of documents."""
     path = planted(world, tmp_path / "candidates.jsonl")
-    cfg, _ = train.parse_config(cat(world, tmp_path / "run", "--candidates", str(path), "--max-worse", "2"))
+    cfg = train.parse_config(cat(world, tmp_path / "run", "--candidates", str(path), "--max-worse", "2"))
     run = train.make_run(cfg)
     run.model = train.trainable(cfg, None)
     with torch.no_grad():
@@ -209,12 +209,12 @@ def test_step_equals_the_equation_written_out(cat_run):
             if k < group["n_best"]:
                 ce, tokens = ce - sum(terms) / group["n_best"], tokens + len(terms) / group["n_best"]
         for better, worse in group["pairs"]:
-            rank, pairs = rank + max(0.0, float(scores[worse] - scores[better])), pairs + 1
+            rank, pairs = rank + max(0.0, (scores[worse] - scores[better]).item()), pairs + 1
     batch = train.collate(groups, "cpu")
     terms = train.STAGES["cat"].step(run.model, batch, cfg)
     totals = train.STAGES["cat"].counts(batch)
     assert totals["rank"] == pairs and totals["ce"] == pytest.approx(tokens, rel=1e-6)
-    assert float(terms["rank"]) == pytest.approx(rank, rel=1e-4) and float(terms["ce"]) == pytest.approx(float(ce), rel=1e-5)
+    assert terms["rank"].item() == pytest.approx(rank, rel=1e-4) and terms["ce"].item() == pytest.approx(ce.item(), rel=1e-5)
 
 
 def test_a_non_finite_loss_stops_before_anything_moves(cat_run, tmp_path):
