@@ -1,6 +1,6 @@
 """From task files to packed batches: tokenizer, templates, tasks, wordings, splits, records.
 
-Methods: instruction augmentation of arXiv 2403.14221 (`augmented_examples`); everything here is text and token ids.
+Methods: instruction augmentation of arXiv 2403.14221 (`instruction_examples`); everything here is text and token ids.
 
     B batch   N tokens of a packed row (documents laid end to end, no padding)
 

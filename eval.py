@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import string
 import sys
+from argparse import SUPPRESS
 from collections import Counter
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
@@ -47,33 +49,35 @@ ALONE = "#BBBBBB"
 NON_LATIN = re.compile(r"[^\W\d_\u0000-\u024f\u1e00-\u1eff]")                            # a letter of another script
 
 
-def _flag(default, help: str):
-    return field(default=default, metadata={"help": help})
+def flag(default, help: str, only: tuple[str, ...] | None = None):
+    """A dataclass field that becomes a command-line flag; `only` names the stages that read it (None: all)."""
+    kind = "default_factory" if callable(default) else "default"
+    return field(**{kind: default}, metadata={"help": help, "only": only})
 
 
 @dataclass
 class EvalConfig:
     """Every flag of eval.py."""
 
-    model: str = _flag("demo/base", "folder of the model")
-    tokenizer: str = _flag("", "tokenizer.model, where the model folder has none")
-    adapter: list[str] = field(default_factory=list, metadata={"help": "adapter folders to evaluate beside the model"})
-    tasks: str = _flag("", "task file or folder (default: demo/tasks)")
-    paraphrases: str = _flag("", "JSON file of wordings per task (default for the demo's tasks: demo/paraphrases.json)")
-    split: Literal["dev", "test"] = _flag("dev", "which held-out wordings and inputs")
-    wordings: int = _flag(10, "wordings per question, at most")
-    per_task: int = _flag(20, "questions per task, at most")
-    template: str = _flag("", "prompt template (default: the checkpoint's own, else alpaca)")
-    max_new_tokens: int = _flag(128, "longest response in tokens")
-    max_len: int = _flag(0, "most tokens of prompt and response together (0: what the model takes)")
-    batch_size: int = _flag(64, "responses generated side by side")
-    rouge_threshold: float = _flag(0.7, "ROUGE-L from which the rule judge calls two free texts similar")
-    cluster: Literal["clique", "component", "greedy"] = _flag("clique", "what counts as a cluster in MCR")
-    use_stemmer: bool = _flag(False, "Porter stemmer in ROUGE, as Super-NI's own evaluation has it")
-    seed: int = _flag(0, "seeds the bootstrap")
-    device: str = _flag("cpu", "cpu, cuda, cuda:1, ...")
-    dtype: Literal["float32", "bfloat16", "float16"] = _flag("float32", "type of the weights")
-    out: str = _flag("runs/eval", "folder for metrics.json, questions.jsonl, report.md and plots")
+    model: str = flag("demo/base", "folder of the model")
+    tokenizer: str = flag("", "tokenizer.model, where the model folder has none")
+    adapter: list[str] = flag(list, "adapter folders to evaluate beside the model")
+    tasks: str = flag("", "task file or folder (default: demo/tasks)")
+    paraphrases: str = flag("", "JSON file of wordings per task (default for the demo's tasks: demo/paraphrases.json)")
+    split: Literal["dev", "test"] = flag("dev", "which held-out wordings and inputs")
+    wordings: int = flag(10, "wordings per question, at most")
+    per_task: int = flag(20, "questions per task, at most")
+    template: str = flag("", "prompt template (default: the checkpoint's own, else alpaca)")
+    max_new_tokens: int = flag(128, "longest response in tokens")
+    max_len: int = flag(0, "most tokens of prompt and response together (0: what the model takes)")
+    batch_size: int = flag(64, "responses generated side by side")
+    rouge_threshold: float = flag(0.7, "ROUGE-L from which the rule judge calls two free texts similar")
+    cluster: Literal["clique", "component", "greedy"] = flag("clique", "what counts as a cluster in MCR")
+    use_stemmer: bool = flag(False, "Porter stemmer in ROUGE, as Super-NI's own evaluation has it")
+    seed: int = flag(0, "seeds the bootstrap")
+    device: str = flag("cpu", "cpu, cuda, cuda:1, ...")
+    dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "type of the weights")
+    out: str = flag("runs/eval", "folder for metrics.json, questions.jsonl, report.md and plots")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -671,21 +675,28 @@ def plot_sweep(points: list[tuple[float, dict]], xlabel: str, path, *, names=("c
 # Command line
 
 
+def complain(message: str) -> int:
+    """Print the user's mistake in one line, once for all processes; returns the exit status for it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {printable(message)}", file=sys.stderr)
+    return 2
+
+
 def fail(message: str) -> None:
-    """The user's mistake in one line; exit status 2."""
-    print(f"error: {printable(message)}", file=sys.stderr)
-    raise SystemExit(2)
+    """Complain and exit."""
+    raise SystemExit(complain(message))
 
 
-def parse_config(config_class, argv=None):
-    """A dataclass of settings from the command line: a flag per field, with the help in the field's metadata."""
-    parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False)
+def parse_flags(config_class, argv=None, description: str = "") -> dict:
+    """{field: value} of what the command line gives of a dataclass of `flag`s."""
+    parser = argparse.ArgumentParser(description=description or config_class.__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     hints = get_type_hints(config_class)
     for item in fields(config_class):
-        flag, kind, default = "--" + item.name.replace("_", "-"), hints[item.name], item.default
-        default = item.default_factory() if default is MISSING else default
-        options = {"default": default, "help": item.metadata["help"] + (f" (default: {default})" if default else "")}
+        name, kind, default, only = "--" + item.name.replace("_", "-"), hints[item.name], item.default, item.metadata["only"]
+        options = {"default": SUPPRESS, "help": item.metadata["help"] + (f" [{', '.join(only)}]" if only else "")
+                   + (f" (default: {default})" if default not in ("", MISSING) else "")}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(kind) is Literal:
@@ -694,8 +705,8 @@ def parse_config(config_class, argv=None):
             options |= {"nargs": "+", "metavar": "DIR"}
         else:
             options |= {"type": kind, "metavar": kind.__name__.upper()}
-        parser.add_argument(flag, **options)
-    return config_class(**vars(parser.parse_args(argv)))
+        parser.add_argument(name, **options)
+    return vars(parser.parse_args(argv))
 
 
 def check_config(config: EvalConfig) -> None:
@@ -744,7 +755,7 @@ def load_models(config: EvalConfig):
 
 def main(argv=None) -> None:
     """Evaluate a model and its adapters; print the table and write the report."""
-    config = parse_config(EvalConfig, argv)
+    config = EvalConfig(**parse_flags(EvalConfig, argv))
     try:
         check_config(config)
         from judge import RuleJudge

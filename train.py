@@ -11,7 +11,6 @@ its adapter in the run folder, or trains it first. Order of this file: flags, st
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import json
@@ -20,19 +19,13 @@ import os
 import random
 import sys
 import time
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Literal
 
+from eval import complain, fail, flag, parse_flags
+
 HERE = Path(__file__).parent
-
-
-def flag(default, help, only=None):
-    """A dataclass field that becomes a command-line flag; `only` names the stages that read it (None: all)."""
-    return dataclasses.field(default=default, metadata={"help": help, "only": only})
-
-
 TUNING, PREFERENCE = ("sft", "sft-ia", "cat"), ("cat",)
 
 
@@ -120,37 +113,22 @@ DEMO_TASKS = dict(per_task=24, judge_share=0.2, max_new_tokens=24, rouge_thresho
 
 def parse_config(argv=None) -> TrainConfig:
     """Command line -> config. A mistake prints one sentence and exits with 2."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n\n")[0] + "\n\n" + __doc__.split("\n\n")[1],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    types = typing.get_type_hints(TrainConfig)
-    for item in dataclasses.fields(TrainConfig):
-        kind, name = types[item.name], "--" + item.name.replace("_", "-")
-        only = item.metadata["only"]
-        help = item.metadata["help"] + (f" [{', '.join(only)}]" if only else "")
-        options = {"dest": item.name, "default": argparse.SUPPRESS, "help": f"{help} (default: {item.default!r})"}
-        if kind is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, **options)
-        elif typing.get_origin(kind) is Literal:
-            parser.add_argument(name, choices=typing.get_args(kind), **options)
-        else:
-            parser.add_argument(name, type=kind, metavar=item.name.upper(), **options)
-    parser.error = lambda message: sys.exit(_complain(message))
-    given = vars(parser.parse_args(argv))
+    given = parse_flags(TrainConfig, argv, __doc__.split("Stages so far")[0])
     stage = given.get("stage", "cat")
     if stage not in STAGE_DEFAULTS:
         near = difflib.get_close_matches(stage, STAGE_DEFAULTS, 1)
-        sys.exit(_complain(f'unknown stage "{stage}". Stages: {", ".join(STAGE_DEFAULTS)}.'
-                           + (f' Did you mean "{near[0]}"?' if near else "")))
+        fail(f'unknown stage "{stage}". Stages: {", ".join(STAGE_DEFAULTS)}.'
+             + (f' Did you mean "{near[0]}"?' if near else ""))
     for item in dataclasses.fields(TrainConfig):
         if item.name in given and item.metadata["only"] and stage not in item.metadata["only"]:
-            sys.exit(_complain(f'--{item.name.replace("_", "-")} means nothing to stage "{stage}", only to '
-                               f'{", ".join(item.metadata["only"])}. Leave it out.'))
+            fail(f'--{item.name.replace("_", "-")} means nothing to stage "{stage}", only to '
+                 f'{", ".join(item.metadata["only"])}. Leave it out.')
     demo_model = {} if given.get("model") or stage == "pretrain" else DEMO_MODEL[stage]
     demo_tasks = {} if given.get("tasks") or stage == "pretrain" else DEMO_TASKS
     cfg = TrainConfig(**{**STAGE_DEFAULTS[stage], **demo_model, **demo_tasks, **given})
     problem = check_config(cfg)
     if problem:
-        sys.exit(_complain(problem))
+        fail(problem)
     return fill_paths(cfg)
 
 
@@ -194,12 +172,6 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
-def _complain(message: str) -> int:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
-    return 2
-
-
 if __name__ == "__main__":
     parse_config()                                          # a mistake answers at once, before torch is imported
 
@@ -211,8 +183,7 @@ import data                                                 # noqa: E402
 import judge as judging                                     # noqa: E402
 import lora                                                 # noqa: E402
 import losses                                               # noqa: E402
-from eval import (EvalConfig, complete, evaluate_model, evaluate_responses, keyword_logprobs, summary_table,  # noqa: E402
-                  write_report)
+from eval import EvalConfig, complete, evaluate_model, evaluate_responses, keyword_logprobs, summary_table, write_report    # noqa: E402
 from model import PRESETS, Llama, load_model, save_model    # noqa: E402
 
 
@@ -756,13 +727,13 @@ def main(argv=None) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if pick_device(cfg)[0].startswith("cuda") else "gloo")
         if cfg.batch_size < ranks()[1]:
-            return _complain(f"--batch-size {cfg.batch_size} is less than the {ranks()[1]} processes. Raise it.")
+            return complain(f"--batch-size {cfg.batch_size} is less than the {ranks()[1]} processes. Raise it.")
     try:
         (pretrain if cfg.stage == "pretrain" else align)(cfg)
     except ValueError as error:
-        return _complain(str(error))
+        return complain(str(error))
     except (FloatingPointError, OSError) as error:
-        _complain(str(error))
+        complain(str(error))
         return 1
     finally:
         if dist.is_initialized():

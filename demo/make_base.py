@@ -4,8 +4,8 @@
 
 The corpus is text about the demo's world (demo/world.py), never about the inputs of its task files: what phrases mean
 ("the hue : red"), facts ("lyon is in france"), which phrases mean the same, a few plain instructions, and judged
-answers in the format in which the self-judge is asked. Its phrases are those of demo/phrases.json; it holds none of the
-wordings in demo/paraphrases.json.
+answers in the format in which the self-judge is asked. Its instructions are frames (demo/frames.json) around noun phrases
+(demo/phrases.json); none is a dev or test wording of demo/paraphrases.json.
 """
 
 import argparse
@@ -23,15 +23,28 @@ import world                                                # noqa: E402
 from data import TEMPLATES, answer_candidates, load_tasks   # noqa: E402
 from judge import RuleJudge, judge_document                 # noqa: E402
 
-FRAMES = ["what is {term} ?", "{term} ?", "{term} :", "give {term} .", "find {term} .", "write {term} .", "tell me {term} .",
-          "look at the text and give {term} .", "i want {term} , please .", "could you say {term} ?",
-          "the answer should be {term} .", "answer with {term} and with nothing else .", "{term} , not {other} .",
-          "do not give {other} , give {term} .", "forget {other} . we need {term} ."]
 PHASES = [                                                  # shares of the documents, and how they are trained on
-    ({"fields": 0.28, "judged": 0.42, "compared": 0.14, "instruction": 0.05, "same": 0.06, "facts": 0.05}, 3000, 2.5e-3),
-    ({"fields": 0.12, "judged": 0.62, "compared": 0.18, "instruction": 0.03, "same": 0.03, "facts": 0.02}, 2400, 1.5e-3),
+    ({"fields": 0.22, "requests": 0.26, "judged": 0.30, "compared": 0.11, "instruction": 0.01, "same": 0.05, "facts": 0.05}, 3000, 2.5e-3),
+    ({"fields": 0.08, "requests": 0.26, "judged": 0.48, "compared": 0.13, "instruction": 0.01, "same": 0.02, "facts": 0.02}, 2400, 1.5e-3),
 ]
 VOCAB_SIZE = 1500
+
+
+def held_out_wordings():
+    """{task: the texts of its dev and test wordings}, which the corpus never uses."""
+    found = json.loads((HERE / "paraphrases.json").read_text())
+    return {task: {w["text"].removeprefix("{input} . ") for split in ("dev", "test") for w in splits[split]}
+            for task, splits in found.items()}
+
+
+def misspell(text, rng):
+    """The text with a slip of the pen in one or two of its longer words: letters swapped, doubled or lost."""
+    words = text.split(" ")
+    long = [i for i, word in enumerate(words) if len(word) > 3]
+    for i in rng.sample(long, min(len(long), rng.choice((1, 2)))):
+        word, k = words[i], rng.randrange(1, len(words[i]) - 1)
+        words[i] = rng.choice((word[:k] + word[k + 1] + word[k] + word[k + 2:], word[:k] + word[k] + word[k:], word[:k] + word[k + 1:]))
+    return " ".join(words)
 
 
 class Corpus:
@@ -39,7 +52,11 @@ class Corpus:
 
     def __init__(self, seed, shares):
         self.rng, self.shares = random.Random(seed), shares
-        self.phrases = world.load_phrases()
+        self.frames = json.loads((HERE / "frames.json").read_text())
+        self.wordings = held_out_wordings()
+        self.terms = {task: [term for term in texts["terms"] if term not in self.wordings[task]]
+                      for task, texts in world.load_phrases().items()}
+        self.definitions = {task: texts["definition"] for task, texts in world.load_phrases().items()}
         self.held_out = {family: {text for text, _ in world.demo_inputs(family)} for family in world.FAMILIES}
         self.labels = {task.name: task.labels for task in load_tasks(HERE / "tasks")}
         self.judge = RuleJudge(rouge_threshold=0.95)
@@ -58,36 +75,54 @@ class Corpus:
                 return family, text, answers
 
     def term(self, task):
-        return self.rng.choice(self.phrases[task]["terms"])
+        """A noun phrase that names a task's answer."""
+        return self.rng.choice(self.terms[task])
 
-    def request(self, family, task):
-        """A plain instruction for a task, in one of the corpus's own frames."""
-        other = self.rng.choice([name for name in self.phrases if name != task and name.split("_")[0] == family])
-        return self.rng.choice(FRAMES).format(term=self.term(task), other=self.term(other))
+    def request(self, family, task, styles=("plain", "terse", "polite", "wordy", "distractor")):
+        """An instruction for a task: one of the corpus's own frames around a noun phrase, now and then with a slip."""
+        others = self.rng.sample([name for name in self.terms if name != task and name.split("_")[0] == family], 2)
+        while True:
+            text = self.rng.choice(self.frames[self.rng.choice(styles)]).format(
+                term=self.term(task), other=self.term(others[0]), third=self.term(others[1]))
+            if self.rng.random() < 0.15:
+                text = misspell(text, self.rng)
+            if text not in self.wordings[task]:
+                return text
 
     def fields(self):
         """An input and what several noun phrases mean in it."""
         family, text, answers = self.sample()
         segments = [(f"{text} .", False)]
         for task in self.rng.sample(list(answers), min(len(answers), 7)):
-            segments += [(f" {self.term(task)} :", False), (f" {answers[task]} ;", True)]
+            asked = f"{self.term(task)} :" if self.rng.random() < 0.6 else self.request(family, task, ("plain", "polite", "distractor", "after"))
+            segments += [(f" {asked}", False), (f" {answers[task]} ;", True)]
+        return segments
+
+    def requests(self):
+        """Instructions, each before an input of its own: what is wanted has to be kept in mind while the input is read."""
+        segments = []
+        for _ in range(4):
+            family, text, answers = self.sample()
+            task = self.rng.choice(list(answers))
+            segments += [(f" {self.request(family, task)} - {text} :" if segments else f"{self.request(family, task)} - {text} :", False),
+                         (f" {answers[task]} ;", True)]
         return segments
 
     def instruction(self):
-        """A plain instruction in the prompt template, sometimes after the input."""
+        """An instruction in the prompt template, sometimes after the input: rare, so that following is left to learn."""
         family, text, answers = self.sample()
         task = self.rng.choice(list(answers))
         request = self.request(family, task)
         if self.rng.random() < 0.2:
-            request = "{input} . " + request
+            request = "{input} . " + self.request(family, task, ("plain", "after"))
         return [(TEMPLATES["plain"].render(request, text), False), (f" {answers[task]}", True), ("</s>", True)]
 
     def judged(self):
         """Several answers to one instruction, judged by rule, in the self-judge's own format."""
         family, text, answers = self.sample()
         task = self.rng.choice(list(answers))
-        instruction = self.phrases[task]["definition"]
-        if self.rng.random() < 0.5:
+        instruction = self.definitions[task]
+        if self.rng.random() < 0.35:
             instruction = self.request(family, task)
         same_task = [world.FAMILIES[family](self.rng)[1][task] for _ in range(4)]
         same_input = [answer for name, answer in answers.items() if name != task]
@@ -115,8 +150,8 @@ class Corpus:
     def same(self):
         """Two noun phrases that mean the same, or do not."""
         family = self.rng.choice(list(world.FAMILIES))
-        task, other = self.rng.sample([name for name in self.phrases if name.split("_")[0] == family], 2)
-        first, second = self.rng.sample(self.phrases[task]["terms"], 2)
+        task, other = self.rng.sample([name for name in self.terms if name.split("_")[0] == family], 2)
+        first, second = self.rng.sample(self.terms[task], 2)
         return [(f"{first} : the same as {second} ; not {self.term(other)} .", True)]
 
     def facts(self):

@@ -55,12 +55,17 @@ def test_every_split_has_enough_questions(tasks):
         assert len(rows) == 12 * len(tasks) and all(len(row["wordings"]) == 8 for row in rows)
 
 
-def test_the_corpus_never_holds_an_input_of_the_task_files(tasks):
+def test_the_corpus_holds_no_input_of_the_task_files_and_no_held_out_wording(tasks):
     import make_base
-    corpus, inputs = make_base.Corpus(3, make_base.PHASES[0][0]), {x.input for task in tasks for x in task.instances}
+    corpus = make_base.Corpus(3, make_base.PHASES[0][0])
+    inputs = {x.input for task in tasks for x in task.instances}
+    held_out = {task.name: {w.text.removeprefix("{input} . ") for split in ("dev", "test") for w in task.wordings[split]} for task in tasks}
     for _ in range(300):
-        text = "".join(segment for segment, _ in corpus.draw())
-        assert not any(line.removeprefix("### Input: ") in inputs or line.split(" . ")[0] in inputs for line in text.splitlines())
+        text = "\n" + "".join(segment for segment, _ in corpus.draw())
+        assert not any(f"\n{row} ." in text or f"- {row} :" in text or f"Input: {row}\n" in text for row in inputs)
+    for task in tasks * 40:
+        assert corpus.term(task.name) not in held_out[task.name]
+        assert corpus.request(task.name.split("_")[0], task.name) not in held_out[task.name]
 
 
 def test_the_base_fits_and_loads():

@@ -25,7 +25,7 @@ from eval import (
     markdown_text,
     max_consistency_rate,
     paired_difference,
-    parse_config,
+    parse_flags,
     plot_sweep,
     printable,
     rouge_scores,
@@ -401,9 +401,9 @@ def test_keyword_that_is_no_continuation_is_refused():
 
 
 def test_flags_come_from_the_dataclass():
-    config = parse_config(EvalConfig, "--adapter a b --use-stemmer --cluster greedy --per-task 3".split())
+    config = EvalConfig(**parse_flags(EvalConfig, "--adapter a b --use-stemmer --cluster greedy --per-task 3".split()))
     assert (config.adapter, config.use_stemmer, config.cluster, config.per_task) == (["a", "b"], True, "greedy", 3)
-    assert parse_config(EvalConfig, []) == EvalConfig()
+    assert parse_flags(EvalConfig, []) == {}
 
 
 @pytest.mark.parametrize("argv, said", [
