@@ -3,8 +3,8 @@
     python demo/make_base.py                                # writes demo/base
 
 The corpus is text about the demo's world (demo/world.py), never about the inputs of its task files: what phrases mean
-("the hue : red"), facts ("lyon is in france"), which phrases mean the same, a few plain instructions, and judged
-answers in the format in which the self-judge is asked. Its instructions are frames (demo/frames.json) around noun phrases
+("the hue : red"), requests and what answers them, facts ("lyon is in france"), which phrases mean the same, judged
+answers in the format in which the self-judge is asked, and a few instructions in the prompt template. Its instructions are frames (demo/frames.json) around noun phrases
 (demo/phrases.json); none is a dev or test wording of demo/paraphrases.json.
 """
 
@@ -25,9 +25,12 @@ from judge import RuleJudge, judge_document                 # noqa: E402
 
 PHASES = [                                                  # shares of the documents, and how they are trained on
     ({"fields": 0.22, "requests": 0.26, "judged": 0.30, "compared": 0.11, "instruction": 0.01, "same": 0.05, "facts": 0.05}, 3000, 2.5e-3),
-    ({"fields": 0.08, "requests": 0.26, "judged": 0.48, "compared": 0.13, "instruction": 0.01, "same": 0.02, "facts": 0.02}, 2400, 1.5e-3),
+    ({"fields": 0.16, "requests": 0.24, "lists": 0.10, "judged": 0.34, "compared": 0.10, "instruction": 0.01, "same": 0.02,
+      "facts": 0.03}, 2600, 2e-3),
 ]
 VOCAB_SIZE = 1500
+LISTED = (world.NAMES, world.COLOURS, world.KIND_OF, world.COUNTRY_OF, world.DAYS, world.ANIMALS, world.FRUITS, world.OTHERS,
+          world.NUMBERS, world.ASPECTS, world.VENUES, world.GOOD, world.BAD, world.ACTIVITIES, world.PLACES)
 
 
 def held_out_wordings():
@@ -108,6 +111,20 @@ class Corpus:
                          (f" {answers[task]} ;", True)]
         return segments
 
+    def lists(self):
+        """Lists of any words of the world, said again and taken apart: copying, and places in a list."""
+        segments, every = [], sorted({word for words in LISTED for word in words})
+        for _ in range(3):
+            row = self.rng.sample(every, self.rng.randrange(3, 7))
+            while " ".join(row) in self.held_out["words"]:
+                row = self.rng.sample(every, self.rng.randrange(3, 7))
+            answers = {"words_first": row[0], "words_last": row[-1], "words_ends": f"{row[0]} and {row[-1]}",
+                       "words_rest": " ".join(row[1:]), "words_joined": " and ".join(row)}
+            segments += [(f" {' '.join(row)} ." if segments else f"{' '.join(row)} .", False), (" again :", False), (f" {' '.join(row)} ;", True)]
+            for task in self.rng.sample(list(answers), 3):
+                segments += [(f" {self.term(task)} :", False), (f" {answers[task]} ;", True)]
+        return segments
+
     def instruction(self):
         """An instruction in the prompt template, sometimes after the input: rare, so that following is left to learn."""
         family, text, answers = self.sample()
@@ -185,14 +202,19 @@ def main(argv=None):
     world.write_tasks()
     work, model = Path(args.work), []
     work.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(Corpus(args.seed + 1, PHASES[0][0]), work)
+    if not (work / "tokenizer.model").exists():
+        train_tokenizer(Corpus(args.seed + 1, PHASES[0][0]), work)
     for number, (shares, steps, lr) in enumerate(PHASES):
+        last = number == len(PHASES) - 1
+        export = args.out if last else str(work / f"model{number}")
+        if not last and Path(export, "config.json").exists():
+            print(f"phase {number + 1}: found in {export}.")
+            model = ["--model", export]
+            continue
         corpus, path = Corpus(1000 * number + args.seed, shares), work / f"corpus{number}.jsonl"
         with open(path, "w", encoding="utf-8") as file:
             for _ in range(42 * steps):                     # 40 documents a step: none is seen twice
                 file.write(json.dumps(corpus.draw()) + "\n")
-        last = number == len(PHASES) - 1
-        export = args.out if last else str(work / f"model{number}")
         code = train.main(["--stage", "pretrain", "--corpus", str(path), "--tokenizer", str(work / "tokenizer.model"),
                            "--steps", str(steps), "--lr", str(lr), "--out", str(work / f"phase{number}"), "--export", export,
                            "--seed", str(args.seed), *model])
