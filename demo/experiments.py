@@ -21,7 +21,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from eval import plot_sweep                                 # noqa: E402
+from eval import paired_difference, plot_sweep              # noqa: E402
 
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}     # two-sided t quantiles, n values
 METRICS = {"cr": "CR", "mcr": "MCR", "rouge1": "ROUGE-1", "rougeL": "ROUGE-L", "exact_match": "EM",
@@ -66,7 +66,7 @@ def run(line, threads):
 
 def runs_of_seed(root, seed, split, more, threads):
     """{row: metrics} of one seed: the ladder, the controls, and with `more` the ablations."""
-    main, shared = root / f"seed{seed}", ["--seed", str(seed), "--split", split]
+    main, shared = root / f"seed{seed}", ["--seed", str(seed), "--split", split, "--eval-per-task", "30"]
     rows = dict(run(command(main, *shared), threads))
     for name, (title, flags) in {**CONTROLS, **(ABLATIONS if more else {})}.items():
         flags = [text.format(main=main) for text in flags]
@@ -122,6 +122,20 @@ def confusion(seeds):
     return "\n".join(lines)
 
 
+def resolution(root, numbers):
+    """Half the width of the 95 % interval of one seed's CR difference, SFT(IA) to CAT: paired bootstrap over questions."""
+    halves, n = [], 0
+    for number in numbers:
+        tables = {}
+        with open(root / f"seed{number}" / "questions.jsonl", encoding="utf-8") as file:
+            for row in map(json.loads, file):
+                tables.setdefault(row["model"], []).append(row)
+        found = paired_difference(tables[LADDER[2]], tables[LADDER[3]], "cr")
+        halves, n = [*halves, 50 * (found["ci95"][1] - found["ci95"][0])], found["n"]
+    return (f"Within one seed, over its {n} questions, the CR difference from {LADDER[2]} to {LADDER[3]} is known to ± "
+            f"{np.mean(halves):.1f} points (95 %, paired bootstrap over questions, mean of the seeds).")
+
+
 def mean_metrics(seeds, name):
     """Mean over seeds in the form of metrics.json, the interval being that of the mean over seeds."""
     found = {}
@@ -139,7 +153,7 @@ def write_results(root, seeds, split, numbers, n_ablated):
     parts = [f"Split {split}, seeds {', '.join(map(str, numbers))}; mean ± standard deviation over seeds, percent.",
              table(seeds, [*LADDER, *(title for title, _ in CONTROLS.values())]),
              "Paired differences per seed: mean [95 % interval] and the number of seeds in which it is positive.",
-             differences(seeds, pairs), "The self-judge against the exact rules, unique answers that it was asked about:",
+             differences(seeds, pairs), resolution(root, numbers), "The self-judge against the exact rules, unique answers that it was asked about:",
              confusion(seeds)]
     shutil.copy(root / f"seed{numbers[0]}" / "plots" / "metrics.png", root / "metrics.png")
     shutil.copy(root / f"seed{numbers[0]}" / "plots" / "question.png", root / "question.png")
