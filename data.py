@@ -96,6 +96,8 @@ class Template:
 
     with_input: str
     without_input: str
+    judged_with_input: str                                  # the same, with a judgment that the response should match
+    judged_without_input: str
     separator: str = ""
 
     @property
@@ -103,13 +105,16 @@ class Template:
         """What every prompt of this template ends in; responses are encoded behind it."""
         return self.with_input[-1]
 
-    def render(self, instruction: str, input: str = "") -> str:
+    def render(self, instruction: str, input: str = "", judgment: str | None = None) -> str:
         """The prompt. A wording with the placeholder {input} places the input itself. Substitutes once, in one pass."""
         if "{input}" in instruction:
             instruction, input = instruction.replace("{input}", input), ""
-        text = self.with_input if input else self.without_input
-        values = {"instruction": instruction, "input": input}
-        return re.sub(r"\{(instruction|input)\}", lambda match: values[match[1]], text)
+        if judgment is None:
+            text = self.with_input if input else self.without_input
+        else:
+            text = self.judged_with_input if input else self.judged_without_input
+        values = {"instruction": instruction, "input": input, "judgment": judgment}
+        return re.sub(r"\{(instruction|input|judgment)\}", lambda match: values[match[1]], text)
 
 
 TEMPLATES = {
@@ -118,9 +123,16 @@ TEMPLATES = {
         "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}"
         "\n\n### Response:\n",
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n{instruction}\n\n### Response:\n"),
+        "### Instruction:\n{instruction}\n\n### Response:\n",
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "      # CUT, Fig. 5
+        "response to the instruction and the response should match the corresponding judgment.\n\n### Instruction:\n"
+        "{instruction}\n\n### Input:\n{input}\n\n### Judgment:\n{judgment}\n\n### Response:\n",
+        "Below is an instruction that describes a task. Write a response to the instruction and the response should match "
+        "the corresponding judgment.\n\n### Instruction:\n{instruction}\n\n### Judgment:\n{judgment}\n\n### Response:\n"),
     "plain": Template("### Instruction: {instruction}\n### Input: {input}\n### Response:",
-                      "### Instruction: {instruction}\n### Response:", separator=" "),
+                      "### Instruction: {instruction}\n### Response:",
+                      "### Instruction: {instruction}\n### Input: {input}\n### Judgment: {judgment}\n### Response:",
+                      "### Instruction: {instruction}\n### Judgment: {judgment}\n### Response:", separator=" "),
 }
 
 
@@ -375,11 +387,14 @@ def instruction_examples(tasks, *, wordings: int, augment: str, per_task: int, s
 
 
 def questions(tasks, *, split: str, wordings: int, per_task: int) -> list[dict]:
-    """Held-out questions: one instance under several held-out wordings of its task (the split's own, both)."""
+    """Held-out questions: one instance under several held-out wordings of its task (the split's own, both).
+
+    `wordings` = 0 asks with the original instruction alone.
+    """
     rows = []
     for task in tasks:
-        held = task.wordings.get(split, [])[:wordings]
-        if len(held) < 2:
+        held = task.wordings.get(split, [])[:wordings] if wordings else [Wording(task.definition)]
+        if wordings and len(held) < 2:
             continue                                        # CR needs two wordings; the caller reports how many remain
         names = {instance.id: instance for instance in split_instances(task, split)}
         for name in _hash_order(list(names), "questions")[:per_task]:
@@ -410,6 +425,104 @@ def answer_candidates(target: str, *, same_task: list[str], same_input: list[str
             answer = rng.choice(same_task)
         answers.append(answer)
     return answers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judged responses
+
+ERROR_JUDGMENT = "$ERROR$"                                  # in the CUT authors' files: the judge gave no answer
+SATISFIED_SCORE = 7                                         # their converter: a score of 7 and more is satisfied
+
+
+def load_judged(path) -> list[dict]:
+    """Judged responses {id, instruction, input, response, judgment, refinement, target}; judgment None is satisfaction.
+
+    A JSON list or JSON Lines of any of: our own records; the CUT authors' (output, score, i_ans; arXiv 2312.14591);
+    Shepherd (question, answer, feedback; 2308.04592); critiques of summaries (data.passage, data.questions;
+    2206.05802): the highest-ranked answer of each question, its critiques joined, the last one's refinement;
+    UltraFeedback (instruction, completions with critiques; 2310.01377), every completion with its critique.
+    Raises ValueError naming file and record where a field is missing or mistyped or a response is empty.
+    """
+    path = Path(path)
+    rows = _read_json(path) if path.suffix == ".json" else read_records(path)
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path} holds no list of records. Expected a JSON list or JSON Lines of judged responses.")
+    found = []
+    for number, row in enumerate(rows):
+        where = f"{path}, record {number}"
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is a {type(row).__name__}. Expected an object with instruction, response, judgment.")
+        found += [_judged_record(part, where, len(found) + k) for k, part in enumerate(_judged_rows(row, where))]
+    return found
+
+
+def _judged_rows(row: dict, where: str) -> list[dict]:
+    """One outside row as rows with our own names."""
+    if "completions" in row:                                # UltraFeedback
+        return [{"instruction": row.get("instruction"), "response": x.get("response"), "judgment": x.get("critique")}
+                for x in row["completions"]]
+    if "question" in row and "answer" in row:               # Shepherd
+        return [{"instruction": row["question"], "response": row["answer"], "judgment": row.get("feedback", "")}]
+    if isinstance(row.get("data"), dict) and "passage" in row["data"]:      # critiques of summaries
+        return [x for question in row["data"].get("questions", []) for x in _critiqued(row["data"]["passage"], question, where)]
+    own = dict(row)
+    for ours, theirs in (("response", "output"), ("refinement", "i_ans")):
+        if ours not in own and theirs in own:
+            own[ours] = own[theirs]
+    if "judgment" not in own:
+        raise ValueError(f'{where}: field "judgment" is missing; found: {", ".join(list(row)[:8])}. '
+                         "Expected a text, or null for a satisfying response.")
+    if isinstance(own.get("score"), (int, float)) and own["score"] >= SATISFIED_SCORE:
+        own["judgment"] = None
+    return [own]
+
+
+def _critiqued(passage: dict, question: dict, where: str) -> list[dict]:
+    """The highest-ranked answer of a question about a passage; none where it was skipped or is empty."""
+    try:
+        best = max(range(len(question["rankings"])), key=question["rankings"].__getitem__)
+        answer = question["answers"][best]
+        critiques = answer["feedback"].get("critiques") or []
+        if answer["feedback"].get("skip") or not answer["answer"] or (critiques and not critiques[-1]["refinement"]):
+            return []
+        return [{"instruction": f'{passage["text"]}\n{question["question"]}', "response": answer["answer"],
+                 "judgment": " ".join(x["text"] for x in critiques).strip() or None,
+                 "refinement": critiques[-1]["refinement"] if critiques else None}]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where} is no critique of a summary: {error!r}. Expected rankings, answers and feedback.") from None
+
+
+def _judged_record(row: dict, where: str, number: int) -> dict:
+    """A checked record."""
+    record = {"id": str(row.get("id", number)), "instruction": row.get("instruction"), "input": row.get("input") or "",
+              "response": row.get("response"), "judgment": row.get("judgment"), "refinement": row.get("refinement"),
+              "target": row.get("target")}
+    for name, optional in (("instruction", False), ("input", False), ("response", False), ("judgment", True), ("refinement", True),
+                           ("target", True)):
+        value = record[name]
+        if not isinstance(value, str) and not (optional and value is None):
+            raise ValueError(f'{where}: field "{name}" is {json.dumps(value)[:60]}. Expected a text'
+                             + (" or null." if optional else "."))
+    for name in ("instruction", "response"):
+        if not record[name].strip():
+            raise ValueError(f'{where}: field "{name}" is empty. Remove the record; an empty text teaches nothing.')
+    if record["judgment"] is not None and not record["judgment"].strip():
+        raise ValueError(f'{where}: field "judgment" is empty. Expected a text, or null for a satisfying response.')
+    return record
+
+
+def keep_judged(records: list[dict], *, downsample: float, seed: int) -> tuple[list[dict], dict]:
+    """The records to train on, and {"negative", "positive", "kept", "failed"} counts.
+
+    Positives are cut to int(downsample * negatives), as the CUT authors do, if there are more; failed judgments
+    ("$ERROR$") count as negatives there but are dropped. `downsample` of 0 keeps all positives.
+    """
+    negative, positive = ([r for r in records if (r["judgment"] is None) == satisfied] for satisfied in (False, True))
+    room = int(downsample * len(negative))
+    kept = positive if not downsample or len(positive) <= room else random.Random(seed).sample(positive, room)
+    usable = [r for r in negative if r["judgment"].strip() != ERROR_JUDGMENT]
+    return usable + kept, {"negative": len(negative), "positive": len(positive), "kept": len(kept),
+                           "failed": len(negative) - len(usable)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -77,6 +77,8 @@ class EvalConfig:
     seed: int = flag(0, "seeds the bootstrap")
     device: str = flag("cpu", "cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "type of the weights")
+    show_mask: str = flag("", "file of judged responses: show what CUT's mask flags in them, instead of evaluating")
+    detect_lam: float = flag(1.1, "... with tokens flagged where p(token | judgment) > this * p(token)")
     out: str = flag("runs/eval", "folder for metrics.json, questions.jsonl, report.md and plots")
 
 
@@ -471,6 +473,110 @@ def evaluate_model(model, tokenizer, questions: list[dict], config: EvalConfig, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Judged responses: error rates, and the tokens that CUT's mask flags
+
+
+def evaluate_errors(model, tokenizer, questions: list[dict], config: EvalConfig, *, judge, seed: int = 0) -> tuple[dict, list[dict]]:
+    """Metrics and table as `evaluate_responses` has them for greedy answers, plus the shares of answers that are wrong.
+
+    "error_rate" counts greedy answers that are no exact match, "sampled_error_rate" answers sampled at temperature 1.
+    """
+    from data import find_template
+
+    template = find_template(config.template or model.config.prompt_template or "alpaca")
+    results, tables = evaluate_responses(evaluate_model(model, tokenizer, questions, config), judge=judge)
+    prompts = [template.render(text, question["input"]) for question in questions for text in question["wordings"]]
+    made = iter(complete(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens, temperature=1.0,
+                         seed=[seed + k for k in range(len(prompts))], batch_size=config.batch_size, max_len=config.max_len or None))
+    drawn = [{**question, "responses": [next(made).text for _ in question["wordings"]]} for question in questions]
+    sampled, _ = evaluate_responses(drawn, judge=judge)
+    for name, source in (("error_rate", results), ("sampled_error_rate", sampled)):
+        mean, ci95 = source["exact_match"]["mean"], source["exact_match"]["ci95"]
+        results[name] = {"mean": 1 - mean, "ci95": ci95 and [1 - ci95[1], 1 - ci95[0]], "n": source["exact_match"]["n"]}
+    return results, tables
+
+
+def response_logprobs(model, tokenizer, template, records: list[dict], *, judged: bool, max_len: int = 512, max_tokens: int = 8192):
+    """[(token ids, log-probabilities (N,))] of the records' responses behind their prompts, with or without judgment."""
+    import torch
+
+    from data import encode_example, micro_batches, pack
+    from losses import gathered_logprobs, prediction_rows
+
+    groups = [{"documents": [encode_example(tokenizer, template, template.render(r["instruction"], r["input"], r["judgment"] if judged else None),
+                                            r["response"], max_len=max_len)]} for r in records]
+    found, device = [], next(model.parameters()).device
+    with torch.inference_mode():
+        for part in micro_batches(groups, max_tokens):
+            documents = [document for group in part for document in group["documents"]]
+            batch = pack(documents)
+            rows, targets = prediction_rows(batch["labels"].to(device))
+            logprobs = gathered_logprobs(model(batch["input_ids"].to(device), lengths=batch["lengths"], logits_at=rows), targets)
+            sizes = [sum(label != -100 for label in document["labels"]) for document in documents]
+            found += [(ids.tolist(), values.cpu()) for ids, values in zip(targets.split(sizes), logprobs.split(sizes), strict=True)]
+    return found
+
+
+def token_words(tokenizer, ids: list[int]) -> list[int | None]:
+    """For each token the index of the word (between blanks) in which it ends; None for EOS and for blanks alone."""
+    text, ends = "", []
+    for token in ids:
+        piece = "" if token == tokenizer.eos_id else tokenizer.model.id_to_piece(token).replace("\u2581", " ")
+        text += piece
+        ends.append(len(text.split()) - 1 if piece.strip() else None)
+    return ends
+
+
+def cut_masks(model, tokenizer, template, records: list[dict], *, lams: list[float], floor: float = 0.0, max_len: int = 512) -> list[dict]:
+    """CUT's flagged tokens of unsatisfying responses (arXiv 2312.14591, Eq. 5), and the truly wrong ones where known.
+
+    Returns, per record with a judgment, {"ids", "flagged": {lam: [bool]}, "wrong": [bool or None] or None}: a token is
+    wrong if its word has no counterpart in the record's target; None for EOS, and for records without a target.
+    """
+    from judge import wrong_words
+    from losses import inappropriate_tokens
+
+    records = [record for record in records if record["judgment"] is not None]
+    told = response_logprobs(model, tokenizer, template, records, judged=True, max_len=max_len)
+    plain = response_logprobs(model, tokenizer, template, records, judged=False, max_len=max_len)
+    masks = []
+    for record, (ids, given), (same, without) in zip(records, told, plain, strict=True):
+        assert ids == same, "a response has other tokens under its judgment"
+        wrong = None
+        if record.get("target") is not None:
+            words = wrong_words(record["response"], record["target"])
+            wrong = [None if k is None or k >= len(words) else words[k] for k in token_words(tokenizer, ids)]
+        masks.append({"ids": ids, "wrong": wrong, "flagged": {lam: inappropriate_tokens(given, without, lam=lam, floor=floor).tolist() for lam in lams}})
+    return masks
+
+
+MASK_LAMS = (1.0, 1.1, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0)
+
+
+def mask_scores(masks: list[dict]) -> list[dict]:
+    """Precision and recall of the flagged tokens against the wrong ones, per lambda: [{"lam", "precision", "recall", "n"}]."""
+    scores = []
+    for lam in masks[0]["flagged"] if masks else ():
+        pairs = [(flag, wrong) for mask in masks if mask["wrong"] for flag, wrong in zip(mask["flagged"][lam], mask["wrong"], strict=True)
+                 if wrong is not None]
+        hits, flags, wrongs = (sum(map(bool, found)) for found in ([f and w for f, w in pairs], [f for f, _ in pairs], [w for _, w in pairs]))
+        scores.append({"lam": lam, "precision": hits / flags if flags else None, "recall": hits / wrongs if wrongs else None, "n": len(pairs)})
+    return scores
+
+
+def marked(tokenizer, ids: list[int], flags: list[bool]) -> str:
+    """The text of `ids` with each run of flagged tokens between [brackets]."""
+    text, inside = "", False
+    for token, flag in zip(ids, flags, strict=True):
+        piece = "</s>" if token == tokenizer.eos_id else tokenizer.model.id_to_piece(token).replace("\u2581", " ")
+        if flag != inside:
+            piece = (" [" + piece.lstrip() if piece.startswith(" ") else "[" + piece) if flag else "]" + piece
+            inside = flag
+        text += piece
+    return (text + "]" * inside).removesuffix("</s>").strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Tables and reports
 
 
@@ -714,7 +820,7 @@ def check_config(config: EvalConfig) -> None:
     for name in ("wordings", "per_task", "max_new_tokens", "batch_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small. Give 1 or more.")
-    given = [("--model", config.model), ("--tasks", config.tasks), ("--paraphrases", config.paraphrases)]
+    given = [("--model", config.model), ("--tasks", config.tasks), ("--paraphrases", config.paraphrases), ("--show-mask", config.show_mask)]
     for flag, path in given + [("--adapter", path) for path in config.adapter]:
         if path and not Path(path).exists():
             raise ValueError(f"{flag} {path} does not exist. Give the path of a file or folder that does.")
@@ -735,6 +841,56 @@ def load_questions(config: EvalConfig) -> list[dict]:
         raise ValueError(f"no task has two {config.split} wordings. "
                          "CR needs at least two: add some, or take the other split.")
     return found
+
+
+def show_masks(config: EvalConfig) -> None:
+    """Print and write to report.md the judged responses with their flagged tokens in brackets, per model."""
+    from data import find_template, load_judged
+
+    records = [record for record in load_judged(config.show_mask) if record["judgment"] is not None]
+    if not records:
+        raise ValueError(f"{config.show_mask} holds no unsatisfying response, so there is nothing to flag.")
+    parts = []
+    for name, model, tokenizer in load_models(config):
+        template = find_template(config.template or model.config.prompt_template or "alpaca")
+        lams = sorted({*MASK_LAMS, config.detect_lam})
+        masks = cut_masks(model, tokenizer, template, records, lams=lams, max_len=config.max_len or model.config.max_position_embeddings)
+        parts.append(mask_report(name, records, masks, tokenizer, config.detect_lam))
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print("\n\n".join(parts) + f"\nreport: {out / 'report.md'}")
+
+
+def mask_report(name: str, records: list[dict], masks: list[dict], tokenizer, lam: float, *, examples: int = 10) -> str:
+    """Markdown: some responses with their flagged tokens in [brackets], and precision and recall where the truth is known."""
+    lines = [f"## CUT's mask, {name}, lambda {lam:g}", ""]
+    for record, mask in list(zip(records, masks, strict=True))[:examples]:
+        lines += [f"- instruction: {_short(record['instruction'] + ' | ' + record['input'], 110)}", f"  judgment: {_short(record['judgment'], 110)}",
+                  f"  response: {printable(marked(tokenizer, mask['ids'], mask['flagged'][lam]))}"]
+    scores = [score for score in mask_scores(masks) if score["n"]]
+    if scores:
+        lines += ["", "| lambda | precision | recall | tokens |", "|---|---|---|---|"]
+        lines += [f"| {s['lam']:g} | {_ratio(s['precision'])} | {_ratio(s['recall'])} | {s['n']} |" for s in scores]
+    return "\n".join(lines)
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def plot_mask(scores: list[dict], path) -> Path:
+    """Precision and recall of the mask against lambda."""
+    figure, axes = _figure(6, 3.8)
+    for k, name in enumerate(("precision", "recall")):
+        axes.plot([s["lam"] for s in scores], [100 * s[name] if s[name] is not None else float("nan") for s in scores], marker="o",
+                  color=COLOURS[k], label=name)
+    axes.set(xscale="log", xlabel="lambda", ylim=(0, 100))
+    axes.set_xticks([s["lam"] for s in scores], [f"{s['lam']:g}" for s in scores])
+    _tidy(axes)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    figure.savefig(path)
+    return Path(path)
 
 
 def load_models(config: EvalConfig):
@@ -758,6 +914,8 @@ def main(argv=None) -> None:
     config = EvalConfig(**parse_flags(EvalConfig, argv))
     try:
         check_config(config)
+        if config.show_mask:
+            return show_masks(config)
         from judge import RuleJudge
 
         asked, judge = load_questions(config), RuleJudge(rouge_threshold=config.rouge_threshold)

@@ -4,6 +4,7 @@ Methods:
     LocalJudge            two questions to a model, answered by the probability of a keyword    CAT, arXiv 2403.14221
     combine_reward        the two answers as a reward 0, 1, 2                                   its author's code
     RuleJudge             exact match for labels, ROUGE-L for free text: offline, no model
+    RuleCritic, LocalCritic   judgments in words, by rule or by a model                         CUT, arXiv 2312.14591
     similarity_matrix     which responses to one question agree; feeds CR and MCR               CAT, section on metrics
     confusion             one judge measured against another
 
@@ -13,6 +14,7 @@ Strings only: no tensors, no files. The model comes in as the callable `ask`. An
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import re
@@ -278,6 +280,89 @@ def _like_length(response, target):
     unit = str.split if re.search("[a-z0-9]", target.lower()) else list         # words, or characters
     size, wanted = len(unit(normalize(response))), len(unit(normalize(target)))
     return size <= LENGTH_FACTOR * wanted and wanted <= LENGTH_FACTOR * size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judgments in words (CUT, arXiv 2312.14591)
+
+PERFECT = "perfect ."
+FIELD = re.compile(r"^\s*([^:;]+?)\s*:\s*(.*?)\s*$")
+
+
+def critic_prompt(instruction: str, input: str, response: str) -> tuple[str, str]:
+    """What a critic is asked, as an instruction and its input; it writes PERFECT, or what is wrong (paper, Fig. 9)."""
+    asked = f"{flatten(instruction)} {flatten(input)}".strip()
+    return (f'say what is wrong in the response , or "{PERFECT}" if nothing is .',
+            f"{asked} ### Answer: {flatten(response)}")
+
+
+def refine_prompt(instruction: str, input: str, response: str, judgment: str) -> tuple[str, str]:
+    """What a model is asked to improve a response by its judgment (ILF, arXiv 2204.14146), as instruction and input."""
+    asked = f"{flatten(instruction)} {flatten(input)}".strip()
+    return ("write the answer again as the judgment says .",
+            f"{asked} ### Answer: {flatten(response)} ### Judgment: {flatten(judgment)}")
+
+
+def parse_judgment(text: str) -> str | None:
+    """A critic's text as the judgment of a record: None where it begins with "perfect" (paper, appendix A.2)."""
+    return None if text.strip().lower().startswith("perfect") else text.strip()
+
+
+class LocalCritic:
+    """A model that writes judgments: `write` takes (instruction, input) pairs and returns texts."""
+
+    name = "self"
+
+    def __init__(self, write: Callable[[list[tuple[str, str]]], list[str]]):
+        self.write = write
+
+    def critique(self, items: list[dict]) -> list[str | None]:
+        """One judgment per item, None for satisfaction; equal items are asked once. An empty text counts as satisfied."""
+        asked = {critic_prompt(x["instruction"], x["input"], x["response"]): None for x in items}
+        written = dict(zip(asked, self.write(list(asked)), strict=True))
+        texts = [written[critic_prompt(x["instruction"], x["input"], x["response"])] for x in items]
+        return [parse_judgment(text) or None for text in texts]
+
+
+class RuleCritic:
+    """Judgments written by rule from the target: None for a response that equals it.
+
+    Responses of the form "name : value ; name : value" get the names whose values are wrong or missing; others the
+    words that do not belong, or that are missing.
+    """
+
+    name = "rule"
+
+    def critique(self, items: list[dict]) -> list[str | None]:
+        """One judgment per item."""
+        return [self._judgment(item["response"], item["target"]) for item in items]
+
+    def _judgment(self, response, target):
+        if normalize(response) == normalize(target):
+            return None
+        wanted, given = _fields(target), _fields(response)
+        if wanted and given:
+            bad = [name for name in wanted if given.get(name) != wanted[name]] or [name for name in given if name not in wanted]
+            return f"wrong : {' , '.join(bad)} ." if bad else "wrong : the order ."
+        flags = wrong_words(response, target)
+        bad = [word for word, wrong in zip(response.split(), flags) if wrong]
+        missing = [word for word, wrong in zip(target.split(), wrong_words(target, response)) if wrong]
+        return f"wrong : {' '.join(bad)} ." if bad else f"missing : {' '.join(missing)} ."
+
+
+def _fields(text):
+    """{name: value} of "name : value ; name : value", or {} where the text has another form."""
+    found = [FIELD.match(part) for part in text.strip(" ;").split(";")]
+    return {match[1]: match[2] for match in found} if len(found) > 1 and all(found) else {}
+
+
+def wrong_words(response: str, target: str) -> list[bool]:
+    """For each word of the response, whether it has no counterpart in the target (the longest common subsequences)."""
+    words, wanted = response.lower().split(), target.lower().split()
+    wrong = [True] * len(words)
+    for block in difflib.SequenceMatcher(None, words, wanted, autojunk=False).get_matching_blocks():
+        wrong[block.a:block.a + block.size] = [False] * block.size
+    return wrong
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ batch adds 0 / 0 tokens and no NaN. Only `prediction_rows` shifts; all other fun
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -145,3 +147,126 @@ def cat_loss(logprobs: Tensor, sequence_ids: Tensor, better: Tensor, worse: Tens
     sums, lengths = sequence_logprobs(logprobs, sequence_ids, len(weights))                     # (n,), (n,)
     rank = pairwise_ranking_loss(sums / lengths.clamp(min=1), better, worse, margin=margin)
     return {"rank": rank, "ce": (-lam * (weights * sums).sum(), float((weights * lengths).sum()))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Unlikelihood and CUT
+
+ALIGN_P, ALIGN_N, MISALIGN = 0, 1, 2                               # what a document of a CUT batch is; see cut_loss
+
+
+def complement_logprobs(logits: Tensor, targets: Tensor, *, clamp: float = 0.0) -> Tensor:
+    """log(1 - p(target)); logits (M, V), targets (M,) -> (M,), float32 or, for float64 logits, float64.
+
+    logsumexp of the other logits minus logsumexp of all: finite however sure the model is, and its gradient with
+    respect to the target's own logit is -p, so that the surest mistakes are unlearned, too. `clamp` > 0 gives
+    log(max(1 - p, clamp)) instead, as published codes have it (arXiv 1908.04319: 1e-5); its gradient vanishes there.
+    """
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    if clamp:
+        return (1 - gathered_logprobs(logits, targets).exp()).clamp(min=clamp).log()
+    others = logits.scatter(-1, targets.unsqueeze(-1), float("-inf"))                           # (M, V)
+    return others.logsumexp(-1) - logits.logsumexp(-1)
+
+
+def unlikelihood_loss(logprobs: Tensor, complements: Tensor, flagged: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+    """-log p of the tokens to keep, -weight * log(1 - p) of the flagged ones   (arXiv 1908.04319; CUT Eq. 6).
+
+    logprobs, complements, flagged (bool), weights: (M,) -> (M,), one loss per token, to be summed or averaged.
+    """
+    return -torch.where(flagged, weights * complements, logprobs)
+
+
+def inappropriate_tokens(judged: Tensor, plain: Tensor, *, lam: float = 1.1, floor: float = 0.0) -> Tensor:
+    """U = {t : p(y_t | x, j) > lam * p(y_t | x)}: the tokens that the judgment makes likelier   CUT, 2312.14591, Eq. 5.
+
+    judged, plain (M,): log-probabilities of the same tokens with and without the judgment -> bool (M,), no gradient.
+    `floor` drops tokens with p(y_t | x, j) at or below it, where the ratio is noise (DualCUT, arXiv 2412.20297).
+    """
+    judged, plain = judged.detach(), plain.detach()
+    return (judged - plain > math.log(lam)) & (judged.exp() > floor)
+
+
+def cut_loss(logprobs: Tensor, complements: Tensor, sequence_ids: Tensor, roles: Tensor, *, lam: float = 1.1,
+             alpha: float = 1.0, gamma: float = 0.0, floor: float = 0.0, combine: str = "sum",
+             reduction: str = "mean_per_sequence", flagged: Tensor | None = None, use_judged: bool = True) -> dict[str, tuple[Tensor, float]]:
+    """L = L1 + L2 over judged responses   CUT, arXiv 2312.14591, Eq. 5-7.
+
+        ALIGN_P   x -> y       a good response under the plain prompt            likelihood (L2, first part)
+        ALIGN_N   x, j -> y    a bad one under the prompt with its judgment      likelihood (L2, second part)
+        MISALIGN  x -> y       the same bad one under the plain prompt           L1: unlikelihood on U, likelihood else
+
+        L1 = -(1/N) [ sum_{t not in U} log p_t + sum_{t in U} alpha * (p-_t)^gamma * log(1 - p_t) ]
+
+    with p-_t under the judgment (detached) and p_t without. logprobs, sequence_ids (M,) and roles (n,), on all response
+    tokens of all documents; complements (K,) = log(1 - p) on the K MISALIGN tokens. The k-th ALIGN_N token is the k-th
+    MISALIGN token: the same response under two prompts. `flagged` (K,) replaces the detection, e.g. by a frozen model's;
+    use_judged=False drops the second part of L2 (an ablation) and keeps the detection.
+
+    Variants. combine "sum", or "half": (L1 + L2) / 2 for judged responses, as in the authors' code. reduction
+    "mean_per_sequence": 1/N each, count = number of responses; "token": a token mean, where "half" halves everything
+    if anything is judged (the authors' code beyond a micro-batch of one). gamma 0: constant weight, as in their code.
+    Returns {"l1": (sum, count), "l2": (sum, count), "flagged": (number, K)}, the last for the log.
+    """
+    if combine not in ("sum", "half") or reduction not in ("mean_per_sequence", "token"):
+        raise ValueError(f"CUT with combine={combine!r}, reduction={reduction!r}: use sum or half, and "
+                         "mean_per_sequence or token.")
+    role = roles[sequence_ids]                                                                  # (M,)
+    told, untold = logprobs[role == ALIGN_N], logprobs[role == MISALIGN]                        # (K,), (K,)
+    told = told[:len(untold)]                                      # without MISALIGN documents L1 is empty
+    if flagged is None:
+        flagged = inappropriate_tokens(told, untold, lam=lam, floor=floor)
+    l1 = unlikelihood_loss(untold, complements, flagged, alpha * told.detach().exp() ** gamma)  # (K,)
+    l2 = -logprobs[role != MISALIGN]
+    lengths = sequence_logprobs(logprobs, sequence_ids, len(roles))[1].clamp(min=1)             # (n,)
+    n = (float((roles != MISALIGN).sum()),) * 2
+    scale = 1 / lengths
+    if reduction == "token":
+        scale, n = torch.ones_like(lengths), (float(l1.numel()), float(l2.numel()))
+    if combine == "half":
+        halved = (roles != ALIGN_P) if reduction == "mean_per_sequence" else (roles == ALIGN_N).any().expand_as(roles)
+        scale = torch.where(halved, scale / 2, scale)
+    if not use_judged:
+        scale = torch.where(roles == ALIGN_N, 0.0, scale)
+    scale = scale[sequence_ids]                                                                 # (M,)
+    return {"l1": ((scale[role == MISALIGN] * l1).sum(), n[0]), "l2": ((scale[role != MISALIGN] * l2).sum(), n[1]),
+            "flagged": (flagged.sum().to(logprobs), flagged.numel())}
+
+
+def previous_tokens(targets: Tensor, sequence_ids: Tensor, vocab_size: int) -> Tensor:
+    """C_t of token-level unlikelihood: the tokens seen before in the same response, the target apart -> bool (M, V).
+
+    targets, sequence_ids (M,). arXiv 1908.04319, section 4.1 (previous context tokens).
+    """
+    seen = torch.zeros(len(targets), vocab_size, dtype=torch.bool, device=targets.device)
+    for t in range(1, len(targets)):
+        if sequence_ids[t] == sequence_ids[t - 1]:
+            seen[t] = seen[t - 1]
+            seen[t, targets[t - 1]] = True
+    return seen.scatter(-1, targets.unsqueeze(-1), False)
+
+
+def repeated_ngrams(targets: Tensor, sequence_ids: Tensor, n: int = 4) -> Tensor:
+    """Tokens that are part of an n-gram which stood before in the same response -> bool (M,).
+
+    What sequence-level unlikelihood penalises (arXiv 1908.04319, section 4.2; n = 4 in its code).
+    """
+    flagged, seen = torch.zeros(len(targets), dtype=torch.bool, device=targets.device), set()
+    ids, rows = targets.tolist(), sequence_ids.tolist()
+    for end in range(n, len(ids) + 1):
+        if rows[end - n] == rows[end - 1]:
+            ngram = (rows[end - 1], *ids[end - n:end])
+            if ngram in seen:
+                flagged[end - n:end] = True
+            seen.add(ngram)
+    return flagged
+
+
+def token_unlikelihood(logits: Tensor, targets: Tensor, sequence_ids: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """-log p(y_t) - alpha * sum over c in C_t of log(1 - p(c))   arXiv 1908.04319, Eq. 5; (M, V), (M,), (M,) -> (M,)."""
+    logprobs = logits.float().log_softmax(-1) if logits.dtype != torch.float64 else logits.log_softmax(-1)
+    at, tokens = previous_tokens(targets, sequence_ids, logits.shape[-1]).nonzero(as_tuple=True)    # (C,), (C,)
+    penalty = complement_logprobs(logits[at], tokens)                                           # (C,)
+    loss = -logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return loss.index_add(0, at, -alpha * penalty)

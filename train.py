@@ -26,7 +26,10 @@ from typing import Callable, Literal
 from eval import complain, fail, flag, parse_flags
 
 HERE = Path(__file__).parent
-TUNING, PREFERENCE = ("sft", "sft-ia", "cat"), ("cat",)
+PREFERENCE = ("cat",)
+JUDGED = ("cut", "forward", "ilf", "hindsight", "unlikelihood", "critic")
+AFTER_SFT = PREFERENCE + JUDGED
+TUNING = ("sft", "sft-ia", *AFTER_SFT)
 
 
 @dataclass
@@ -40,7 +43,7 @@ class TrainConfig:
     tasks: str = flag("", "task file or folder (default: demo/tasks)", TUNING)
     paraphrases: str = flag("", "JSON file of wordings per task (default for the demo's tasks: demo/paraphrases.json)", TUNING)
     out: str = flag("", "run folder (default: runs/STAGE)")
-    init: str = flag("", "run folder in which finished earlier stages are looked for (default: --out)", PREFERENCE)
+    init: str = flag("", "run folder in which finished earlier stages are looked for (default: --out)", AFTER_SFT)
     seed: int = flag(0, "seeds examples, order, adapters and sampling")
     device: str = flag("auto", "cpu, cuda, cuda:1, ... (auto: cuda where there is one)")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "type of the base weights (auto: bfloat16 on a GPU, else float32)")
@@ -53,8 +56,8 @@ class TrainConfig:
     # optimisation
     steps: int = flag(200, "optimiser steps")
     batch_size: int = flag(24, "examples (cat: groups) per step")
-    sft_steps: int = flag(200, "steps of the SFT stages on the way", PREFERENCE)
-    sft_lr: float = flag(2e-4, "learning rate of the SFT stages on the way", PREFERENCE)
+    sft_steps: int = flag(200, "steps of the SFT stages on the way", AFTER_SFT)
+    sft_lr: float = flag(2e-4, "learning rate of the SFT stages on the way", AFTER_SFT)
     micro_tokens: int = flag(8192, "most tokens per forward pass; bounds memory, changes no result")
     lr: float = flag(2e-4, "peak learning rate")
     warmup_ratio: float = flag(0.05, "share of the steps that warm up")
@@ -66,13 +69,13 @@ class TrainConfig:
     alpha: float = flag(32.0, "adapter scale: alpha / rank", TUNING)
     dropout: float = flag(0.0, "adapter dropout", TUNING)
     # collecting candidates
-    pool_per_task: int = flag(20, "fresh instances per task that candidates are sampled for", PREFERENCE)
+    pool_per_task: int = flag(20, "fresh instances per task that candidates are sampled for", AFTER_SFT)
     pool_wordings: int = flag(6, "training wordings per instance that candidates are sampled under", PREFERENCE)
-    samples: int = flag(2, "answers per instance and wording", PREFERENCE)
-    temperature: float = flag(1.0, "sampling temperature", PREFERENCE)
-    top_p: float = flag(1.0, "nucleus sampling", PREFERENCE)
+    samples: int = flag(2, "answers per instance and wording", AFTER_SFT)
+    temperature: float = flag(1.0, "sampling temperature", AFTER_SFT)
+    top_p: float = flag(1.0, "nucleus sampling", AFTER_SFT)
     candidates: str = flag("", "train on this candidates.jsonl instead of collecting", PREFERENCE)
-    judge: Literal["self", "rule"] = flag("self", "who rewards the candidates: the model itself, or exact rules", PREFERENCE)
+    judge: Literal["self", "rule"] = flag("self", "who judges sampled answers: the model itself, or exact rules", AFTER_SFT)
     reward_mode: Literal["gated", "sum"] = flag("gated", "how answer type and correctness make the reward", PREFERENCE)
     reward_steps: Literal["two", "one"] = flag("two", "ask type then correctness, or correctness alone", PREFERENCE)
     show_target: bool = flag(True, "let the judge see the reference answer", PREFERENCE)
@@ -85,6 +88,27 @@ class TrainConfig:
     ce_target: Literal["best", "gold"] = flag("best", "cross-entropy on the best sampled answer, or on the reference (a control)", PREFERENCE)
     ranking: bool = flag(True, "use the ranking term (off: cross-entropy alone, a control)", PREFERENCE)
     max_worse: int = flag(3, "lower-rewarded answers per item", PREFERENCE)
+    # learning from judgments
+    records: str = flag("", "train on this file of judged responses instead of sampling and judging", JUDGED)
+    rounds: int = flag(1, "collect and train so many times, each round from the last one's model (online alignment)", AFTER_SFT)
+    critic: str = flag("", "run folder of a critic stage whose adapter writes the judgments (with --judge self)", JUDGED)
+    downsample: float = flag(0.25, "satisfying responses kept per unsatisfying one (0: all)", JUDGED)
+    detect: Literal["ratio", "all"] = flag("ratio", "which tokens of a bad response are unlearned: those the judgment makes likelier, or all", ("cut",))
+    detect_lam: float = flag(1.1, "a token is flagged where p(token | judgment) > this * p(token)", ("cut",))
+    detect_floor: float = flag(0.0, "... and where p(token | judgment) is above this (DualCUT)", ("cut",))
+    detector: Literal["live", "frozen"] = flag("live", "detect with the model as it is, or as it was when the stage began", ("cut",))
+    unlike_alpha: float = flag(1.0, "weight of the unlikelihood of a token", ("cut", "unlikelihood"))
+    unlike_gamma: float = flag(0.0, "exponent of p(token | judgment) in that weight", ("cut",))
+    combine: Literal["sum", "half"] = flag("sum", "L1 + L2, or (L1 + L2) / 2 for judged responses as in the authors' code", ("cut",))
+    reduction: Literal["mean_per_sequence", "token"] = flag("mean_per_sequence", "1/N per response, or one mean over tokens", ("cut",))
+    positive: Literal["plain", "text"] = flag("plain", "the satisfied condition: no judgment, or one that praises", ("cut",))
+    use_l1: bool = flag(True, "CUT's L1 (off: an ablation)", ("cut",))
+    use_good: bool = flag(True, "CUT's L2 on satisfying responses (off: an ablation)", ("cut",))
+    use_judged: bool = flag(True, "CUT's L2 on judged responses (off: an ablation)", ("cut",))
+    judged_warmup: int = flag(0, "steps before L1 sets in, so that the model learns to read judgments first", ("cut",))
+    level: Literal["response", "token", "sequence"] = flag("response", "unlikelihood of all tokens of bad responses, of "
+                                                            "tokens said before, or of repeated 4-grams", ("unlikelihood",))
+    refinements: int = flag(5, "refinements sampled per bad response", ("ilf",))
     # pre-training
     corpus: str = flag("", "JSON Lines of documents: lists of [text, is_label]", ("pretrain",))
     preset: str = flag("demo", "shape of the new model", ("pretrain",))
@@ -104,6 +128,7 @@ STAGE_DEFAULTS = {
     "sft": dict(),
     "sft-ia": dict(),
     "cat": dict(steps=100, batch_size=16, lr=1e-4),
+    **{stage: dict(steps=120, batch_size=16, judge="rule", samples=1) for stage in JUDGED},
 }
 DEMO_MODEL = {                                              # a model of two million parameters wants larger steps
     "sft": dict(lr=2e-3, steps=300), "sft-ia": dict(lr=2e-3, steps=300), "cat": dict(lr=5e-4, sft_lr=2e-3, sft_steps=300),
@@ -183,7 +208,7 @@ import data                                                 # noqa: E402
 import judge as judging                                     # noqa: E402
 import lora                                                 # noqa: E402
 import losses                                               # noqa: E402
-from eval import EvalConfig, complete, evaluate_model, evaluate_responses, keyword_logprobs, summary_table, write_report    # noqa: E402
+from eval import MASK_LAMS, EvalConfig, complete, cut_masks, evaluate_errors, evaluate_model, evaluate_responses, keyword_logprobs, mask_report, mask_scores, plot_mask, summary_table, write_report    # noqa: E402
 from model import PRESETS, Llama, load_model, save_model    # noqa: E402
 
 
@@ -201,6 +226,7 @@ class Run:
     template: data.Template
     tasks: list[data.Task]
     folder: Path
+    round: int = 0
 
     def document(self, wording: str, input: str, response: str) -> dict:
         """Prompt and response as token ids and labels."""
@@ -322,11 +348,13 @@ def candidate_key(record: dict) -> tuple:
 
 
 def unanswered(run: Run) -> list[dict]:
-    """The candidates to collect, without their responses: pool instances x wordings x samples."""
+    """The answers to collect, without their responses: this round's pool instances x wordings x samples."""
     cfg, records = run.cfg, []
     for task in run.tasks:
-        texts = [task.definition] + [w.text for w in task.wordings.get("train", [])[:cfg.wordings]]
-        for instance in data.split_instances(task, "pool")[:cfg.pool_per_task]:
+        texts = [task.definition]
+        if cfg.stage in PREFERENCE:
+            texts += [w.text for w in task.wordings.get("train", [])[:cfg.wordings]]
+        for instance in data.split_instances(task, "pool")[run.round * cfg.pool_per_task:(run.round + 1) * cfg.pool_per_task]:
             rng = random.Random(f"pool/{cfg.seed}/{task.name}/{instance.id}")
             records += [{"task": task.name, "id": instance.id, "sample": sample, "instruction": task.definition, "wording": text,
                          "input": instance.input, "target": instance.outputs[0]}
@@ -334,14 +362,23 @@ def unanswered(run: Run) -> list[dict]:
     return records
 
 
-def score_candidates(run: Run, judge, records: list[dict]) -> list[dict]:
-    """The records with a sampled response and its reward; each draws from its own seed, so chunks change nothing."""
-    cfg, labels = run.cfg, {task.name: task.labels for task in run.tasks}
+def sampled(run: Run, records: list[dict], prompts: list[str]) -> list:
+    """One completion per record; each draws from its own seed, so chunks change nothing."""
+    cfg = run.cfg
     seeds = [random.Random(f"{cfg.seed}/{candidate_key(record)}").getrandbits(31) for record in records]
-    answers = complete(run.model, run.tokenizer, [run.template.render(r["wording"], r["input"]) for r in records],
-                       max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p, seed=seeds,
-                       batch_size=cfg.eval_batch, max_len=cfg.max_len)
-    records = [{**record, "response": answer.text, "finished": answer.finished} for record, answer in zip(records, answers)]
+    return complete(run.model, run.tokenizer, prompts, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+                    top_p=cfg.top_p, seed=seeds, batch_size=cfg.eval_batch, max_len=cfg.max_len)
+
+
+def answered(run: Run, records: list[dict]) -> list[dict]:
+    """The records with a sampled response."""
+    answers = sampled(run, records, [run.template.render(r["wording"], r["input"]) for r in records])
+    return [{**record, "response": answer.text, "finished": answer.finished} for record, answer in zip(records, answers)]
+
+
+def score_candidates(run: Run, judge, records: list[dict]) -> list[dict]:
+    """The records with a sampled response and its reward."""
+    labels, records = {task.name: task.labels for task in run.tasks}, answered(run, records)
     verdicts = judge.judge([{**record, "labels": labels[record["task"]]} for record in records])
     return [{**record, "reward": verdict.reward, "how": verdict.how, "expected": verdict.type, "correct": verdict.correct,
              "p_expected": verdict.p_expected, "p_correct": verdict.p_correct} for record, verdict in zip(records, verdicts)]
@@ -360,6 +397,229 @@ def make_judge(run: Run):
                                                        show_target=cfg.show_target))
 
 
+def judged_records(run: Run) -> list[dict]:
+    """The judged responses to train on, from --records or as collected; says what was dropped."""
+    cfg = run.cfg
+    found = data.load_judged(cfg.records or run.folder / "judged.jsonl")
+    kept, counts = data.keep_judged(found, downsample=cfg.downsample, seed=cfg.seed)
+    say(f"{cfg.stage}: {counts['negative']} unsatisfying responses"
+        + (f" ({counts['failed']} without a judgment, dropped)" if counts["failed"] else "")
+        + f", {counts['positive']} satisfying ones, {counts['kept']} of them kept.")
+    for number, record in enumerate(found):
+        if record["judgment"] is not None:
+            tokens = [len(run.tokenizer.encode_continuation(record[name])) for name in ("judgment", "response")]
+            if sum(tokens) + 3 > cfg.max_len:
+                raise ValueError(f"{cfg.records or run.folder / 'judged.jsonl'}, record {number}: its judgment ({tokens[0]} tokens) and "
+                                 f"response ({tokens[1]}) do not fit --max-len {cfg.max_len}. Raise it, or remove the record.")
+    return kept
+
+
+def judged_document(run: Run, record: dict, *, judgment: str | None = None) -> dict:
+    """The record's response behind its prompt, with or without a judgment in it; the same response ids either way."""
+    prompt = run.template.render(record["instruction"], record["input"], judgment)
+    return data.encode_example(run.tokenizer, run.template, prompt, record["response"], max_len=run.cfg.max_len)
+
+
+def cut_groups(run: Run) -> list[dict]:
+    """cut: a good response alone; a bad one under its judgment and, as its twin, under the satisfied condition."""
+    cfg, groups = run.cfg, []
+    satisfied = judging.PERFECT if cfg.positive == "text" else None
+    for record in judged_records(run):
+        if record["judgment"] is None:
+            if cfg.use_good:
+                groups.append({"documents": [judged_document(run, record, judgment=satisfied)], "roles": [losses.ALIGN_P]})
+            continue
+        documents = [judged_document(run, record, judgment=record["judgment"])]
+        if cfg.use_l1:
+            documents.append(judged_document(run, record, judgment=satisfied))
+        groups.append({"documents": documents, "roles": [losses.ALIGN_N, losses.MISALIGN][:len(documents)]})
+    return with_frozen_mask(run, groups) if cfg.detector == "frozen" and cfg.detect == "ratio" else groups
+
+
+def with_frozen_mask(run: Run, groups: list[dict]) -> list[dict]:
+    """The groups with "flagged": what the model as it is now would unlearn (--detector frozen)."""
+    device = next(run.model.parameters()).device
+    run.model.eval()
+    for group in groups:
+        if losses.MISALIGN in group["roles"]:
+            group["flagged"] = flagged_tokens(run.model, collate([group], device), run.cfg).tolist()
+    return groups
+
+
+@torch.no_grad()
+def flagged_tokens(model, batch: dict, cfg: TrainConfig) -> torch.Tensor:
+    """U of CUT's Eq. 5 for a batch, bool (K,): its MISALIGN tokens that the judgment makes likelier."""
+    rows, targets = losses.prediction_rows(batch["labels"])
+    logprobs = losses.gathered_logprobs(model(batch["input_ids"], lengths=batch["lengths"], logits_at=rows), targets)
+    roles = batch["roles"][batch["document_ids"][rows]]
+    return losses.inappropriate_tokens(logprobs[roles == losses.ALIGN_N], logprobs[roles == losses.MISALIGN],
+                                       lam=cfg.detect_lam, floor=cfg.detect_floor)
+
+
+def cut_step(model, batch, cfg) -> dict:
+    """L = L1 + L2 (CUT, spec 2.6). Detection never sees dropout."""
+    rows, targets = losses.prediction_rows(batch["labels"])
+    flagged = batch.get("flagged")
+    if cfg.detect == "all":
+        flagged = torch.ones(int((batch["roles"][batch["document_ids"][rows]] == losses.MISALIGN).sum()), dtype=torch.bool, device=rows.device)
+    elif flagged is None and cfg.dropout and cfg.use_l1:
+        flagged = flagged_tokens(model.eval(), batch, cfg)
+        model.train()
+    logits = model(batch["input_ids"], lengths=batch["lengths"], logits_at=rows)   # (M, V)
+    twin = batch["roles"][batch["document_ids"][rows]] == losses.MISALIGN
+    terms = losses.cut_loss(losses.gathered_logprobs(logits, targets), losses.complement_logprobs(logits[twin], targets[twin]),
+                            batch["document_ids"][rows], batch["roles"], lam=cfg.detect_lam, floor=cfg.detect_floor,
+                            alpha=cfg.unlike_alpha, gamma=cfg.unlike_gamma, combine=cfg.combine, reduction=cfg.reduction,
+                            flagged=flagged, use_judged=cfg.use_judged)
+    heard = batch["step"] >= cfg.judged_warmup
+    return {term: loss if heard or term == "l2" else 0 * loss for term, (loss, _) in terms.items()}
+
+
+def cut_counts(batch, cfg) -> dict:
+    """Responses, or with --reduction token their tokens; and how many tokens were looked at."""
+    labelled = batch["roles"][batch["document_ids"][batch["labels"] != data.IGNORE_INDEX]]
+    twins = int((labelled == losses.MISALIGN).sum())
+    if cfg.reduction == "token":
+        return {"l1": twins, "l2": len(labelled) - twins, "flagged": twins}
+    n = int((batch["roles"] != losses.MISALIGN).sum())
+    return {"l1": n, "l2": n, "flagged": twins}
+
+
+def hindsight_groups(run: Run) -> list[dict]:
+    """hindsight: every response behind its judgment (CUT, Eq. 4); good ones behind the plain prompt."""
+    return [{"documents": [judged_document(run, record, judgment=record["judgment"])]} for record in judged_records(run)]
+
+
+def forward_groups(run: Run) -> list[dict]:
+    """forward: the response, and behind it its judgment (CUT, Eq. 1): two documents, each with its own mean."""
+    groups = []
+    for record in judged_records(run):
+        documents = [judged_document(run, record)]
+        if record["judgment"] is not None:
+            documents.append(critic_document(run, record, record["judgment"]))
+        groups.append({"documents": documents})
+    return groups
+
+
+def critic_document(run: Run, record: dict, judgment: str) -> dict:
+    """A judgment as the response to a critic's prompt."""
+    prompt = run.template.render(*judging.critic_prompt(record["instruction"], record["input"], record["response"]))
+    return data.encode_example(run.tokenizer, run.template, prompt, judgment, max_len=run.cfg.max_len)
+
+
+def critic_groups(run: Run) -> list[dict]:
+    """critic: write the judgment of a response, or that it is perfect."""
+    return [{"documents": [critic_document(run, record, record["judgment"] or judging.PERFECT)]} for record in judged_records(run)]
+
+
+def ilf_groups(run: Run) -> list[dict]:
+    """ilf: the chosen refinement of each bad response, and the good ones as they are (CUT, Eq. 2-3)."""
+    refined = {record["key"]: record["refinement"] for record in data.read_records(run.folder / "refined.jsonl")}
+    groups, kept = [], 0
+    for record in judged_records(run):
+        if record["judgment"] is not None:
+            record = {**record, "response": record["refinement"] or refined.get(record_key(record)) or ""}
+            kept += bool(record["response"])
+        if record["response"]:
+            groups.append({"documents": [judged_document(run, record)]})
+    say(f"ilf: {kept} refinements.")
+    return groups
+
+
+def sequence_step(model, batch, cfg) -> dict:
+    """-(1/N) sum_t log p(y_t) of each document (CUT, Eq. 1-4), over the number of examples."""
+    rows, targets = losses.prediction_rows(batch["labels"])
+    logits = model(batch["input_ids"], lengths=batch["lengths"], logits_at=rows)   # (M, V)
+    sums, lengths = losses.sequence_logprobs(losses.gathered_logprobs(logits, targets), batch["document_ids"][rows],
+                                             len(batch["lengths"]))
+    return {"ce": -(sums / lengths.clamp(min=1)).sum()}
+
+
+def sequence_counts(batch, cfg) -> dict:
+    """Examples."""
+    return {"ce": batch["groups"]}
+
+
+def unlikelihood_groups(run: Run) -> list[dict]:
+    """unlikelihood: good and bad responses, all behind the plain prompt."""
+    return [{"documents": [judged_document(run, record)], "roles": [losses.ALIGN_P if record["judgment"] is None else losses.MISALIGN]}
+            for record in judged_records(run)]
+
+
+def unlikelihood_step(model, batch, cfg) -> dict:
+    """Unlikelihood without a detector (arXiv 1908.04319): of bad responses whole, of tokens said before, or of 4-grams."""
+    rows, targets = losses.prediction_rows(batch["labels"])
+    logits, ids = model(batch["input_ids"], lengths=batch["lengths"], logits_at=rows), batch["document_ids"][rows]
+    if cfg.level == "token":
+        tokens = losses.token_unlikelihood(logits, targets, ids, alpha=cfg.unlike_alpha)
+    else:
+        flagged = (batch["roles"][ids] == losses.MISALIGN) if cfg.level == "response" else losses.repeated_ngrams(targets, ids)
+        tokens = losses.unlikelihood_loss(losses.gathered_logprobs(logits, targets), losses.complement_logprobs(logits, targets),
+                                          flagged, cfg.unlike_alpha)
+    lengths = torch.bincount(ids, minlength=len(batch["lengths"])).clamp(min=1)
+    return {"ce": (tokens / lengths[ids]).sum()}
+
+
+def collect_judged(run: Run) -> None:
+    """Sample one answer per fresh instance and have it judged in words; resumes behind the last whole record."""
+    cfg, path = run.cfg, run.folder / "judged.jsonl"
+    if cfg.records:
+        return
+    done = {candidate_key(record) for record in data.read_records(path)}
+    todo = [record for record in unanswered(run) if candidate_key(record) not in done]
+    critic, chunk, empty = make_critic(run), 4 * cfg.eval_batch, 0
+    run = dataclasses.replace(run, model=plain(run.model))
+    for start in tqdm(range(0, len(todo), chunk), desc="collect", unit="chunk", disable=None):
+        records = answered(run, todo[start:start + chunk])
+        spoken = [record for record in records if record["response"].strip()]
+        empty += len(records) - len(spoken)
+        data.append_records(path, [{**record, "judgment": judgment} for record, judgment in zip(spoken, critic.critique(spoken), strict=True)])
+    if empty:
+        say(f"{cfg.stage}: {empty} empty responses were not recorded.")
+
+
+def collect_refined(run: Run) -> None:
+    """ilf: judged responses, then for each bad one the best of several refinements by the model itself."""
+    collect_judged(run)
+    cfg, path = run.cfg, run.folder / "refined.jsonl"
+    done = {record["key"] for record in data.read_records(path)}
+    todo = [r for r in judged_records(run) if r["judgment"] is not None and not r["refinement"] and record_key(r) not in done]
+    if cfg.judge == "rule" and any(record["target"] is None for record in todo):
+        raise ValueError(f"{cfg.records} has records without a target, which --judge rule needs. Give --judge self --no-show-target.")
+    run, judge = dataclasses.replace(run, model=plain(run.model)), make_judge(run)
+    for start in range(0, len(todo), cfg.eval_batch):
+        part = todo[start:start + cfg.eval_batch]
+        asked = [{**record, "task": "", "id": record_key(record), "wording": "", "sample": k} for record in part for k in range(cfg.refinements)]
+        prompts = [run.template.render(*judging.refine_prompt(r["instruction"], r["input"], r["response"], r["judgment"])) for r in asked]
+        made = sampled(run, asked, prompts)
+        judged = judge.judge([{**record, "response": answer.text} for record, answer in zip(asked, made)])
+        for k, record in enumerate(part):
+            span = range(k * cfg.refinements, (k + 1) * cfg.refinements)
+            best = max(span, key=lambda i: (judged[i].reward or 0, -i))
+            text = made[best].text
+            good = text.strip() and text.strip() != record["response"].strip()
+            data.append_records(path, [{"key": record_key(record), "refinement": text if good else None, "reward": judged[best].reward}])
+
+
+def record_key(record: dict) -> str:
+    """What tells one judged response from another."""
+    return json.dumps([record["instruction"], record["input"], record["response"]])
+
+
+def make_critic(run: Run):
+    """Who writes judgments: rules, or the model with --critic's adapter (its own without)."""
+    cfg = run.cfg
+    if cfg.judge == "rule":
+        return judging.RuleCritic()
+    model = plain(load_trained(cfg, Path(cfg.critic))) if cfg.critic else plain(run.model)
+
+    def write(asked):
+        prompts = [run.template.render(*pair) for pair in asked]
+        return [answer.text for answer in complete(model, run.tokenizer, prompts, max_new_tokens=cfg.max_new_tokens,
+                                                   batch_size=cfg.eval_batch, max_len=cfg.max_len)]
+    return judging.LocalCritic(write)
+
+
 def token_step(model, batch, cfg) -> dict:
     """Next-token cross-entropy on the labelled tokens (spec 2.1)."""
     rows, targets = losses.prediction_rows(batch["labels"])
@@ -367,7 +627,7 @@ def token_step(model, batch, cfg) -> dict:
     return {"ce": losses.cross_entropy(losses.gathered_logprobs(logits, targets))[0]}
 
 
-def token_counts(batch) -> dict:
+def token_counts(batch, cfg) -> dict:
     """Labelled tokens."""
     return {"ce": int((batch["labels"] != data.IGNORE_INDEX).sum())}
 
@@ -381,7 +641,7 @@ def cat_step(model, batch, cfg) -> dict:
     return {term: loss for term, (loss, _) in terms.items()}
 
 
-def cat_counts(batch) -> dict:
+def cat_counts(batch, cfg) -> dict:
     """Pairs, and tokens of the good answers, weighted as the loss weights them."""
     labelled = batch["labels"] != data.IGNORE_INDEX
     return {"rank": len(batch["better"]), "ce": float(batch["weights"][batch["document_ids"]][labelled].sum())}
@@ -393,7 +653,7 @@ class Stage:
 
     groups: Callable                                        # Run -> [{"documents": [...], ...}], one per item of a step
     step: Callable                                          # (model, batch, cfg) -> {term: weighted loss sum}
-    counts: Callable                                        # batch -> {term: n}, from the batch alone
+    counts: Callable                                        # (batch, cfg) -> {term: n}
     collect: Callable = lambda run: None                    # Run -> records in the run folder
     needs: str = ""                                         # the stage whose adapter this one continues
     beside: tuple[str, ...] = ()                            # stages that the table shows next to it
@@ -405,6 +665,12 @@ STAGES = {
     "sft": Stage(lambda run: sft_groups(run, 0), token_step, token_counts, title="SFT"),
     "sft-ia": Stage(lambda run: sft_groups(run, run.cfg.wordings), token_step, token_counts, beside=("sft",), title="SFT(IA)"),
     "cat": Stage(cat_groups, cat_step, cat_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+CAT"),
+    "cut": Stage(cut_groups, cut_step, cut_counts, collect_judged, needs="sft", title="CUT"),
+    "forward": Stage(forward_groups, sequence_step, sequence_counts, collect_judged, needs="sft", title="forward prediction"),
+    "ilf": Stage(ilf_groups, sequence_step, sequence_counts, collect_refined, needs="sft", title="ILF"),
+    "hindsight": Stage(hindsight_groups, sequence_step, sequence_counts, collect_judged, needs="sft", title="hindsight"),
+    "unlikelihood": Stage(unlikelihood_groups, unlikelihood_step, sequence_counts, collect_judged, needs="sft", title="unlikelihood"),
+    "critic": Stage(critic_groups, sequence_step, sequence_counts, collect_judged, needs="sft", title="critic"),
 }
 assert STAGES.keys() == STAGE_DEFAULTS.keys()
 
@@ -419,6 +685,11 @@ def collate(groups: list[dict], device) -> dict:
         worse += [start + pair[1] for pair in group.get("pairs", ())]
         weights += [1 / max(1, n_best)] * n_best + [0.0] * (len(group["documents"]) - n_best)
     batch["document_ids"] = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(batch["lengths"]))
+    batch["groups"] = len(groups)
+    if any("roles" in group for group in groups):
+        batch["roles"] = torch.tensor([role for group in groups for role in group["roles"]])
+    if any("flagged" in group for group in groups):
+        batch["flagged"] = torch.tensor([x for group in groups for x in group.get("flagged", ())], dtype=torch.bool)
     batch.update(better=torch.tensor(better, dtype=torch.long), worse=torch.tensor(worse, dtype=torch.long),
                  weights=torch.tensor(weights))
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
@@ -472,7 +743,7 @@ def backward(model, stage: Stage, batches: list[dict], cfg: TrainConfig) -> dict
     """Gradients of one step; returns {term: mean}. Each term is divided once, by its total over batches and ranks."""
     totals, sums = {}, {}
     for batch in batches:
-        for term, n in stage.counts(batch).items():
+        for term, n in stage.counts(batch, cfg).items():
             totals[term] = totals.get(term, 0) + n
     totals = all_sum(totals)
     device = next(model.parameters()).device.type
@@ -505,7 +776,7 @@ def train(run: Run, stage: Stage, groups: list[dict], log_path: Path) -> None:
     bar, seen, started = tqdm(range(cfg.steps), desc=cfg.stage, disable=None if rank == 0 else True), 0, time.time()
     for step in bar:
         chosen = data.batch_indices(len(groups), cfg.batch_size, step, cfg.seed)[rank::size]
-        batches = [collate(part, device) for part in data.micro_batches([groups[i] for i in chosen], cfg.micro_tokens)]
+        batches = [{**collate(part, device), "step": step} for part in data.micro_batches([groups[i] for i in chosen], cfg.micro_tokens)]
         means = backward(run.model, stage, batches, cfg)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.clip))
         if not math.isfinite(sum(means.values())) or not math.isfinite(norm):
@@ -560,10 +831,10 @@ def make_run(cfg: TrainConfig) -> Run:
     cfg = dataclasses.replace(cfg, template=cfg.template or model.config.prompt_template or "alpaca")
     template = data.find_template(cfg.template)
     held = [task.name for task in tasks if len(task.wordings.get(cfg.split, [])) >= 2]
-    if not held and cfg.evaluate:
+    if not held and cfg.evaluate and cfg.stage not in JUDGED:
         raise ValueError(f"no task has two held-out wordings in split {cfg.split!r}, so consistency cannot be measured. "
                          "Give --paraphrases FILE with at least eight wordings per task, or --no-evaluate.")
-    if not any(task.wordings.get("train") for task in tasks) and cfg.stage != "sft":
+    if not any(task.wordings.get("train") for task in tasks) and cfg.stage in ("sft-ia", "cat"):
         raise ValueError(f"no training wordings for any of the {len(tasks)} tasks. Give --paraphrases FILE.")
     return Run(cfg, model, tokenizer, template, tasks, Path(cfg.out))
 
@@ -571,7 +842,7 @@ def make_run(cfg: TrainConfig) -> Run:
 def stage_config(cfg: TrainConfig, stage: str) -> TrainConfig:
     """This run's settings for an SFT stage on the way: its own steps, batch and learning rate, everything else as given."""
     batch_size = {**dataclasses.asdict(TrainConfig()), **STAGE_DEFAULTS[stage]}["batch_size"]
-    steps, lr = (cfg.sft_steps, cfg.sft_lr) if cfg.stage in PREFERENCE else (cfg.steps, cfg.lr)
+    steps, lr = (cfg.sft_steps, cfg.sft_lr) if cfg.stage in AFTER_SFT else (cfg.steps, cfg.lr)
     return dataclasses.replace(cfg, stage=stage, out=str(Path(cfg.out) / stage), steps=steps, lr=lr, batch_size=batch_size)
 
 
@@ -633,12 +904,17 @@ def run_stage(run: Run, name: str) -> Path:
             say(f"{name}: found in {place}.")
             return place
     before = run_stage(run, stage.needs) if stage.needs else None
-    say(f"{name}: training in {folder}.")
-    part = dataclasses.replace(run, cfg=cfg, folder=folder, model=trainable(cfg, before))
-    on_first_rank(prepare_folder, part)
-    on_first_rank(stage.collect, part)
-    train(part, stage, stage.groups(part), folder / "log.jsonl")
-    on_first_rank(save_trained, part)
+    rounds = cfg.rounds if cfg is run.cfg else 1
+    for number in range(rounds):                            # the last round's folder is the run's own
+        place = folder / f"round{number + 1}" if number + 1 < rounds else folder
+        if not finished(place, cfg):
+            say(f"{name}: training in {place}.")
+            part = dataclasses.replace(run, cfg=cfg, folder=place, model=trainable(cfg, before), round=number)
+            on_first_rank(prepare_folder, part)
+            on_first_rank(stage.collect, part)
+            train(part, stage, stage.groups(part), place / "log.jsonl")
+            on_first_rank(save_trained, part)
+        before = place
     return folder
 
 
@@ -687,6 +963,8 @@ def report(run: Run, ladder: dict[str, Path | None]) -> None:
         measure_judge(run)
     if not cfg.evaluate:
         return
+    if cfg.stage in JUDGED:
+        return report_judged(run, ladder)
     rows = data.questions(run.tasks, split=cfg.split, wordings=cfg.eval_wordings, per_task=cfg.eval_per_task)
     config = EvalConfig(template=cfg.template, max_new_tokens=cfg.max_new_tokens, max_len=cfg.max_len, batch_size=cfg.eval_batch)
     judge, results, tables = judging.RuleJudge(rouge_threshold=cfg.rouge_threshold), {}, {}
@@ -697,6 +975,38 @@ def report(run: Run, ladder: dict[str, Path | None]) -> None:
     write_report(cfg.out, results, tables)
     say(summary_table(results))
     say(f"report: {cfg.out}/report.md\nnext: {next_command(cfg)}")
+
+
+def report_judged(run: Run, ladder: dict[str, Path | None]) -> None:
+    """Error rates under the tasks' own instructions; for cut also what its mask flags, against the truly wrong tokens."""
+    cfg = run.cfg
+    rows = data.questions(run.tasks, split=cfg.split, wordings=0, per_task=cfg.eval_per_task)
+    config = EvalConfig(template=cfg.template, max_new_tokens=cfg.max_new_tokens, max_len=cfg.max_len, batch_size=cfg.eval_batch)
+    judge, results, tables = judging.RuleJudge(rouge_threshold=cfg.rouge_threshold), {}, {}
+    for title, folder in ladder.items():
+        model = plain(load_trained(cfg, folder))
+        results[title], tables[title] = evaluate_errors(model, run.tokenizer, rows, config, judge=judge, seed=cfg.seed)
+    write_report(cfg.out, results, tables)
+    if cfg.stage == "cut":
+        measure_mask(run, {title: folder for title, folder in ladder.items() if folder})
+    say("\n".join(f"{title:24s} errors: greedy {100 * found['error_rate']['mean']:5.1f} %, sampled {100 * found['sampled_error_rate']['mean']:5.1f} %"
+                  for title, found in results.items()))
+    say(f"report: {cfg.out}/report.md")
+
+
+def measure_mask(run: Run, ladder: dict[str, Path]) -> None:
+    """What CUT's mask flags in the records, before and after: into report.md and mask.json, with a plot where errors are known."""
+    cfg, found, path = run.cfg, {}, Path(run.cfg.out)
+    records = [r for r in data.load_judged(cfg.records or path / "judged.jsonl") if r["judgment"] not in (None, data.ERROR_JUDGMENT)][:400]
+    for title, folder in ladder.items():
+        lams = sorted({*MASK_LAMS, cfg.detect_lam})
+        masks = cut_masks(plain(load_trained(cfg, folder)), run.tokenizer, run.template, records, lams=lams, max_len=cfg.max_len)
+        found[title] = mask_scores(masks)
+        with open(path / "report.md", "a", encoding="utf-8") as report:
+            report.write("\n\n" + mask_report(title, records, masks, run.tokenizer, cfg.detect_lam) + "\n")
+    (path / "mask.json").write_text(json.dumps(found, indent=1) + "\n")
+    if any(score["n"] for scores in found.values() for score in scores):
+        plot_mask(list(found.values())[0], path / "plots" / "mask.png")
 
 
 def measure_judge(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -9,6 +10,8 @@ import torch
 
 import data
 from data import IGNORE_INDEX, TEMPLATES, Task, Tokenizer, Wording
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
@@ -242,3 +245,69 @@ def test_candidates_to_judge_hold_right_and_wrong_answers():
                                      rng=random.Random(0), n=400)
     assert 0.3 < answers.count("red lamp") / 400 < 0.6
     assert {"anna", "paris", "blue chair"} < set(answers) and len(set(answers)) > 10
+
+
+# Judged responses ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (SHARED / "cut").is_dir(), reason="the authors' judged responses are not here")
+def test_the_authors_first_iteration_reads_as_published():
+    found = data.load_judged(SHARED / "cut/train-alpaca-sample-iter1.json")
+    kept, counts = data.keep_judged(found, downsample=0.25, seed=42)
+    assert counts == {"negative": 287, "positive": 713, "kept": 71, "failed": 47}
+    assert len(kept) == 287 - 47 + 71 and sum(record["judgment"] is None for record in kept) == 71
+
+
+def judged_rows():
+    """(a file's rows, the records that they mean)."""
+    own = {"instruction": "a", "input": "b", "response": "c", "judgment": "no"}
+    return [
+        ([own], [("a", "b", "c", "no", None)]),
+        ([{"instruction": "a", "input": None, "output": "c", "judgment": "no", "score": 7, "i_ans": "d"}], [("a", "", "c", None, "d")]),
+        ([{"instruction": "a", "output": "c", "judgment": "no", "score": 6}], [("a", "", "c", "no", None)]),
+        ([{"question": "a", "answer": "c", "feedback": "no"}], [("a", "", "c", "no", None)]),
+        ([{"instruction": "a", "completions": [{"response": "c", "critique": "no"}, {"response": "d", "critique": "hm"}]}],
+         [("a", "", "c", "no", None), ("a", "", "d", "hm", None)]),
+        ([{"data": {"passage": {"text": "p"}, "questions": [
+            {"question": "q", "rankings": [0.1, 0.9], "answers": [{}, {"answer": "c", "feedback": {"critiques": [
+                {"text": "no", "refinement": "r1"}, {"text": "never", "refinement": "r2"}]}}]},
+            {"question": "q", "rankings": [1], "answers": [{"answer": "c", "feedback": {"critiques": [], "rating": 7}}]},
+            {"question": "q", "rankings": [1], "answers": [{"answer": "c", "feedback": {"skip": True}}]}]}}],
+         [("p\nq", "", "c", "no never", "r2"), ("p\nq", "", "c", None, None)]),
+    ]
+
+
+@pytest.mark.parametrize("rows, wanted", judged_rows())
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_every_form_of_judged_responses(rows, wanted, suffix, tmp_path):
+    path = tmp_path / f"judged{suffix}"
+    path.write_text(json.dumps(rows) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
+    found = data.load_judged(path)
+    assert [(r["instruction"], r["input"], r["response"], r["judgment"], r["refinement"]) for r in found] == wanted
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"judgment": 3}, 'field "judgment" is 3'), ({"response": ""}, 'field "response" is empty'), ({"response": None}, 'field "response" is null'),
+    ({"judgment": " "}, "null for a satisfying response"), ({"instruction": ["x"]}, 'field "instruction"'), ({"input": 5}, 'field "input"'),
+    ({"DROP": "judgment"}, 'field "judgment" is missing'),
+])
+def test_a_bad_judged_response_is_named(change, said, tmp_path):
+    good = {"instruction": "a", "input": "b", "response": "c", "judgment": "no"}
+    bad = {**good, **change}
+    bad.pop(bad.pop("DROP", ""), None)
+    (tmp_path / "j.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")
+    with pytest.raises(ValueError) as found:
+        data.load_judged(tmp_path / "j.jsonl")
+    assert "record 1" in str(found.value) and said in str(found.value)
+
+
+@pytest.mark.parametrize("template", list(data.TEMPLATES))
+@pytest.mark.parametrize("input", ["", "an input"])
+def test_a_response_has_the_same_ids_under_every_prompt(template, input, tokenizer):
+    form = data.find_template(template)
+    for response in ("red", " red", "a : b ; c", "é", "1"):
+        prompts = [form.render("do it", input), form.render("do it", input, "wrong : {input} and {judgment} .")]
+        assert "wrong : {input} and {judgment} ." in prompts[1]
+        rows = [data.encode_example(tokenizer, form, prompt, response, max_len=400) for prompt in prompts]
+        first, second = ([i for i in row["labels"] if i != data.IGNORE_INDEX] for row in rows)
+        assert first == second and first[-1] == tokenizer.eos_id

@@ -337,3 +337,33 @@ def test_confusion_of_what_was_asked():
     assert found["all"]["n"] == 4 and found["all"]["best"]["accuracy"] == 0.5
     assert found["asked"]["n"] == 1 and found["asked"]["best"]["fp"] == 1 and found["asked"]["best"]["recall"] is None
     assert judging.confusion([], [], [])["all"]["type"]["accuracy"] is None
+
+
+# Judgments in words --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("response, target, judgment", [
+    ("Red.", "red", None), ("blue", "red", "wrong : blue ."), ("a blue hat", "a red hat", "wrong : blue ."), ("a hat", "a red hat", "missing : red ."),
+    ("name : anna ; place : rome", "name : anna ; place : oslo", "wrong : place ."),
+    ("name : tom ; place : rome", "name : anna ; place : oslo", "wrong : name , place ."),
+    ("name : anna", "name : anna ; place : oslo", "missing : ; place : oslo ."),
+    ("name : anna ; city : oslo", "name : anna ; place : oslo", "wrong : place ."),
+    ("name : anna ; place : oslo ; day : monday", "name : anna ; place : oslo", "wrong : day ."),
+])
+def test_rule_critic(response, target, judgment):
+    assert judging.RuleCritic().critique([{"response": response, "target": target}]) == [judgment]
+
+
+def test_wrong_words():
+    assert judging.wrong_words("on monday tom came late", "on monday anna came") == [False, False, True, False, True]
+    assert judging.wrong_words("", "x") == [] and judging.wrong_words("Anna", "anna") == [False]
+
+
+def test_local_critic_asks_once_and_knows_satisfaction():
+    asked = []
+
+    def write(pairs):
+        asked.extend(pairs)
+        return ["Perfect." if "good" in input else "wrong : it ." for _, input in pairs]
+    items = [{"instruction": "i", "input": "x", "response": response} for response in ("good", "bad", "bad")]
+    assert judging.LocalCritic(write).critique(items) == [None, "wrong : it .", "wrong : it ."] and len(asked) == 2

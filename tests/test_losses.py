@@ -268,3 +268,164 @@ def test_ignore_index_is_data_s():
     data = pytest.importorskip("data")
     for function in (losses.prediction_rows, losses.token_logprobs):
         assert inspect.signature(function).parameters["ignore_index"].default == data.IGNORE_INDEX
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Unlikelihood and CUT
+
+
+def golden_cut():
+    """Response tokens of candidate 0 under its own logits (with judgment) and those of candidate 1 (without)."""
+    (told, ids, _), (plain, _, _) = golden_row(0), golden_row(1)
+    targets = ids[PROMPT:]
+    return told[PROMPT - 1:-1], plain[PROMPT - 1:PROMPT - 1 + len(targets)], targets
+
+
+def cut_terms(told, plain, targets, **switches):
+    logprobs = torch.cat([losses.gathered_logprobs(told, targets), losses.gathered_logprobs(plain, targets)])
+    ids = torch.tensor([0] * len(targets) + [1] * len(targets))
+    return losses.cut_loss(logprobs, losses.complement_logprobs(plain, targets), ids,
+                           torch.tensor([losses.ALIGN_N, losses.MISALIGN]), **switches)
+
+
+@pytest.mark.parametrize("lam, alpha, gamma, flagged, l1", [
+    (1.1, 1, 0, [1, 1, 1, 0], 0.4272930751), (1.1, 0.5, 0, [1, 1, 1, 0], 0.3589349213),
+    (1.1, 0.5, 1, [1, 1, 1, 0], 0.3190289312), (1.5, 0.25, 2, [1, 1, 0, 0], 0.5571892214),
+])
+def test_golden_cut(lam, alpha, gamma, flagged, l1):
+    told, plain, targets = golden_cut()
+    assert losses.gathered_logprobs(told, targets).exp().tolist() == pytest.approx([.0746784, .3572816, .4455342, .2530424], abs=1e-7)
+    found = losses.inappropriate_tokens(losses.gathered_logprobs(told, targets), losses.gathered_logprobs(plain, targets), lam=lam)
+    assert found.tolist() == [bool(flag) for flag in flagged]
+    terms = cut_terms(told, plain, targets, lam=lam, alpha=alpha, gamma=gamma)
+    assert terms["l1"][0].item() == near(l1) and terms["l2"][0].item() == near(1.4516185083)
+    assert terms["l1"][1] == terms["l2"][1] == 1 and (terms["flagged"][0].item(), terms["flagged"][1]) == (sum(flagged), 4)
+
+
+def authors_cut(told, plain, lengths, kinds, targets, *, alpha, threshold):
+    """The published code's loss of a micro-batch (modeling_llama_unlikelihood.py), from its description in words.
+
+    Rows A: the judged prompt, or the plain one of a good response; rows B: the plain prompt of the bad ones.
+    """
+    row_a = torch.cat([told[i].log_softmax(-1).gather(-1, targets[i][:, None]).squeeze(-1) for i in range(len(kinds))])
+    l2 = -row_a.mean()
+    bad = [i for i, kind in enumerate(kinds) if kind == "bad"]
+    if not bad:
+        return l2
+    p_a = torch.cat([told[i].softmax(-1).gather(-1, targets[i][:, None]).squeeze(-1) for i in bad])
+    p_b = torch.cat([plain[i].softmax(-1).gather(-1, targets[i][:, None]).squeeze(-1) for i in bad])
+    ratio = (p_a / p_b).detach()
+    one_minus = torch.where(1 - p_b == 0, (1 - p_b) + 1e-5, 1 - p_b)
+    tokens = torch.where(ratio > threshold, alpha * one_minus.log(), p_b.log())
+    return (-tokens.mean() + l2) / 2
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_cut_with_half_and_token_mean_is_the_authors_loss(seed):
+    torch.manual_seed(seed)
+    lengths, kinds = [5, 3, 6, 2], [["bad", "good", "bad", "good"], ["good"] * 4, ["bad"] * 4][seed % 3]
+    told = [torch.randn(n, 13, dtype=torch.float64, requires_grad=True) for n in lengths]
+    plain = [torch.randn(n, 13, dtype=torch.float64, requires_grad=True) for n in lengths]
+    targets = [torch.randint(0, 13, (n,)) for n in lengths]
+    logprobs, ids, roles, complements = [], [], [], []
+    for i, kind in enumerate(kinds):
+        logprobs.append(losses.gathered_logprobs(told[i], targets[i]))
+        ids += [len(roles)] * lengths[i]
+        roles.append(losses.ALIGN_N if kind == "bad" else losses.ALIGN_P)
+        if kind == "bad":
+            logprobs.append(losses.gathered_logprobs(plain[i], targets[i]))
+            complements.append(losses.complement_logprobs(plain[i], targets[i]))
+            ids += [len(roles)] * lengths[i]
+            roles.append(losses.MISALIGN)
+    terms = losses.cut_loss(torch.cat(logprobs), torch.cat(complements) if complements else torch.zeros(0, dtype=torch.float64),
+                            torch.tensor(ids), torch.tensor(roles), lam=1.1, alpha=0.5, combine="half", reduction="token")
+    ours = sum(total / max(1, count) for name, (total, count) in terms.items() if name != "flagged")
+    theirs = authors_cut(told, plain, lengths, kinds, targets, alpha=0.5, threshold=1.1)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    leaves = [*told, *(x for x, kind in zip(plain, kinds) if kind == "bad")]
+    for mine, their in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves)):
+        torch.testing.assert_close(mine, their, atol=1e-12, rtol=0)
+
+
+def test_half_halves_judged_responses_only():
+    told, plain, targets = golden_cut()
+    whole, half = cut_terms(told, plain, targets), cut_terms(told, plain, targets, combine="half")
+    assert half["l1"][0].item() == near(whole["l1"][0].item() / 2) and half["l2"][0].item() == near(whole["l2"][0].item() / 2)
+    logprobs, ids, roles = losses.gathered_logprobs(told, targets), torch.zeros(4, dtype=torch.long), torch.tensor([losses.ALIGN_P])
+    good = losses.cut_loss(logprobs, logprobs[:0], ids, roles, combine="half")
+    assert good["l2"][0].item() == near(1.4516185083) and good["l1"][0].item() == 0 and good["flagged"][1] == 0
+
+
+@pytest.mark.parametrize("switches", [{"combine": "third"}, {"reduction": "none"}])
+def test_unknown_cut_variants(switches):
+    with pytest.raises(ValueError, match="sum or half"):
+        cut_terms(*golden_cut(), **switches)
+
+
+def test_cut_gradients_against_finite_differences_and_no_gradient_through_the_mask():
+    told, plain, targets = golden_cut()
+
+    def loss(told, plain, **switches):
+        terms = cut_terms(told, plain, targets, **switches)
+        return terms["l1"][0] + terms["l2"][0]
+    assert torch.autograd.gradcheck(loss, (told.clone().requires_grad_(), plain.clone().requires_grad_()))
+    held = told.clone().requires_grad_()
+    terms = cut_terms(held, plain.clone().requires_grad_(), targets, gamma=1.0)
+    terms["l1"][0].backward()
+    assert held.grad.abs().max() == 0                                      # L1 never reaches the judged forward pass
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("vocabulary", [2, 32000])
+def test_complement_is_finite_with_gradient_p_up_to_margin_200(dtype, tolerance, vocabulary):
+    for margin in (0.0, 1.0, 17.0, 80.0, 200.0):
+        logits = torch.zeros(1, vocabulary, dtype=dtype)
+        logits[0, 1] = margin
+        logits.requires_grad_()
+        value = losses.complement_logprobs(logits, torch.tensor([1]))
+        value.sum().backward()
+        others = math.log(vocabulary - 1)
+        exact = others - (margin + math.log1p(math.exp(others - margin)))
+        assert value.item() == pytest.approx(exact, rel=tolerance, abs=tolerance)
+        assert logits.grad[0, 1].item() == pytest.approx(-1 / (1 + math.exp(others - margin)), abs=tolerance)
+    clamped = torch.tensor([[0.0, 200.0]], dtype=dtype, requires_grad=True)
+    losses.complement_logprobs(clamped, torch.tensor([1]), clamp=1e-5).sum().backward()
+    assert clamped.grad.abs().max() == 0                                   # the published clamp forgets what it is surest of
+
+
+def test_cut_at_the_extremes_is_finite():
+    for sure in (True, False):
+        logits = torch.full((3, 5), 0.0)
+        logits[:, 2] = 1e4 if sure else -1e4
+        logits.requires_grad_()
+        terms = cut_terms(logits, logits * 1.0, torch.tensor([2, 2, 2]), lam=0.9)
+        (terms["l1"][0] + terms["l2"][0]).backward()
+        assert torch.isfinite(terms["l1"][0]) and torch.isfinite(logits.grad).all()
+    empty = torch.zeros(0, requires_grad=True)
+    terms = losses.cut_loss(empty, empty, torch.zeros(0, dtype=torch.long), torch.tensor([losses.ALIGN_P]))
+    assert all(total.item() == 0 for total, _ in terms.values())
+
+
+def test_floor_drops_improbable_tokens():
+    judged, plain = torch.tensor([0.5, 1e-4]).log(), torch.tensor([0.1, 1e-6]).log()
+    assert losses.inappropriate_tokens(judged, plain).tolist() == [True, True]
+    assert losses.inappropriate_tokens(judged, plain, floor=1e-3).tolist() == [True, False]
+
+
+def test_token_level_unlikelihood_by_hand():
+    torch.manual_seed(0)
+    logits, targets, ids = torch.randn(5, 4, dtype=torch.float64), torch.tensor([1, 2, 1, 3, 1]), torch.tensor([0, 0, 0, 1, 1])
+    p = logits.softmax(-1)
+    candidates = [[], [1], [2], [], [3]]                                   # said before in the same response, but the target
+    wanted = [-p[t, targets[t]].log() - 0.5 * sum((1 - p[t, c]).log() for c in cs) for t, cs in enumerate(candidates)]
+    found = losses.token_unlikelihood(logits, targets, ids, alpha=0.5)
+    assert found.tolist() == near([value.item() for value in wanted])
+
+
+@pytest.mark.parametrize("tokens, rows, n, flagged", [
+    ([1, 2, 1, 2, 1], [0] * 5, 2, [0, 0, 1, 1, 1]), ([1, 2, 1, 2], [0, 0, 1, 1], 2, [0, 0, 0, 0]),
+    ([5, 5, 5], [0] * 3, 2, [0, 1, 1]), ([1, 2, 3], [0] * 3, 4, [0, 0, 0]), ([], [], 4, []),
+])
+def test_repeated_ngrams(tokens, rows, n, flagged):
+    found = losses.repeated_ngrams(torch.tensor(tokens, dtype=torch.long), torch.tensor(rows, dtype=torch.long), n)
+    assert found.tolist() == [bool(flag) for flag in flagged]

@@ -212,7 +212,7 @@ def test_step_equals_the_equation_written_out(cat_run):
             rank, pairs = rank + max(0.0, (scores[worse] - scores[better]).item()), pairs + 1
     batch = train.collate(groups, "cpu")
     terms = train.STAGES["cat"].step(run.model, batch, cfg)
-    totals = train.STAGES["cat"].counts(batch)
+    totals = train.STAGES["cat"].counts(batch, cfg)
     assert totals["rank"] == pairs and totals["ce"] == pytest.approx(tokens, rel=1e-6)
     assert terms["rank"].item() == pytest.approx(rank, rel=1e-4) and terms["ce"].item() == pytest.approx(ce.item(), rel=1e-5)
 
@@ -221,7 +221,7 @@ def test_a_non_finite_loss_stops_before_anything_moves(cat_run, tmp_path):
     run, groups = cat_run
     before = [p.clone() for p in lora.lora_parameters(run.model)]
     stage = dataclasses.replace(train.STAGES["cat"], step=lambda model, batch, cfg: {"ce": train.cat_step(model, batch, cfg)["ce"] * float("nan")},
-                                counts=lambda batch: {"ce": 1})
+                                counts=lambda batch, cfg: {"ce": 1})
     with pytest.raises(FloatingPointError, match="step 0 of cat gave a non-finite loss"):
         train.train(run, stage, groups, tmp_path / "log.jsonl")
     assert all(torch.equal(a, b) for a, b in zip(before, lora.lora_parameters(run.model)))
@@ -253,7 +253,7 @@ def test_two_processes_train_as_one(world, tmp_path):
 
 
 @pytest.mark.parametrize("line, sentence", [
-    (["--stage", "sfft"], 'unknown stage "sfft". Stages: pretrain, sft, sft-ia, cat. Did you mean "sft"?'),
+    (["--stage", "sfft"], 'unknown stage "sfft". Stages: pretrain, sft, sft-ia, cat, cut, forward, ilf, hindsight, unlikelihood, critic. Did you mean "sft"?'),
     (["--stagee", "cat"], "unrecognized arguments: --stagee"), (["--judge", "oracle"], "invalid choice: 'oracle'"),
     (["--lr", "fast"], "invalid float value: 'fast'"), (["--lr", "-1"], "--lr is -1.0. Expected a positive number."),
     (["--steps", "0"], "--steps is 0. Expected 1 or more."), (["--model", "nowhere"], "--model nowhere does not exist."),
@@ -302,9 +302,72 @@ def test_real_task_files_are_read(folder):
     assert all(task.instances and task.definition and all(x.outputs[0] for x in task.instances) for task in tasks)
 
 
+# Learning from judgments ---------------------------------------------------------------------------------------------
+
+JUDGED = ["--sft-steps", "3", "--steps", "3", "--batch-size", "4", "--pool-per-task", "6", "--downsample", "0"]
+
+
+@pytest.fixture(scope="module")
+def judged(world):
+    """Judged responses to the tiny world's inputs."""
+    path = world / "judged.jsonl"
+    rows = [{"instruction": "give the colour .", "input": f"tom has a red hat {i}", "response": "red hat" if i % 2 else "blue hat",
+             "judgment": None if i % 2 else "wrong : blue .", "target": "red hat"} for i in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("stage, more", [
+    ("cut", ()), ("cut", ("--combine", "half", "--reduction", "token", "--positive", "text", "--unlike-gamma", "1")),
+    ("cut", ("--detector", "frozen", "--downsample", "0.25")), ("cut", ("--detect", "all", "--no-use-judged")), ("cut", ("--dropout", "0.1")),
+    ("cut", ("--no-use-l1",)), ("cut", ("--no-use-good", "--judged-warmup", "2")), ("forward", ()), ("ilf", ("--refinements", "2")), ("hindsight", ()),
+    ("unlikelihood", ()), ("unlikelihood", ("--level", "token")), ("unlikelihood", ("--level", "sequence")), ("critic", ()),
+])
+def test_stages_on_judged_records(stage, more, world, judged, tmp_path, capsys):
+    assert train.main(["--stage", stage, *arguments(world, tmp_path, *JUDGED, "--records", str(judged), *more)]) == 0
+    said = capsys.readouterr().out
+    assert f"{stage}: 6 unsatisfying responses, 6 satisfying ones" in said and "errors: greedy" in said
+    assert len([line for line in (tmp_path / "log.jsonl").read_text().splitlines()]) == 3
+    assert set(json.loads((tmp_path / "metrics.json").read_text())) == {"base", "SFT", train.STAGES[stage].title}
+    if "--judged-warmup" in more:
+        l1 = [json.loads(line)["l1"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        assert l1[:2] == [0, 0] and l1[2] > 0
+    if stage == "cut":
+        assert len(json.loads((tmp_path / "mask.json").read_text())) == 2 and "CUT's mask" in (tmp_path / "report.md").read_text()
+
+
+def test_rounds_collect_anew_and_continue(world, tmp_path):
+    argv = ["--stage", "cut", *arguments(world, tmp_path, *JUDGED, "--rounds", "2", "--no-evaluate")]
+    assert train.main(argv) == 0
+    first, second = ([json.loads(line) for line in (tmp_path / part / "judged.jsonl").read_text().splitlines()] for part in ("round1", "."))
+    assert first and second and not {r["input"] for r in first} & {r["input"] for r in second}
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "sft")
+    (tmp_path / "adapter_config.json").unlink()                            # as if the second round had not ended
+    (tmp_path / "adapter_model.safetensors").unlink()
+    assert train.main(argv) == 0
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_trained_critic_judges(world, judged, tmp_path):
+    assert train.main(["--stage", "critic", *arguments(world, tmp_path / "critic", *JUDGED, "--records", str(judged), "--no-evaluate")]) == 0
+    assert train.main(["--stage", "hindsight", *arguments(world, tmp_path / "run", *JUDGED, "--judge", "self", "--critic", str(tmp_path / "critic"),
+                                                          "--no-evaluate")]) == 0
+    assert all("judgment" in json.loads(line) for line in (tmp_path / "run/judged.jsonl").read_text().splitlines())
+
+
+def test_a_judgment_longer_than_the_window_is_named(world, judged, tmp_path, capsys):
+    rows = [json.loads(line) for line in judged.read_text().splitlines()]
+    rows[4]["judgment"] = "wrong " * 200
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert train.main(["--stage", "cut", *arguments(world, tmp_path / "x", *JUDGED, "--records", str(tmp_path / "long.jsonl"), "--max-len", "90")]) == 2
+    error = capsys.readouterr().err
+    assert "record 4" in error and "--max-len 90" in error and error.count("\n") == 1
+
+
 # The house -----------------------------------------------------------------------------------------------------------
 
-ROOMS = {"model": set(), "lora": set(), "losses": set(), "data": set(), "judge": set(), "eval": {"model", "lora", "data", "judge"},
+ROOMS = {"model": set(), "lora": set(), "losses": set(), "data": set(), "judge": set(), "eval": {"model", "lora", "data", "judge", "losses"},
          "train": {"model", "lora", "losses", "data", "judge", "eval"}}
 
 
