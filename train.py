@@ -40,7 +40,7 @@ class TrainConfig:
     model: str = flag("", "Hugging Face folder of the base model (default: demo/base)")
     tokenizer: str = flag("", "tokenizer.model, where the model folder has none")
     template: str = flag("", "prompt template: alpaca or plain (default: the checkpoint's own, else alpaca)")
-    tasks: str = flag("", "task file or folder (default: demo/tasks)", TUNING)
+    tasks: str = flag("", "task file or folder (default: demo/tasks; for judgments demo/records)", TUNING)
     paraphrases: str = flag("", "JSON file of wordings per task (default for the demo's tasks: demo/paraphrases.json)", TUNING)
     out: str = flag("", "run folder (default: runs/STAGE)")
     init: str = flag("", "run folder in which finished earlier stages are looked for (default: --out)", AFTER_SFT)
@@ -133,7 +133,9 @@ STAGE_DEFAULTS = {
 DEMO_MODEL = {                                              # a model of two million parameters wants larger steps
     "sft": dict(lr=2e-3, steps=300), "sft-ia": dict(lr=2e-3, steps=300), "cat": dict(lr=5e-4, sft_lr=2e-3, sft_steps=300),
 }
+DEMO_MODEL |= {stage: dict(lr=5e-4, sft_lr=2e-3, sft_steps=200) for stage in JUDGED}
 DEMO_TASKS = dict(per_task=24, judge_share=0.2, max_new_tokens=24, rouge_threshold=0.95)
+DEMO_RECORDS = dict(per_task=400, pool_per_task=360, eval_per_task=200, max_new_tokens=40, rouge_threshold=0.95)   # demo/records
 
 
 def parse_config(argv=None) -> TrainConfig:
@@ -149,7 +151,7 @@ def parse_config(argv=None) -> TrainConfig:
             fail(f'--{item.name.replace("_", "-")} means nothing to stage "{stage}", only to '
                  f'{", ".join(item.metadata["only"])}. Leave it out.')
     demo_model = {} if given.get("model") or stage == "pretrain" else DEMO_MODEL[stage]
-    demo_tasks = {} if given.get("tasks") or stage == "pretrain" else DEMO_TASKS
+    demo_tasks = {} if given.get("tasks") or stage == "pretrain" else DEMO_RECORDS if stage in JUDGED else DEMO_TASKS
     cfg = TrainConfig(**{**STAGE_DEFAULTS[stage], **demo_model, **demo_tasks, **given})
     problem = check_config(cfg)
     if problem:
@@ -184,10 +186,10 @@ def check_config(cfg: TrainConfig) -> str:
 
 def fill_paths(cfg: TrainConfig) -> TrainConfig:
     """The paths that were left out: the demo's, and runs/STAGE."""
-    demo_tasks = not cfg.tasks
-    paraphrases = cfg.paraphrases or (str(HERE / "demo/paraphrases.json") if demo_tasks else "")
+    demo_tasks, folder = not cfg.tasks, "demo/records" if cfg.stage in JUDGED else "demo/tasks"
+    paraphrases = cfg.paraphrases or (str(HERE / "demo/paraphrases.json") if demo_tasks and cfg.stage not in JUDGED else "")
     model = cfg.model or ("" if cfg.stage == "pretrain" else str(HERE / "demo/base"))
-    return dataclasses.replace(cfg, model=model, tasks=cfg.tasks or str(HERE / "demo/tasks"),
+    return dataclasses.replace(cfg, model=model, tasks=cfg.tasks or str(HERE / folder),
                                paraphrases=paraphrases, out=cfg.out or f"runs/{cfg.stage}")
 
 
@@ -428,6 +430,8 @@ def cut_groups(run: Run) -> list[dict]:
         if record["judgment"] is None:
             if cfg.use_good:
                 groups.append({"documents": [judged_document(run, record, judgment=satisfied)], "roles": [losses.ALIGN_P]})
+            continue
+        if not (cfg.use_l1 or cfg.use_judged):              # only the good ones are left: plain fine-tuning on them
             continue
         documents = [judged_document(run, record, judgment=record["judgment"])]
         if cfg.use_l1:
@@ -820,7 +824,7 @@ def make_run(cfg: TrainConfig) -> Run:
     tasks = data.load_tasks(cfg.tasks)
     if cfg.paraphrases:
         data.load_paraphrases(cfg.paraphrases, tasks)
-    framed = data.frame_bare_tasks(tasks)
+    framed = data.frame_bare_tasks(tasks) if cfg.stage not in JUDGED else ""
     if framed:
         say(framed)
     tokenizer = data.Tokenizer(cfg.tokenizer or cfg.model)
@@ -991,7 +995,7 @@ def report_judged(run: Run, ladder: dict[str, Path | None]) -> None:
         measure_mask(run, {title: folder for title, folder in ladder.items() if folder})
     say("\n".join(f"{title:24s} errors: greedy {100 * found['error_rate']['mean']:5.1f} %, sampled {100 * found['sampled_error_rate']['mean']:5.1f} %"
                   for title, found in results.items()))
-    say(f"report: {cfg.out}/report.md")
+    say(f"report: {cfg.out}/report.md\nnext: python eval.py --adapter {ladder['SFT']} {cfg.out} --show-mask {cfg.records or cfg.out + '/judged.jsonl'}")
 
 
 def measure_mask(run: Run, ladder: dict[str, Path]) -> None:
@@ -1026,7 +1030,7 @@ def measure_judge(run: Run) -> None:
 
 def next_command(cfg: TrainConfig) -> str:
     """What to try now."""
-    if cfg.stage != "cat":
+    if cfg.stage in ("sft", "sft-ia"):
         return f"python train.py --stage cat --out {cfg.out}-cat"
     return f"python train.py --stage cat --init {cfg.out} --candidates {cfg.out}/candidates.jsonl --lam 0.1 --out {cfg.out}-lam0.1"
 

@@ -8,9 +8,14 @@ demo/paraphrases.json); inputs and answers are computed here, so that every refe
 
 import json
 import random
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from data import Instance, Task, split_instances             # noqa: E402
+
 N_INPUTS = 120                                             # inputs per family; data.py splits them by a hash of the text
 
 NAMES = ("anna tom mary peter lucy john emma paul sarah david clara mark julia simon laura henry nina oscar alice "
@@ -106,6 +111,38 @@ def demo_inputs(family):
     return list(rows.items())
 
 
+N_RECORDS = 1200
+ERROR_RATE = 0.4                                           # of each of the three fields; beyond it CUT's ratio has no room
+TONE = {colour: "light" if colour in ("yellow", "white", "pink", "grey") else "dark" for colour in COLOURS}
+
+
+def record_instances():
+    """Inputs of the record task with outputs that are right, but flawed in the train split: what CUT has to unlearn.
+
+    A train instance says too general a thing in each of three fields with probability ERROR_RATE: the tone for the
+    colour, the kind for the object, the country for the place. Pool, dev and test instances are right.
+    """
+    rng, rows = random.Random("records"), {}
+    while len(rows) < N_RECORDS:
+        text, a = purchase(rng)
+        right = {"name": a["purchase_person"], "colour": a["purchase_colour"], "object": a["purchase_object"],
+                 "place": a["purchase_city"], "day": a["purchase_day"]}
+        general = {"colour": TONE[a["purchase_colour"]], "object": a["purchase_kind"], "place": a["purchase_country"]}
+        flawed = {name: general[name] if name in general and rng.random() < ERROR_RATE else value for name, value in right.items()}
+        rows.setdefault(text, (right, flawed))
+    task = Task("purchase_record", "", [Instance(text, text, ("",)) for text in rows])
+    train = {instance.input for instance in split_instances(task, "train")}
+    return [(text, " ; ".join(f"{name} : {value}" for name, value in (flawed if text in train else right).items()))
+            for text, (right, flawed) in rows.items()]
+
+
+def write_records(out=HERE):
+    """Write OUT/records/purchase_record.json, the task of the experiments with judgments."""
+    (out / "records").mkdir(parents=True, exist_ok=True)
+    _write_task(out / "records" / "purchase_record.json", "purchase", "write the record of the purchase : name , colour , object , place and day .",
+                [(text, answer) for text, answer in record_instances()])
+
+
 def load_phrases():
     """{task: {"definition": its instruction, "terms": noun phrases that name the wanted answer}}, written by hand."""
     return json.loads((HERE / "phrases.json").read_text())
@@ -118,14 +155,19 @@ def write_tasks(out=HERE):
     phrases = load_phrases()
     for task, text in phrases.items():
         family = task.split("_")[0]
-        record = {"Contributors": ["the authors of this repository"], "Source": ["demo/world.py"], "Categories": [family],
-                  "Definition": [text["definition"]], "Input_language": ["English"], "Output_language": ["English"],
-                  "Instruction_language": ["English"], "Positive Examples": [], "Negative Examples": []}
-        instances = [{"id": f"{task}-{i}", "input": row, "output": [answers[task]]} for i, (row, answers) in enumerate(rows[family])]
-        body = ",\n".join("  " + json.dumps(instance) for instance in instances)
-        (out / "tasks" / f"{task}.json").write_text(f'{json.dumps(record, indent=1)[:-2]},\n "Instances": [\n{body}\n ]\n}}\n')
+        _write_task(out / "tasks" / f"{task}.json", family, text["definition"], [(row, answers[task]) for row, answers in rows[family]])
     return len(phrases)
 
 
+def _write_task(path, category, definition, rows):
+    """A task file in the schema of Super-NaturalInstructions; rows are (input, output)."""
+    record = {"Contributors": ["the authors of this repository"], "Source": ["demo/world.py"], "Categories": [category],
+              "Definition": [definition], "Input_language": ["English"], "Output_language": ["English"],
+              "Instruction_language": ["English"], "Positive Examples": [], "Negative Examples": []}
+    body = ",\n".join("  " + json.dumps({"id": f"{path.stem}-{i}", "input": text, "output": [answer]}) for i, (text, answer) in enumerate(rows))
+    path.write_text(f'{json.dumps(record, indent=1)[:-2]},\n "Instances": [\n{body}\n ]\n}}\n')
+
+
 if __name__ == "__main__":
-    print(f"{write_tasks()} tasks written to {HERE}/tasks")
+    write_records()
+    print(f"{write_tasks()} tasks written to {HERE}/tasks, one to {HERE}/records")
