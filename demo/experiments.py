@@ -46,9 +46,9 @@ ABLATIONS = {
 WORDINGS = (2, 5)                                           # besides the default
 
 
-def command(out, *rest):
+def command(out, *rest, stage="cat"):
     """One train.py command line."""
-    return [sys.executable, str(HERE.parent / "train.py"), "--stage", "cat", "--out", str(out), *rest]
+    return [sys.executable, str(HERE.parent / "train.py"), "--stage", stage, "--out", str(out), *rest]
 
 
 def run(line, threads):

@@ -1,0 +1,98 @@
+"""Every table and figure of the README's results on judgments: CUT, its ablations and its baselines, several seeds.
+
+    python demo/judgments.py --split test --seeds 1 2 3 4 5
+
+Each run is one `python train.py ...` that is printed first; two run side by side, one thread each. Every method starts
+from the seed's flawed SFT model and trains on the same judged responses. Writes results.md and mask.png to --out.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from experiments import T95, command, difference, run, spread      # noqa: E402
+
+SAME = ["--init", "{main}", "--records", "{main}/judged.jsonl"]
+METHODS = {                                                 # title: (stage, flags beyond the defaults)
+    "fine-tuning on the good ones": ("cut", ["--no-use-l1", "--no-use-judged", "--downsample", "0"]),
+    "hindsight": ("hindsight", ["--downsample", "0"]),
+    "forward prediction": ("forward", ["--downsample", "0"]),
+    "ILF": ("ilf", ["--downsample", "0"]),
+    "unlikelihood of all tokens": ("unlikelihood", []),
+    "CUT without L1": ("cut", ["--no-use-l1"]),
+    "CUT without good responses": ("cut", ["--no-use-good"]),
+    "CUT without judged likelihood": ("cut", ["--no-use-judged"]),
+    "CUT without detection": ("cut", ["--detect", "all"]),
+    "CUT, frozen detector": ("cut", ["--detector", "frozen"]),
+}
+RATES = {"error_rate": "greedy errors", "sampled_error_rate": "sampled errors"}
+
+
+def runs_of_seed(root, seed, split, online):
+    """{row: metrics} of one seed, and the mask's scores."""
+    main, shared = root / f"seed{seed}", ["--seed", str(seed), "--split", split]
+    rows = dict(run(command(main, *shared, stage="cut"), 1))
+    for number, (title, (stage, flags)) in enumerate(METHODS.items()):
+        flags = [text.format(main=main) for text in SAME] + flags
+        found = run(command(root / f"seed{seed}-{number}", *shared, *flags, stage=stage), 1)
+        rows[title] = list(found.values())[-1]
+    if online:
+        out = root / f"seed{seed}-online"
+        rows["CUT, 4 rounds online"] = list(run(command(out, *shared, "--init", str(main), "--rounds", "4", "--pool-per-task", "90",
+                                                        stage="cut"), 1).values())[-1]
+    rows["mask"] = json.loads((main / "mask.json").read_text())
+    return rows
+
+
+def table(seeds, titles):
+    """Markdown: error rates per method, and the difference to the flawed model."""
+    lines = ["| model | " + " | ".join(RATES.values()) + " | greedy errors, minus SFT |", "|---" * (len(RATES) + 2) + "|"]
+    for title in titles:
+        cells = [spread([rows[title][name]["mean"] for rows in seeds]) for name in RATES]
+        delta = difference([r[title]["error_rate"]["mean"] for r in seeds], [r["SFT"]["error_rate"]["mean"] for r in seeds])
+        lines.append(f"| {title} | " + " | ".join([*cells, delta]) + " |")
+    return "\n".join(lines)
+
+
+def mask_table(seeds):
+    """Markdown and the means: precision and recall of CUT's mask against lambda, before and after training."""
+    lines, means = ["| model | lambda | precision | recall |", "|---|---|---|---|"], {}
+    for title in ("SFT", "CUT"):
+        for row in zip(*(rows["mask"][title] for rows in seeds)):
+            cells = {name: [x[name] for x in row if x[name] is not None] for name in ("precision", "recall")}
+            lines.append(f"| {title} | {row[0]['lam']:g} | " + " | ".join(spread(v) if v else "-" for v in cells.values()) + " |")
+            means.setdefault(title, []).append({"lam": row[0]["lam"], **{k: np.mean(v) if v else None for k, v in cells.items()}})
+    return "\n".join(lines), means
+
+
+def main(argv=None):
+    """Run what is missing, then write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--split", choices=("dev", "test"), default="test")
+    parser.add_argument("--out", default="runs/judgments")
+    parser.add_argument("--online", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args(argv)
+    root = Path(args.out)
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(runs_of_seed, root, seed, args.split, args.online) for seed in args.seeds]
+        seeds = [job.result() for job in jobs]
+    masks, _ = mask_table(seeds)
+    titles = ["base", "SFT", "CUT", *(["CUT, 4 rounds online"] if args.online else []), *METHODS]
+    parts = [f"Split {args.split}, seeds {', '.join(map(str, args.seeds))}; mean ± standard deviation over seeds, percent. Differences: "
+             f"mean [95 % t interval, {T95[len(args.seeds)]:.2f} standard errors] and in how many seeds they are positive." if len(args.seeds) > 1
+             else f"Split {args.split}, seed {args.seeds[0]}, percent.", table(seeds, titles), "CUT's mask against the truly wrong tokens:", masks]
+    shutil.copy(root / f"seed{args.seeds[0]}" / "plots" / "mask.png", root / "mask.png")
+    (root / "results.md").write_text("\n\n".join(parts) + "\n")
+    print("\n\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()
