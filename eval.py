@@ -530,8 +530,8 @@ def token_words(tokenizer, ids: list[int]) -> list[int | None]:
 def cut_masks(model, tokenizer, template, records: list[dict], *, lams: list[float], floor: float = 0.0, max_len: int = 512) -> list[dict]:
     """CUT's flagged tokens of unsatisfying responses (arXiv 2312.14591, Eq. 5), and the truly wrong ones where known.
 
-    Returns, per record with a judgment, {"ids", "flagged": {lam: [bool]}, "wrong": [bool or None] or None}: a token is
-    wrong if its word has no counterpart in the record's target; None for EOS, and for records without a target.
+    Returns, per record with a judgment, {"ids", "p_judged", "p_plain", "flagged": {lam: [bool]}, "wrong": [bool or None]
+    or None}: probabilities with and without the judgment; a token is wrong if its word has no counterpart in the record's target; None for EOS, and for records without a target.
     """
     from judge import wrong_words
     from losses import inappropriate_tokens
@@ -546,7 +546,7 @@ def cut_masks(model, tokenizer, template, records: list[dict], *, lams: list[flo
         if record.get("target") is not None:
             words = wrong_words(record["response"], record["target"])
             wrong = [None if k is None or k >= len(words) else words[k] for k in token_words(tokenizer, ids)]
-        masks.append({"ids": ids, "wrong": wrong, "flagged": {lam: inappropriate_tokens(given, without, lam=lam, floor=floor).tolist() for lam in lams}})
+        masks.append({"ids": ids, "wrong": wrong, "p_judged": given.exp().tolist(), "p_plain": without.exp().tolist(), "flagged": {lam: inappropriate_tokens(given, without, lam=lam, floor=floor).tolist() for lam in lams}})
     return masks
 
 
@@ -856,10 +856,26 @@ def show_masks(config: EvalConfig) -> None:
         lams = sorted({*MASK_LAMS, config.detect_lam})
         masks = cut_masks(model, tokenizer, template, records, lams=lams, max_len=config.max_len or model.config.max_position_embeddings)
         parts.append(mask_report(name, records, masks, tokenizer, config.detect_lam))
+    parts.insert(0, worked_example(records[0], masks[0], template, tokenizer, config.detect_lam))
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print("\n\n".join(parts) + f"\nreport: {out / 'report.md'}")
+
+
+def worked_example(record: dict, mask: dict, template, tokenizer, lam: float) -> str:
+    """Markdown: one response as CUT's three kinds of examples, token by token (arXiv 2312.14591, section 4.1)."""
+    told, plain = (printable(template.render(record["instruction"], record["input"], judgment)).replace("\n", "\n    ")
+                   for judgment in (record["judgment"], None))
+    lines = ["## One judged response, three kinds of examples", "",
+             "ALIGN_N: the response fits the instruction together with its judgment; it is made likelier under", "", f"    {told}", "",
+             "MISALIGN: it does not fit the instruction alone; its flagged tokens are made unlikelier, the others likelier, under", "",
+             f"    {plain}", "", "ALIGN_P: had it been satisfying, it would just have been made likelier under this second prompt.", "",
+             f"| token | p given the judgment | p without | ratio | more than {lam:g} |", "|---|---|---|---|---|"]
+    for token, judged, alone, flag in zip(mask["ids"], mask["p_judged"], mask["p_plain"], mask["flagged"][lam], strict=True):
+        piece = printable(tokenizer.model.id_to_piece(token)).replace("|", "\\|")
+        lines.append(f"| {piece} | {judged:.3f} | {alone:.3f} | {judged / max(alone, 1e-12):.2f} | {'unlearn' if flag else ''} |")
+    return "\n".join(lines)
 
 
 def mask_report(name: str, records: list[dict], masks: list[dict], tokenizer, lam: float, *, examples: int = 10) -> str:
