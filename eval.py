@@ -865,7 +865,7 @@ def show_masks(config: EvalConfig) -> None:
 
 def worked_example(record: dict, mask: dict, template, tokenizer, lam: float) -> str:
     """Markdown: one response as CUT's three kinds of examples, token by token (arXiv 2312.14591, section 4.1)."""
-    told, plain = (printable(template.render(record["instruction"], record["input"], judgment)).replace("\n", "\n    ")
+    told, plain = ("\n    ".join(map(printable, template.render(record["instruction"], record["input"], judgment).split("\n")))
                    for judgment in (record["judgment"], None))
     lines = ["## One judged response, three kinds of examples", "",
              "ALIGN_N: the response fits the instruction together with its judgment; it is made likelier under", "", f"    {told}", "",
