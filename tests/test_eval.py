@@ -17,12 +17,16 @@ from eval import (
     clusters,
     complete,
     consistency_rate,
+    cut_masks,
+    evaluate_errors,
     evaluate_model,
     evaluate_responses,
     exact_match,
     keyword_logprobs,
     main,
     markdown_text,
+    marked,
+    mask_scores,
     max_consistency_rate,
     paired_difference,
     parse_flags,
@@ -30,6 +34,7 @@ from eval import (
     printable,
     rouge_scores,
     summary_table,
+    token_words,
     write_report,
 )
 
@@ -461,3 +466,97 @@ def test_command_evaluates_a_model_and_an_adapter_that_changes_nothing(tmp_path,
     base, adapted = results.values()
     assert base == adapted and base["questions"] == 4 and base["responses"] == 8
     assert list(base["by_style"]) == ["plain", "terse"] and "judge" in base
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judged responses and CUT's mask
+
+
+class Pieces:
+    """A tokenizer of whole words and parts of words."""
+
+    eos_id = 0
+
+    def __init__(self, *pieces):
+        self.pieces = ["</s>", *pieces]
+        self.model = SimpleNamespace(id_to_piece=lambda token: self.pieces[token])
+
+
+def test_token_words_and_marks():
+    tokenizer = Pieces("\u2581name", "\u2581:", "\u2581an", "na", "\u2581", "\u2581;")
+    ids = [1, 2, 3, 4, 6, 0]
+    assert token_words(tokenizer, ids) == [0, 1, 2, 2, 3, None] and token_words(tokenizer, [5, 3, 4]) == [None, 0, 0]
+    assert marked(tokenizer, ids, [False, False, True, True, False, False]) == "name : [anna] ;"
+    assert marked(tokenizer, ids, [False] * 5 + [True]) == "name : anna ;[</s>]"
+    assert marked(tokenizer, ids, [True] * 6) == "[name : anna ;</s>]"
+    assert marked(tokenizer, [], []) == ""
+
+
+def test_mask_scores_by_hand():
+    masks = [{"wrong": [True, False, None], "flagged": {1.1: [True, True, True], 2.0: [False, False, False]}},
+             {"wrong": None, "flagged": {1.1: [True], 2.0: [True]}},
+             {"wrong": [True, True], "flagged": {1.1: [True, False], 2.0: [True, False]}}]
+    assert mask_scores(masks) == [{"lam": 1.1, "precision": 2 / 3, "recall": 2 / 3, "n": 4},
+                                  {"lam": 2.0, "precision": 1.0, "recall": 1 / 3, "n": 4}]
+    assert mask_scores([]) == []
+
+
+def judged_run(tmp_path):
+    write_tiny_run(tmp_path)
+    rows = [{"instruction": "name the colour", "input": f"item {i}", "response": "colour 1 place", "target": "colour 2 place",
+             "judgment": None if i == 3 else "wrong : 1 ."} for i in range(4)]
+    (tmp_path / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def test_masks_are_eq_5_of_two_plain_forward_passes(tmp_path):
+    import torch
+
+    from data import Tokenizer, find_template
+    from model import load_model
+
+    rows, template = judged_run(tmp_path), find_template("plain")
+    model, tokenizer = load_model(tmp_path / "base"), Tokenizer(tmp_path / "base")
+    masks = cut_masks(model, tokenizer, template, rows, lams=[0.9, 1.0, 1.05])
+    assert len(masks) == 3
+    for row, mask in zip(rows, masks):
+        values = []
+        for judgment in (row["judgment"], None):
+            prompt = tokenizer.encode_prompt(template.render(row["instruction"], row["input"], judgment))
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + mask["ids"]]))[0].softmax(-1)
+            values.append([logits[len(prompt) + t - 1, token].item() for t, token in enumerate(mask["ids"])])
+        assert mask["p_judged"] == pytest.approx(values[0], rel=1e-4) and mask["p_plain"] == pytest.approx(values[1], rel=1e-4)
+        for lam, flags in mask["flagged"].items():
+            assert flags == [judged > lam * plain for judged, plain in zip(*values)]
+        words = [tokenizer.decode([token]) for token, wrong in zip(mask["ids"], mask["wrong"]) if wrong]
+        assert "".join(words) == "1" and mask["wrong"][-1] is None
+
+
+def test_command_shows_the_mask(tmp_path, capsys):
+    judged_run(tmp_path)
+    argv = ["--model", f"{tmp_path}/base", "--template", "plain", "--out", f"{tmp_path}/out", "--show-mask"]
+    main([*argv, f"{tmp_path}/judged.jsonl"])
+    said = capsys.readouterr().out
+    assert "three kinds of examples" in said and "    ### Judgment: wrong : 1 ." in said and "| lambda | precision | recall | tokens |" in said
+    (tmp_path / "fine.jsonl").write_text(json.dumps({"instruction": "a", "response": "b", "judgment": None}) + "\n")
+    with pytest.raises(SystemExit):
+        main([*argv, f"{tmp_path}/fine.jsonl"])
+    assert "no unsatisfying response" in capsys.readouterr().err
+
+
+def test_error_rates_are_what_exact_match_leaves(tmp_path):
+    from data import Tokenizer
+    from judge import RuleJudge
+    from model import load_model
+
+    write_tiny_run(tmp_path)
+    model, tokenizer = load_model(tmp_path / "base"), Tokenizer(tmp_path / "base")
+    asked = [{"task": "t", "id": str(i), "input": f"item {i}", "wordings": ["name it"], "styles": [""], "labels": None, "targets": ["x"]} for i in range(3)]
+    config = EvalConfig(template="plain", max_new_tokens=3)
+    greedy = [row["responses"][0] for row in evaluate_model(model, tokenizer, asked, config)]
+    for row, text in zip(asked[:2], greedy):
+        row["targets"] = [text]
+    results, _ = evaluate_errors(model, tokenizer, asked, config, judge=RuleJudge())
+    assert results["error_rate"]["mean"] == pytest.approx(1 - sum(text in row["targets"] for row, text in zip(asked, greedy)) / 3)
+    assert 0 <= results["sampled_error_rate"]["mean"] <= 1 and results["error_rate"]["n"] == 3
