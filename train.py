@@ -956,7 +956,9 @@ def align(cfg: TrainConfig) -> None:
     run = make_run(cfg)
     stage, ladder = STAGES[cfg.stage], {}
     for name in [*(stage.beside if cfg.compare else ()), *([stage.needs] if stage.needs else []), cfg.stage]:
-        ladder[STAGES[name].title] = run_stage(run, name)
+        folder = run_stage(run, name)
+        rounds = cfg.rounds - 1 if name == cfg.stage else 0
+        ladder |= {f"{stage.title}, round {k + 1}": folder / f"round{k + 1}" for k in range(rounds)} | {STAGES[name].title: folder}
     on_first_rank(report, run, {"base": None, **ladder} if cfg.compare else {stage.title: ladder[stage.title]})
 
 

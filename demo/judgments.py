@@ -45,8 +45,9 @@ def runs_of_seed(root, seed, split, online):
         rows[title] = list(found.values())[-1]
     if online:
         out = root / f"seed{seed}-online"
-        rows["CUT, 4 rounds online"] = list(run(command(out, *shared, "--init", str(main), "--rounds", "4", "--pool-per-task", "90",
-                                                        stage="cut"), 1).values())[-1]
+        found = run(command(out, *shared, "--init", str(main), "--rounds", "4", "--pool-per-task", "90", stage="cut"), 1)
+        rows |= {f"online {title.replace('CUT, ', '')}": found[title] for title in list(found)[2:-1]}
+        rows["online round 4"] = found["CUT"]
     rows["mask"] = json.loads((main / "mask.json").read_text())
     return rows
 
@@ -85,7 +86,7 @@ def main(argv=None):
         jobs = [pool.submit(runs_of_seed, root, seed, args.split, args.online) for seed in args.seeds]
         seeds = [job.result() for job in jobs]
     masks, _ = mask_table(seeds)
-    titles = ["base", "SFT", "CUT", *(["CUT, 4 rounds online"] if args.online else []), *METHODS]
+    titles = ["base", "SFT", "CUT", *([f"online round {k}" for k in (1, 2, 3, 4)] if args.online else []), *METHODS]
     parts = [f"Split {args.split}, seeds {', '.join(map(str, args.seeds))}; mean ± standard deviation over seeds, percent. Differences: "
              f"mean [95 % t interval, {T95[len(args.seeds)]:.2f} standard errors] and in how many seeds they are positive." if len(args.seeds) > 1
              else f"Split {args.split}, seed {args.seeds[0]}, percent.", table(seeds, titles), "CUT's mask against the truly wrong tokens:", masks]

@@ -337,8 +337,9 @@ def test_stages_on_judged_records(stage, more, world, judged, tmp_path, capsys):
 
 
 def test_rounds_collect_anew_and_continue(world, tmp_path):
-    argv = ["--stage", "cut", *arguments(world, tmp_path, *JUDGED, "--rounds", "2", "--no-evaluate")]
+    argv = ["--stage", "cut", *arguments(world, tmp_path, *JUDGED, "--rounds", "2")]
     assert train.main(argv) == 0
+    assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["base", "SFT", "CUT, round 1", "CUT"]
     first, second = ([json.loads(line) for line in (tmp_path / part / "judged.jsonl").read_text().splitlines()] for part in ("round1", "."))
     assert first and second and not {r["input"] for r in first} & {r["input"] for r in second}
     before = (tmp_path / "adapter_model.safetensors").read_bytes()
