@@ -440,11 +440,16 @@ def load_judged(path) -> list[dict]:
     A JSON list or JSON Lines of any of: our own records; the CUT authors' (output, score, i_ans; arXiv 2312.14591);
     Shepherd (question, answer, feedback; 2308.04592); critiques of summaries (data.passage, data.questions;
     2206.05802): the highest-ranked answer of each question, its critiques joined, the last one's refinement;
-    UltraFeedback (instruction, completions with critiques; 2310.01377), every completion with its critique.
+    UltraFeedback (instruction, completions with critiques; 2310.01377), every completion that has a critique. A score
+    of 7 and more, also UltraFeedback's overall_score, means satisfaction, as in the CUT authors' converter.
     Raises ValueError naming file and record where a field is missing or mistyped or a response is empty.
     """
     path = Path(path)
-    rows = _read_json(path) if path.suffix == ".json" else read_records(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist. Give a file of judged responses.")
+    with open(path, "rb") as file:
+        is_list = file.read(100).lstrip().startswith(b"[")
+    rows = _read_json(path) if is_list else read_records(path)
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path} holds no list of records. Expected a JSON list or JSON Lines of judged responses.")
     found = []
@@ -459,10 +464,13 @@ def load_judged(path) -> list[dict]:
 def _judged_rows(row: dict, where: str) -> list[dict]:
     """One outside row as rows with our own names."""
     if "completions" in row:                                # UltraFeedback
-        return [{"instruction": row.get("instruction"), "response": x.get("response"), "judgment": x.get("critique")}
-                for x in row["completions"]]
+        if not isinstance(row["completions"], list) or not all(isinstance(x, dict) for x in row["completions"]):
+            raise ValueError(f"{where}: completions is no list of objects. Expected UltraFeedback's completions with response and critique.")
+        return [{"instruction": row.get("instruction"), "response": x.get("response"), "judgment": _unless_satisfied(x["critique"], x.get("overall_score"))}
+                for x in row["completions"] if x.get("critique")]
     if "question" in row and "answer" in row:               # Shepherd
-        return [{"instruction": row["question"], "response": row["answer"], "judgment": row.get("feedback", "")}]
+        return [{"instruction": row["question"], "response": row["answer"], "judgment": row.get("feedback", ""),
+                 "refinement": row.get("output_correct") or None}]
     if isinstance(row.get("data"), dict) and "passage" in row["data"]:      # critiques of summaries
         return [x for question in row["data"].get("questions", []) for x in _critiqued(row["data"]["passage"], question, where)]
     own = dict(row)
@@ -472,9 +480,12 @@ def _judged_rows(row: dict, where: str) -> list[dict]:
     if "judgment" not in own:
         raise ValueError(f'{where}: field "judgment" is missing; found: {", ".join(list(row)[:8])}. '
                          "Expected a text, or null for a satisfying response.")
-    if isinstance(own.get("score"), (int, float)) and own["score"] >= SATISFIED_SCORE:
-        own["judgment"] = None
-    return [own]
+    return [{**own, "judgment": _unless_satisfied(own["judgment"], own.get("score"))}]
+
+
+def _unless_satisfied(judgment, score):
+    """The judgment, or None where a score says that the response satisfies."""
+    return None if isinstance(score, (int, float)) and score >= SATISFIED_SCORE else judgment
 
 
 def _critiqued(passage: dict, question: dict, where: str) -> list[dict]:
@@ -496,7 +507,7 @@ def _judged_record(row: dict, where: str, number: int) -> dict:
     """A checked record."""
     record = {"id": str(row.get("id", number)), "instruction": row.get("instruction"), "input": row.get("input") or "",
               "response": row.get("response"), "judgment": row.get("judgment"), "refinement": row.get("refinement"),
-              "target": row.get("target")}
+              "target": row.get("target"), "targets": row.get("targets")}
     for name, optional in (("instruction", False), ("input", False), ("response", False), ("judgment", True), ("refinement", True),
                            ("target", True)):
         value = record[name]
@@ -611,7 +622,11 @@ def _permutation(n: int, seed: int, epoch: int) -> list[int]:
 
 def append_records(path, records: list[dict]) -> None:
     """Append whole lines and sync them, so that a stopped run keeps what it collected."""
-    blob = "".join(json.dumps(record, ensure_ascii=True, allow_nan=False) + "\n" for record in records).encode()
+    append_blob(path, "".join(json.dumps(record, ensure_ascii=True, allow_nan=False) + "\n" for record in records).encode())
+
+
+def append_blob(path, blob: bytes) -> None:
+    """Append bytes and sync them."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         while blob:
@@ -621,22 +636,37 @@ def append_records(path, records: list[dict]) -> None:
         os.close(handle)
 
 
-def read_records(path) -> list[dict]:
-    """The records of a file. A torn last line is cut off and kept in PATH.torn; damage elsewhere is a ValueError."""
+def read_records(path, *, own: bool = False) -> list[dict]:
+    """The records of a file, or [] where there is none; damage is a ValueError that names the line.
+
+    Of a file that the run itself appends to (`own`) a torn last line is cut off and kept in PATH.torn, and a whole one
+    gets its missing newline. Other files are never touched.
+    """
     path = Path(path)
     if not path.exists():
         return []
-    blob = path.read_bytes()
-    whole, newline, torn = blob.rpartition(b"\n")
-    if torn:
-        path.with_name(path.name + ".torn").write_bytes(torn)
-        os.truncate(path, len(whole) + len(newline))
-        print(f"warning: cut an unfinished record of {len(torn)} bytes from {path} (kept in {path.name}.torn).")
+    *lines, last = path.read_bytes().split(b"\n")
+    if last and own and not _is_json(last):
+        path.with_name(path.name + ".torn").write_bytes(last)
+        os.truncate(path, path.stat().st_size - len(last))
+        print(f"warning: cut an unfinished record of {len(last)} bytes from {path} (kept in {path.name}.torn).")
+    elif last:
+        lines.append(last)
+        if own:
+            append_blob(path, b"\n")
     records = []
-    for number, line in enumerate((whole + newline).split(b"\n")[:-1], 1):
+    for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}, is not JSON: {error}. Only a torn last line is repaired "
+            raise ValueError(f"{path}, line {number}, is not JSON: {error}. Only a torn last line of a run's own file is repaired "
                              "automatically. Fix or delete that line.") from None
     return records
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -20,6 +20,7 @@ import os
 import re
 import string
 import sys
+import unicodedata
 from argparse import SUPPRESS
 from collections import Counter
 from dataclasses import MISSING, dataclass, field, fields
@@ -80,6 +81,9 @@ class EvalConfig:
     show_mask: str = flag("", "file of judged responses: show what CUT's mask flags in them, instead of evaluating")
     detect_lam: float = flag(1.1, "... with tokens flagged where p(token | judgment) > this * p(token)")
     out: str = flag("runs/eval", "folder for metrics.json, questions.jsonl, report.md and plots")
+
+
+DEMO_DEFAULTS = {"wordings": 8, "per_task": 16, "max_new_tokens": 24, "rouge_threshold": 0.95}    # where --tasks is left out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,11 +313,26 @@ def _largest_clique(clique: int, candidates: int, neighbours: list[int], best: i
 # Correctness: ROUGE (Lin 2004) and exact match
 
 
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+
+
 class _Characters:
-    """A tokenizer for rouge_score that keeps what the stock one deletes: each letter beyond a-z is a token."""
+    """A tokenizer for rouge_score that keeps what the stock one deletes.
+
+    Words of any script, with their marks; of scripts that are written without spaces (UNSPACED: Chinese, Japanese, Thai,
+    Lao, Burmese, Khmer) each character.
+    """
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"[a-z0-9]+|[^\W_]", text.lower())
+        words = [""]
+        for char in text.lower():
+            if UNSPACED.match(char):
+                words += [char, ""]
+            elif char.isalnum() or unicodedata.category(char).startswith("M"):
+                words[-1] += char
+            else:
+                words.append("")
+        return [word for word in words if word]
 
 
 @lru_cache
@@ -328,7 +347,7 @@ def rouge_scores(prediction: str, references: list[str], *, use_stemmer: bool = 
     """{"rouge1", "rouge2", "rougeL"}: F1, each the maximum over references; and "tokenizer", "words" or "characters".
 
     Values are those of the package rouge_score. Its tokenizer deletes every letter but a-z; where a reference holds a
-    letter of another script than Latin, such letters are tokens of their own.
+    letter of another script than Latin, all words count, and each character of scripts without spaces.
     """
     characters = any(NON_LATIN.search(text) for text in references)
     scorer = _rouge_scorer(use_stemmer, characters)
@@ -492,19 +511,19 @@ def evaluate_errors(model, tokenizer, questions: list[dict], config: EvalConfig,
     sampled, _ = evaluate_responses(drawn, judge=judge)
     for name, source in (("error_rate", results), ("sampled_error_rate", sampled)):
         mean, ci95 = source["exact_match"]["mean"], source["exact_match"]["ci95"]
-        results[name] = {"mean": 1 - mean, "ci95": ci95 and [1 - ci95[1], 1 - ci95[0]], "n": source["exact_match"]["n"]}
+        results[name] = {"mean": None if mean is None else 1 - mean, "ci95": ci95 and [1 - ci95[1], 1 - ci95[0]], "n": source["exact_match"]["n"]}
     return results, tables
 
 
-def response_logprobs(model, tokenizer, template, records: list[dict], *, judged: bool, max_len: int = 512, max_tokens: int = 8192):
-    """[(token ids, log-probabilities (N,))] of the records' responses behind their prompts, with or without judgment."""
+def response_logprobs(model, tokenizer, template, records: list[dict], judgments: list, *, max_len: int = 512, max_tokens: int = 8192):
+    """[(token ids, log-probabilities (N,))] of the records' responses behind their prompts with these judgments (None: without)."""
     import torch
 
     from data import encode_example, micro_batches, pack
     from losses import gathered_logprobs, prediction_rows
 
-    groups = [{"documents": [encode_example(tokenizer, template, template.render(r["instruction"], r["input"], r["judgment"] if judged else None),
-                                            r["response"], max_len=max_len)]} for r in records]
+    groups = [{"documents": [encode_example(tokenizer, template, template.render(record["instruction"], record["input"], judgment),
+                                            record["response"], max_len=max_len)]} for record, judgment in zip(records, judgments, strict=True)]
     found, device = [], next(model.parameters()).device
     with torch.inference_mode():
         for part in micro_batches(groups, max_tokens):
@@ -517,28 +536,37 @@ def response_logprobs(model, tokenizer, template, records: list[dict], *, judged
     return found
 
 
+def surface(tokenizer, token: int) -> bytes:
+    """The bytes that a token adds to the text; none for EOS."""
+    piece = "" if token == tokenizer.eos_id else tokenizer.model.id_to_piece(token)
+    return bytes([int(piece[3:-1], 16)]) if piece and tokenizer.model.is_byte(token) else piece.replace("\u2581", " ").encode()
+
+
 def token_words(tokenizer, ids: list[int]) -> list[int | None]:
     """For each token the index of the word (between blanks) in which it ends; None for EOS and for blanks alone."""
-    text, ends = "", []
+    text, ends = b"", []
     for token in ids:
-        piece = "" if token == tokenizer.eos_id else tokenizer.model.id_to_piece(token).replace("\u2581", " ")
+        piece = surface(tokenizer, token)
         text += piece
         ends.append(len(text.split()) - 1 if piece.strip() else None)
     return ends
 
 
-def cut_masks(model, tokenizer, template, records: list[dict], *, lams: list[float], floor: float = 0.0, max_len: int = 512) -> list[dict]:
+def cut_masks(model, tokenizer, template, records: list[dict], *, lams: list[float], floor: float = 0.0,
+              satisfied: str | None = None, max_len: int = 512) -> list[dict]:
     """CUT's flagged tokens of unsatisfying responses (arXiv 2312.14591, Eq. 5), and the truly wrong ones where known.
 
-    Returns, per record with a judgment, {"ids", "p_judged", "p_plain", "flagged": {lam: [bool]}, "wrong": [bool or None]
-    or None}: probabilities with and without the judgment; a token is wrong if its word has no counterpart in the record's target; None for EOS, and for records without a target.
+    `satisfied` is the judgment of the satisfied condition, None for the plain prompt. Returns, per record with a
+    judgment, {"ids", "p_judged", "p_plain", "flagged": {lam: [bool]}, "wrong": [bool or None] or None}: probabilities
+    with and without the judgment; a token is wrong if its word has no counterpart in the record's target; None for
+    EOS, and for records without a target.
     """
     from judge import wrong_words
     from losses import inappropriate_tokens
 
     records = [record for record in records if record["judgment"] is not None]
-    told = response_logprobs(model, tokenizer, template, records, judged=True, max_len=max_len)
-    plain = response_logprobs(model, tokenizer, template, records, judged=False, max_len=max_len)
+    told = response_logprobs(model, tokenizer, template, records, [record["judgment"] for record in records], max_len=max_len)
+    plain = response_logprobs(model, tokenizer, template, records, [satisfied] * len(records), max_len=max_len)
     masks = []
     for record, (ids, given), (same, without) in zip(records, told, plain, strict=True):
         assert ids == same, "a response has other tokens under its judgment"
@@ -565,15 +593,16 @@ def mask_scores(masks: list[dict]) -> list[dict]:
 
 
 def marked(tokenizer, ids: list[int], flags: list[bool]) -> str:
-    """The text of `ids` with each run of flagged tokens between [brackets]."""
-    text, inside = "", False
+    """The text of `ids` with each run of flagged tokens between [brackets]; a flagged EOS shows as </s>."""
+    text, inside = b"", False
     for token, flag in zip(ids, flags, strict=True):
-        piece = "</s>" if token == tokenizer.eos_id else tokenizer.model.id_to_piece(token).replace("\u2581", " ")
+        piece = surface(tokenizer, token) if token != tokenizer.eos_id else b"</s>" if flag else b""
         if flag != inside:
-            piece = (" [" + piece.lstrip() if piece.startswith(" ") else "[" + piece) if flag else "]" + piece
-            inside = flag
+            space = b" " if flag and piece.startswith(b" ") else b""
+            text += space + (b"[" if flag else b"]")
+            piece, inside = piece[len(space):], flag
         text += piece
-    return (text + "]" * inside).removesuffix("</s>").strip()
+    return (text + b"]" * inside).decode(errors="replace").strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -845,9 +874,9 @@ def load_questions(config: EvalConfig) -> list[dict]:
 
 def show_masks(config: EvalConfig) -> None:
     """Print and write to report.md the judged responses with their flagged tokens in brackets, per model."""
-    from data import find_template, load_judged
+    from data import ERROR_JUDGMENT, find_template, load_judged
 
-    records = [record for record in load_judged(config.show_mask) if record["judgment"] is not None]
+    records = [record for record in load_judged(config.show_mask) if record["judgment"] not in (None, ERROR_JUDGMENT)]
     if not records:
         raise ValueError(f"{config.show_mask} holds no unsatisfying response, so there is nothing to flag.")
     parts = []
@@ -856,34 +885,35 @@ def show_masks(config: EvalConfig) -> None:
         lams = sorted({*MASK_LAMS, config.detect_lam})
         masks = cut_masks(model, tokenizer, template, records, lams=lams, max_len=config.max_len or model.config.max_position_embeddings)
         parts.append(mask_report(name, records, masks, tokenizer, config.detect_lam))
-    parts.insert(0, worked_example(records[0], masks[0], template, tokenizer, config.detect_lam))
+        if len(parts) == 1:
+            parts.insert(0, worked_example(name, records[0], masks[0], template, tokenizer, config.detect_lam))
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print("\n\n".join(parts) + f"\nreport: {out / 'report.md'}")
 
 
-def worked_example(record: dict, mask: dict, template, tokenizer, lam: float) -> str:
+def worked_example(name: str, record: dict, mask: dict, template, tokenizer, lam: float) -> str:
     """Markdown: one response as CUT's three kinds of examples, token by token (arXiv 2312.14591, section 4.1)."""
     told, plain = ("\n    ".join(map(printable, template.render(record["instruction"], record["input"], judgment).split("\n")))
                    for judgment in (record["judgment"], None))
-    lines = ["## One judged response, three kinds of examples", "",
+    lines = [f"## One judged response, three kinds of examples ({markdown_text(name)})", "",
              "ALIGN_N: the response fits the instruction together with its judgment; it is made likelier under", "", f"    {told}", "",
              "MISALIGN: it does not fit the instruction alone; its flagged tokens are made unlikelier, the others likelier, under", "",
              f"    {plain}", "", "ALIGN_P: had it been satisfying, it would just have been made likelier under this second prompt.", "",
              f"| token | p given the judgment | p without | ratio | more than {lam:g} |", "|---|---|---|---|---|"]
     for token, judged, alone, flag in zip(mask["ids"], mask["p_judged"], mask["p_plain"], mask["flagged"][lam], strict=True):
-        piece = printable(tokenizer.model.id_to_piece(token)).replace("|", "\\|")
-        lines.append(f"| {piece} | {judged:.3f} | {alone:.3f} | {judged / max(alone, 1e-12):.2f} | {'unlearn' if flag else ''} |")
+        lines.append(f"| {markdown_text(tokenizer.model.id_to_piece(token))} | {judged:.3f} | {alone:.3f} | {judged / max(alone, 1e-12):.2f} | {'unlearn' if flag else ''} |")
     return "\n".join(lines)
 
 
 def mask_report(name: str, records: list[dict], masks: list[dict], tokenizer, lam: float, *, examples: int = 10) -> str:
     """Markdown: some responses with their flagged tokens in [brackets], and precision and recall where the truth is known."""
-    lines = [f"## CUT's mask, {name}, lambda {lam:g}", ""]
+    lines = [f"## CUT's mask, {markdown_text(name)}, lambda {lam:g}", ""]
     for record, mask in list(zip(records, masks, strict=True))[:examples]:
-        lines += [f"- instruction: {_short(record['instruction'] + ' | ' + record['input'], 110)}", f"  judgment: {_short(record['judgment'], 110)}",
-                  f"  response: {printable(marked(tokenizer, mask['ids'], mask['flagged'][lam]))}"]
+        lines += [f"- instruction: {markdown_text(record['instruction'] + ' | ' + record['input'], 110)}",
+                  f"  judgment: {markdown_text(record['judgment'], 110)}",
+                  f"  response: {markdown_text(marked(tokenizer, mask['ids'], mask['flagged'][lam]))}"]
     scores = [score for score in mask_scores(masks) if score["n"]]
     if scores:
         lines += ["", "| lambda | precision | recall | tokens |", "|---|---|---|---|"]
@@ -927,7 +957,8 @@ def load_models(config: EvalConfig):
 
 def main(argv=None) -> None:
     """Evaluate a model and its adapters; print the table and write the report."""
-    config = EvalConfig(**parse_flags(EvalConfig, argv))
+    given = parse_flags(EvalConfig, argv)
+    config = EvalConfig(**({} if given.get("tasks") else DEMO_DEFAULTS) | given)
     try:
         check_config(config)
         if config.show_mask:

@@ -14,7 +14,6 @@ Strings only: no tensors, no files. The model comes in as the callable `ask`. An
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 import re
@@ -286,6 +285,7 @@ def _like_length(response, target):
 # Judgments in words (CUT, arXiv 2312.14591)
 
 PERFECT = "perfect ."
+FAILED = "$ERROR$"                                          # no judgment came; data.keep_judged drops and counts it
 FIELD = re.compile(r"^\s*([^:;]+?)\s*:\s*(.*?)\s*$")
 
 
@@ -309,23 +309,23 @@ def parse_judgment(text: str) -> str | None:
 
 
 class LocalCritic:
-    """A model that writes judgments: `write` takes (instruction, input) pairs and returns texts."""
+    """A model that writes judgments: `write` takes (instruction, input) pairs and returns (text, whether it ended)."""
 
     name = "self"
 
-    def __init__(self, write: Callable[[list[tuple[str, str]]], list[str]]):
+    def __init__(self, write: Callable[[list[tuple[str, str]]], list[tuple[str, bool]]]):
         self.write = write
 
     def critique(self, items: list[dict]) -> list[str | None]:
-        """One judgment per item, None for satisfaction; equal items are asked once. An empty text counts as satisfied."""
-        asked = {critic_prompt(x["instruction"], x["input"], x["response"]): None for x in items}
-        written = dict(zip(asked, self.write(list(asked)), strict=True))
-        texts = [written[critic_prompt(x["instruction"], x["input"], x["response"])] for x in items]
-        return [parse_judgment(text) or None for text in texts]
+        """One judgment per item, None for satisfaction, FAILED for an empty or unfinished one; equal items are asked once."""
+        prompts = [critic_prompt(item["instruction"], item["input"], item["response"]) for item in items]
+        asked = list(dict.fromkeys(prompts))
+        written = dict(zip(asked, self.write(asked), strict=True))
+        return [parse_judgment(text) if ended and text.strip() else FAILED for text, ended in map(written.get, prompts)]
 
 
 class RuleCritic:
-    """Judgments written by rule from the target: None for a response that equals it.
+    """Judgments written by rule from the target (or the nearest of `targets`): None for a response that equals one.
 
     Responses of the form "name : value ; name : value" get the names whose values are wrong or missing; others the
     words that do not belong, or that are missing.
@@ -335,33 +335,43 @@ class RuleCritic:
 
     def critique(self, items: list[dict]) -> list[str | None]:
         """One judgment per item."""
-        return [self._judgment(item["response"], item["target"]) for item in items]
+        return [self._judgment(item["response"], item.get("targets") or [item["target"]]) for item in items]
 
-    def _judgment(self, response, target):
-        if normalize(response) == normalize(target):
+    def _judgment(self, response, targets):
+        if normalize(response) in map(normalize, targets):
             return None
+        target = min(targets, key=lambda text: sum(wrong_words(response, text)))
         wanted, given = _fields(target), _fields(response)
         if wanted and given:
             bad = [name for name in wanted if given.get(name) != wanted[name]] or [name for name in given if name not in wanted]
             return f"wrong : {' , '.join(bad)} ." if bad else "wrong : the order ."
-        flags = wrong_words(response, target)
-        bad = [word for word, wrong in zip(response.split(), flags) if wrong]
+        bad = [word for word, wrong in zip(response.split(), wrong_words(response, target)) if wrong]
         missing = [word for word, wrong in zip(target.split(), wrong_words(target, response)) if wrong]
         return f"wrong : {' '.join(bad)} ." if bad else f"missing : {' '.join(missing)} ."
 
 
 def _fields(text):
-    """{name: value} of "name : value ; name : value", or {} where the text has another form."""
-    found = [FIELD.match(part) for part in text.strip(" ;").split(";")]
-    return {match[1]: match[2] for match in found} if len(found) > 1 and all(found) else {}
+    """{name: value} of "name : value ; name : value", normalized; {} for another form or a name said twice."""
+    found = [FIELD.match(part) for part in normalize(text).split(";")]
+    fields = {match[1]: match[2] for match in found} if len(found) > 1 and all(found) else {}
+    return fields if len(fields) == len(found) else {}
 
 
 def wrong_words(response: str, target: str) -> list[bool]:
-    """For each word of the response, whether it has no counterpart in the target (the longest common subsequences)."""
+    """For each word of the response, whether it is outside a longest common subsequence with the target's words."""
     words, wanted = response.lower().split(), target.lower().split()
-    wrong = [True] * len(words)
-    for block in difflib.SequenceMatcher(None, words, wanted, autojunk=False).get_matching_blocks():
-        wrong[block.a:block.a + block.size] = [False] * block.size
+    common = [[0] * (len(wanted) + 1) for _ in range(len(words) + 1)]       # lengths for the suffixes from i and j
+    for i in reversed(range(len(words))):
+        for j in reversed(range(len(wanted))):
+            common[i][j] = common[i + 1][j + 1] + 1 if words[i] == wanted[j] else max(common[i + 1][j], common[i][j + 1])
+    wrong, i, j = [True] * len(words), 0, 0
+    while i < len(words) and j < len(wanted):
+        if words[i] == wanted[j]:
+            wrong[i], i, j = False, i + 1, j + 1
+        elif common[i + 1][j] >= common[i][j + 1]:
+            i += 1
+        else:
+            j += 1
     return wrong
 
 

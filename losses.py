@@ -206,7 +206,8 @@ def cut_loss(logprobs: Tensor, complements: Tensor, sequence_ids: Tensor, roles:
 
     Variants. combine "sum", or "half": (L1 + L2) / 2 for judged responses, as in the authors' code. reduction
     "mean_per_sequence": 1/N each, count = number of responses; "token": a token mean, where "half" halves everything
-    if anything is judged (the authors' code beyond a micro-batch of one). gamma 0: constant weight, as in their code.
+    if anything in this call is judged (the authors' code beyond a micro-batch of one: there the way in which a step is cut
+    into micro-batches matters). gamma 0: constant weight, as in their code.
     Returns {"l1": (sum, count), "l2": (sum, count), "flagged": (number, K)}, the last for the log.
     """
     if combine not in ("sum", "half") or reduction not in ("mean_per_sequence", "token"):
@@ -265,8 +266,12 @@ def repeated_ngrams(targets: Tensor, sequence_ids: Tensor, n: int = 4) -> Tensor
 
 def token_unlikelihood(logits: Tensor, targets: Tensor, sequence_ids: Tensor, *, alpha: float = 1.0) -> Tensor:
     """-log p(y_t) - alpha * sum over c in C_t of log(1 - p(c))   arXiv 1908.04319, Eq. 5; (M, V), (M,), (M,) -> (M,)."""
-    logprobs = logits.float().log_softmax(-1) if logits.dtype != torch.float64 else logits.log_softmax(-1)
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    logprobs, top = logits.log_softmax(-1), logits.argmax(-1)                                   # (M, V), (M,)
     at, tokens = previous_tokens(targets, sequence_ids, logits.shape[-1]).nonzero(as_tuple=True)    # (C,), (C,)
-    penalty = complement_logprobs(logits[at], tokens)                                           # (C,)
+    is_top = tokens == top[at]                                     # only a row's likeliest token can have p > 1/2
+    others = torch.where(is_top, -1.0, logprobs[at, tokens])
+    penalty = torch.where(is_top, complement_logprobs(logits, top)[at], torch.log1p(-others.exp()))    # (C,)
     loss = -logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return loss.index_add(0, at, -alpha * penalty)

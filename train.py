@@ -5,13 +5,15 @@
 
 Stages so far: `pretrain` (next token), `sft` and `sft-ia` (instruction fine-tuning without and with instruction
 augmentation, arXiv 2403.14221 stage 1), `cat` (consistency alignment training, stage 2: sample answers to paraphrased
-instructions, let the model reward them itself, rank the good over the bad). A stage that needs an earlier one finds
+instructions, let the model reward them itself, rank the good over the bad), and on judged responses `cut` (arXiv
+2312.14591), `forward`, `ilf`, `hindsight`, `unlikelihood` and `critic`. A stage that needs an earlier one finds
 its adapter in the run folder, or trains it first. Order of this file: flags, stages, loop, pipeline, command line.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import json
 import math
@@ -30,6 +32,7 @@ PREFERENCE = ("cat",)
 JUDGED = ("cut", "forward", "ilf", "hindsight", "unlikelihood", "critic")
 AFTER_SFT = PREFERENCE + JUDGED
 TUNING = ("sft", "sft-ia", *AFTER_SFT)
+RECORDS = ("candidates.jsonl", "judged.jsonl", "refined.jsonl")
 
 
 @dataclass
@@ -58,7 +61,7 @@ class TrainConfig:
     batch_size: int = flag(24, "examples (cat: groups) per step")
     sft_steps: int = flag(200, "steps of the SFT stages on the way", AFTER_SFT)
     sft_lr: float = flag(2e-4, "learning rate of the SFT stages on the way", AFTER_SFT)
-    micro_tokens: int = flag(8192, "most tokens per forward pass; bounds memory, changes no result")
+    micro_tokens: int = flag(8192, "most tokens per forward pass; bounds memory, changes no result (but of --combine half --reduction token)")
     lr: float = flag(2e-4, "peak learning rate")
     warmup_ratio: float = flag(0.05, "share of the steps that warm up")
     min_lr_ratio: float = flag(0.1, "final learning rate as a share of the peak (cosine)")
@@ -135,7 +138,7 @@ DEMO_MODEL = {                                              # a model of two mil
 }
 DEMO_MODEL |= {stage: dict(lr=5e-4, sft_lr=2e-3, sft_steps=200) for stage in JUDGED}
 DEMO_TASKS = dict(per_task=24, judge_share=0.2, max_new_tokens=24, rouge_threshold=0.95)
-DEMO_RECORDS = dict(per_task=400, pool_per_task=360, eval_per_task=200, max_new_tokens=40, rouge_threshold=0.95)   # demo/records
+DEMO_RECORDS = dict(per_task=400, pool_per_task=350, eval_per_task=200, max_new_tokens=40, rouge_threshold=0.95)   # demo/records
 
 
 def parse_config(argv=None) -> TrainConfig:
@@ -162,20 +165,25 @@ def parse_config(argv=None) -> TrainConfig:
 def check_config(cfg: TrainConfig) -> str:
     """What is wrong with the values, in one sentence, or nothing."""
     for name in ("steps", "sft_steps", "batch_size", "micro_tokens", "max_len", "rank", "samples", "pool_wordings", "max_new_tokens",
-                 "eval_per_task", "max_worse", "per_task", "pool_per_task", "eval_batch"):
+                 "eval_per_task", "max_worse", "per_task", "pool_per_task", "eval_batch", "rounds", "refinements"):
         if getattr(cfg, name) < 1:
             return f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected 1 or more."
-    for name in ("lr", "sft_lr", "clip", "alpha"):
+    for name in ("lr", "sft_lr", "clip", "alpha", "detect_lam"):
         if not getattr(cfg, name) > 0 or math.isinf(getattr(cfg, name)):
-            return f"--{name} is {getattr(cfg, name)}. Expected a positive number."
+            return f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected a positive number."
     for name, top in (("dropout", 1), ("judge_share", 1), ("warmup_ratio", 1), ("min_lr_ratio", 1), ("top_p", 1.0001)):
         if not 0 <= getattr(cfg, name) < top:
             return f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected a share between 0 and 1."
-    if cfg.temperature < 0 or cfg.lam < 0 or cfg.margin < 0 or cfg.wordings < 0:
-        return "--temperature, --lam, --margin and --wordings cannot be negative."
+    for name in ("temperature", "lam", "margin", "wordings", "downsample", "detect_floor", "unlike_alpha", "unlike_gamma", "judged_warmup"):
+        if not getattr(cfg, name) >= 0:
+            return f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected 0 or more."
+    if cfg.critic and cfg.judge != "self":
+        return "--critic writes judgments only with --judge self. Add that, or leave --critic out."
+    if cfg.stage in JUDGED and cfg.model and not cfg.tasks and not cfg.records:
+        return f"--stage {cfg.stage} with --model needs --tasks DIR to sample answers to, or --records FILE of judged responses."
     if cfg.eval_wordings < 2:
         return f"--eval-wordings is {cfg.eval_wordings}. Consistency needs at least 2."
-    for name in ("model", "tasks", "paraphrases", "corpus", "candidates", "tokenizer", "init"):
+    for name in ("model", "tasks", "paraphrases", "corpus", "candidates", "tokenizer", "init", "records", "critic"):
         path = getattr(cfg, name)
         if path and not Path(path).exists():
             return f"--{name} {path} does not exist. Give a path that does."
@@ -186,6 +194,8 @@ def check_config(cfg: TrainConfig) -> str:
 
 def fill_paths(cfg: TrainConfig) -> TrainConfig:
     """The paths that were left out: the demo's, and runs/STAGE."""
+    if cfg.stage in JUDGED and cfg.model:                   # another model and a file of records: no tasks, no SFT stage
+        return dataclasses.replace(cfg, out=cfg.out or f"runs/{cfg.stage}")
     demo_tasks, folder = not cfg.tasks, "demo/records" if cfg.stage in JUDGED else "demo/tasks"
     paraphrases = cfg.paraphrases or (str(HERE / "demo/paraphrases.json") if demo_tasks and cfg.stage not in JUDGED else "")
     model = cfg.model or ("" if cfg.stage == "pretrain" else str(HERE / "demo/base"))
@@ -336,7 +346,7 @@ def collect_candidates(run: Run) -> None:
     cfg, path = run.cfg, run.folder / "candidates.jsonl"
     if cfg.candidates:
         return
-    done = {candidate_key(record) for record in data.read_records(path)}
+    done = {candidate_key(record) for record in data.read_records(path, own=True)}
     todo = [record for record in unanswered(run) if candidate_key(record) not in done]
     run = dataclasses.replace(run, model=plain(run.model))
     judge, chunk = make_judge(run), 4 * cfg.eval_batch
@@ -351,16 +361,21 @@ def candidate_key(record: dict) -> tuple:
 
 def unanswered(run: Run) -> list[dict]:
     """The answers to collect, without their responses: this round's pool instances x wordings x samples."""
-    cfg, records = run.cfg, []
+    cfg, records, start = run.cfg, [], run.round * run.cfg.pool_per_task
     for task in run.tasks:
         texts = [task.definition]
         if cfg.stage in PREFERENCE:
             texts += [w.text for w in task.wordings.get("train", [])[:cfg.wordings]]
-        for instance in data.split_instances(task, "pool")[run.round * cfg.pool_per_task:(run.round + 1) * cfg.pool_per_task]:
+        for instance in data.split_instances(task, "pool")[start:start + cfg.pool_per_task]:
             rng = random.Random(f"pool/{cfg.seed}/{task.name}/{instance.id}")
             records += [{"task": task.name, "id": instance.id, "sample": sample, "instruction": task.definition, "wording": text,
-                         "input": instance.input, "target": instance.outputs[0]}
+                         "input": instance.input, "target": instance.outputs[0],
+                         **({"targets": list(instance.outputs)} if len(instance.outputs) > 1 else {})}
                         for text in rng.sample(texts, min(cfg.pool_wordings, len(texts))) for sample in range(cfg.samples)]
+    if not records:
+        raise ValueError(f"round {run.round + 1} finds no instance left to sample answers for: the tasks' pools hold "
+                         f"{max((len(data.split_instances(task, 'pool')) for task in run.tasks), default=0)} instances at most, and each round takes "
+                         f"--pool-per-task {cfg.pool_per_task}. Lower it, or --rounds.")
     return records
 
 
@@ -408,9 +423,9 @@ def judged_records(run: Run) -> list[dict]:
         + (f" ({counts['failed']} without a judgment, dropped)" if counts["failed"] else "")
         + f", {counts['positive']} satisfying ones, {counts['kept']} of them kept.")
     for number, record in enumerate(found):
-        if record["judgment"] is not None:
+        if record["judgment"] is not None and cfg.stage != "unlikelihood":
             tokens = [len(run.tokenizer.encode_continuation(record[name])) for name in ("judgment", "response")]
-            if sum(tokens) + 3 > cfg.max_len:
+            if sum(tokens) + 16 > cfg.max_len:              # BOS, EOS and the template's words behind the judgment
                 raise ValueError(f"{cfg.records or run.folder / 'judged.jsonl'}, record {number}: its judgment ({tokens[0]} tokens) and "
                                  f"response ({tokens[1]}) do not fit --max-len {cfg.max_len}. Raise it, or remove the record.")
     return kept
@@ -551,25 +566,30 @@ def unlikelihood_groups(run: Run) -> list[dict]:
 
 
 def unlikelihood_step(model, batch, cfg) -> dict:
-    """Unlikelihood without a detector (arXiv 1908.04319): of bad responses whole, of tokens said before, or of 4-grams."""
+    """Likelihood of good responses, and unlikelihood without a detector (arXiv 1908.04319).
+
+    Level response: of all tokens of bad responses. sequence: of 4-grams said before, in any response. token: of the
+    tokens said before, in good responses, as the paper has it for its training texts; bad responses take no part.
+    """
     rows, targets = losses.prediction_rows(batch["labels"])
     logits, ids = model(batch["input_ids"], lengths=batch["lengths"], logits_at=rows), batch["document_ids"][rows]
+    good = batch["roles"][ids] == losses.ALIGN_P
     if cfg.level == "token":
-        tokens = losses.token_unlikelihood(logits, targets, ids, alpha=cfg.unlike_alpha)
+        tokens = good * losses.token_unlikelihood(logits, targets, ids, alpha=cfg.unlike_alpha)
     else:
-        flagged = (batch["roles"][ids] == losses.MISALIGN) if cfg.level == "response" else losses.repeated_ngrams(targets, ids)
+        flagged = ~good if cfg.level == "response" else losses.repeated_ngrams(targets, ids)
         tokens = losses.unlikelihood_loss(losses.gathered_logprobs(logits, targets), losses.complement_logprobs(logits, targets),
-                                          flagged, cfg.unlike_alpha)
+                                          flagged, cfg.unlike_alpha) * (good | flagged)
     lengths = torch.bincount(ids, minlength=len(batch["lengths"])).clamp(min=1)
     return {"ce": (tokens / lengths[ids]).sum()}
 
 
 def collect_judged(run: Run) -> None:
-    """Sample one answer per fresh instance and have it judged in words; resumes behind the last whole record."""
+    """Sample answers to fresh instances and have them judged in words; resumes behind the last whole record."""
     cfg, path = run.cfg, run.folder / "judged.jsonl"
     if cfg.records:
         return
-    done = {candidate_key(record) for record in data.read_records(path)}
+    done = {candidate_key(record) for record in data.read_records(path, own=True)}
     todo = [record for record in unanswered(run) if candidate_key(record) not in done]
     critic, chunk, empty = make_critic(run), 4 * cfg.eval_batch, 0
     run = dataclasses.replace(run, model=plain(run.model))
@@ -586,11 +606,12 @@ def collect_refined(run: Run) -> None:
     """ilf: judged responses, then for each bad one the best of several refinements by the model itself."""
     collect_judged(run)
     cfg, path = run.cfg, run.folder / "refined.jsonl"
-    done = {record["key"] for record in data.read_records(path)}
+    done = {record["key"] for record in data.read_records(path, own=True)}
     todo = [r for r in judged_records(run) if r["judgment"] is not None and not r["refinement"] and record_key(r) not in done]
     if cfg.judge == "rule" and any(record["target"] is None for record in todo):
-        raise ValueError(f"{cfg.records} has records without a target, which --judge rule needs. Give --judge self --no-show-target.")
-    run, judge = dataclasses.replace(run, model=plain(run.model)), make_judge(run)
+        raise ValueError(f"{cfg.records} has records without a target, which --judge rule needs. Give --judge self.")
+    run = dataclasses.replace(run, model=plain(run.model), cfg=dataclasses.replace(cfg, show_target=all(r["target"] is not None for r in todo)))
+    judge = make_judge(run)
     for start in range(0, len(todo), cfg.eval_batch):
         part = todo[start:start + cfg.eval_batch]
         asked = [{**record, "task": "", "id": record_key(record), "wording": "", "sample": k} for record in part for k in range(cfg.refinements)]
@@ -619,8 +640,8 @@ def make_critic(run: Run):
 
     def write(asked):
         prompts = [run.template.render(*pair) for pair in asked]
-        return [answer.text for answer in complete(model, run.tokenizer, prompts, max_new_tokens=cfg.max_new_tokens,
-                                                   batch_size=cfg.eval_batch, max_len=cfg.max_len)]
+        return [(answer.text, answer.finished) for answer in complete(model, run.tokenizer, prompts, max_new_tokens=cfg.max_new_tokens,
+                                                                      batch_size=cfg.eval_batch, max_len=cfg.max_len)]
     return judging.LocalCritic(write)
 
 
@@ -815,13 +836,15 @@ def log_step(path: Path, cfg: TrainConfig, step: int, means: dict, *, norm: floa
 def pick_device(cfg: TrainConfig) -> tuple[str, torch.dtype]:
     """The device and the base weights' type that --device and --dtype mean here."""
     device = cfg.device if cfg.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:     # under torchrun every process has a GPU of its own
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     dtype = cfg.dtype if cfg.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
     return device, getattr(torch, dtype)
 
 
 def make_run(cfg: TrainConfig) -> Run:
     """Read everything that the flags name; whatever is wrong with it shows here, before anything is trained."""
-    tasks = data.load_tasks(cfg.tasks)
+    tasks = data.load_tasks(cfg.tasks) if cfg.tasks else []
     if cfg.paraphrases:
         data.load_paraphrases(cfg.paraphrases, tasks)
     framed = data.frame_bare_tasks(tasks) if cfg.stage not in JUDGED else ""
@@ -838,6 +861,8 @@ def make_run(cfg: TrainConfig) -> Run:
     if not held and cfg.evaluate and cfg.stage not in JUDGED:
         raise ValueError(f"no task has two held-out wordings in split {cfg.split!r}, so consistency cannot be measured. "
                          "Give --paraphrases FILE with at least eight wordings per task, or --no-evaluate.")
+    if cfg.evaluate and tasks and cfg.stage in JUDGED and not any(data.split_instances(task, cfg.split) for task in tasks):
+        raise ValueError(f"no instance of the {len(tasks)} tasks falls into split {cfg.split!r}. Give more, or --no-evaluate.")
     if not any(task.wordings.get("train") for task in tasks) and cfg.stage in ("sft-ia", "cat"):
         raise ValueError(f"no training wordings for any of the {len(tasks)} tasks. Give --paraphrases FILE.")
     return Run(cfg, model, tokenizer, template, tasks, Path(cfg.out))
@@ -851,17 +876,25 @@ def stage_config(cfg: TrainConfig, stage: str) -> TrainConfig:
 
 
 def finished(folder: Path, cfg: TrainConfig) -> bool:
-    """Whether `folder` holds the adapter of this very stage and settings; a ValueError if it holds another's."""
-    if not (folder / "adapter_config.json").exists() and not (folder / "model/config.json").exists():
+    """Whether `folder` holds what this very stage and these settings trained; a ValueError if it holds another run.
+
+    Records that a stopped run collected count, too: they are never mixed with those of other settings.
+    """
+    done = (folder / "adapter_config.json").exists() or (folder / "model/config.json").exists()
+    if not done and not any((folder / name).exists() for name in RECORDS):
         return False
-    old, ignore = json.loads((folder / "config.json").read_text()), ("out", "init", "device", "evaluate", "compare", "split")
+    old, ignore = json.loads((folder / "config.json").read_text()), {"out", "device", "evaluate", "compare", "split", "micro_tokens"}
+    if folder != Path(cfg.out):
+        ignore.add("init")
+    if cfg.stage in ("sft", "sft-ia"):
+        ignore.add("max_new_tokens")                        # they sample nothing
     for item in dataclasses.fields(TrainConfig):
         name, only = item.name, item.metadata["only"]
         read = (not only or cfg.stage in only) and name not in ignore and not name.startswith("eval_")
         if read and name in old and old[name] != getattr(cfg, name):
             raise ValueError(f"{folder} holds another run: {name} was {old[name]}, now {getattr(cfg, name)}. "
                              "Use another --out, or the old settings.")
-    return True
+    return done
 
 
 def load_trained(cfg: TrainConfig, folder: Path | None, *, trainable: bool = False) -> torch.nn.Module:
@@ -907,7 +940,7 @@ def run_stage(run: Run, name: str) -> Path:
         if finished(place, cfg):
             say(f"{name}: found in {place}.")
             return place
-    before = run_stage(run, stage.needs) if stage.needs else None
+    before = run_stage(run, stage.needs) if stage.needs and run.tasks else None
     rounds = cfg.rounds if cfg is run.cfg else 1
     for number in range(rounds):                            # the last round's folder is the run's own
         place = folder / f"round{number + 1}" if number + 1 < rounds else folder
@@ -955,7 +988,9 @@ def align(cfg: TrainConfig) -> None:
     """Train the stage and what it needs, evaluate all of them on the same held-out questions, and write the report."""
     run = make_run(cfg)
     stage, ladder = STAGES[cfg.stage], {}
-    for name in [*(stage.beside if cfg.compare else ()), *([stage.needs] if stage.needs else []), cfg.stage]:
+    for number in range(cfg.rounds if cfg.stage in AFTER_SFT and not (cfg.records or cfg.candidates) else 0):
+        unanswered(dataclasses.replace(run, round=number))  # every round has instances: known before anything is trained
+    for name in [*(stage.beside if cfg.compare else ()), *([stage.needs] if stage.needs and run.tasks else []), cfg.stage]:
         folder = run_stage(run, name)
         rounds = cfg.rounds - 1 if name == cfg.stage else 0
         ladder |= {f"{stage.title}, round {k + 1}": folder / f"round{k + 1}" for k in range(rounds)} | {STAGES[name].title: folder}
@@ -969,6 +1004,8 @@ def report(run: Run, ladder: dict[str, Path | None]) -> None:
         measure_judge(run)
     if not cfg.evaluate:
         return
+    if not run.tasks:
+        return say(f"{cfg.stage}: no --tasks, so nothing is evaluated. The adapter is in {cfg.out}.")
     if cfg.stage in JUDGED:
         return report_judged(run, ladder)
     rows = data.questions(run.tasks, split=cfg.split, wordings=cfg.eval_wordings, per_task=cfg.eval_per_task)
@@ -997,7 +1034,9 @@ def report_judged(run: Run, ladder: dict[str, Path | None]) -> None:
         measure_mask(run, {title: folder for title, folder in ladder.items() if folder})
     say("\n".join(f"{title:24s} errors: greedy {100 * found['error_rate']['mean']:5.1f} %, sampled {100 * found['sampled_error_rate']['mean']:5.1f} %"
                   for title, found in results.items()))
-    say(f"report: {cfg.out}/report.md\nnext: python eval.py --adapter {ladder['SFT']} {cfg.out} --show-mask {cfg.records or cfg.out + '/judged.jsonl'}")
+    say(f"report: {cfg.out}/report.md")
+    if not cfg.full:
+        say(f"next: python eval.py --model {cfg.model} --adapter {ladder['SFT']} {cfg.out} --show-mask {cfg.records or cfg.out + '/judged.jsonl'}")
 
 
 def measure_mask(run: Run, ladder: dict[str, Path]) -> None:
@@ -1006,12 +1045,13 @@ def measure_mask(run: Run, ladder: dict[str, Path]) -> None:
     records = [r for r in data.load_judged(cfg.records or path / "judged.jsonl") if r["judgment"] not in (None, data.ERROR_JUDGMENT)][:400]
     for title, folder in ladder.items():
         lams = sorted({*MASK_LAMS, cfg.detect_lam})
-        masks = cut_masks(plain(load_trained(cfg, folder)), run.tokenizer, run.template, records, lams=lams, max_len=cfg.max_len)
+        masks = cut_masks(plain(load_trained(cfg, folder)), run.tokenizer, run.template, records, lams=lams, floor=cfg.detect_floor,
+                          satisfied=judging.PERFECT if cfg.positive == "text" else None, max_len=cfg.max_len)
         found[title] = mask_scores(masks)
         with open(path / "report.md", "a", encoding="utf-8") as report:
             report.write("\n\n" + mask_report(title, records, masks, run.tokenizer, cfg.detect_lam) + "\n")
     (path / "mask.json").write_text(json.dumps(found, indent=1) + "\n")
-    if any(score["n"] for scores in found.values() for score in scores):
+    if any(score["n"] for scores in found.values() for score in scores) and (path / "plots").is_dir():     # there with matplotlib
         plot_mask(list(found.values())[0], path / "plots" / "mask.png")
 
 
@@ -1031,17 +1071,34 @@ def measure_judge(run: Run) -> None:
 
 
 def next_command(cfg: TrainConfig) -> str:
-    """What to try now."""
+    """What to try now, with every setting of this run that is not the default."""
     if cfg.stage in ("sft", "sft-ia"):
-        return f"python train.py --stage cat --out {cfg.out}-cat"
-    return f"python train.py --stage cat --init {cfg.out} --candidates {cfg.out}/candidates.jsonl --lam 0.1 --out {cfg.out}-lam0.1"
+        inputs = "".join(f" --{name} {getattr(cfg, name)}" for name in ("model", "tasks", "paraphrases", "tokenizer")
+                         if f" --{name} " in settings(cfg))
+        return f"python train.py --stage cat{inputs} --out {cfg.out}-cat"
+    records = cfg.candidates or f"{cfg.out}/candidates.jsonl"
+    return f"python train.py --stage cat{settings(cfg)} --init {cfg.init or cfg.out} --candidates {records} --lam 0.1 --out {cfg.out}-lam0.1"
+
+
+def settings(cfg: TrainConfig) -> str:
+    """The flags in which a run differs from its stage's defaults."""
+    usual, words = dataclasses.asdict(parse_config(["--stage", cfg.stage])), []
+    for item in dataclasses.fields(TrainConfig):
+        value, name = getattr(cfg, item.name), item.name.replace("_", "-")
+        if value != usual[item.name] and item.name not in ("out", "init", "candidates", "records", "lam", "template"):
+            words.append(f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name} {value}")
+    return "".join(f" {word}" for word in words)
 
 
 def main(argv=None) -> int:
     """Run a stage. Returns 0, or 2 for a mistake in what was given, 1 for a run that failed."""
     cfg = parse_config(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if pick_device(cfg)[0].startswith("cuda") else "gloo")
+        gpu = pick_device(cfg)[0].startswith("cuda")
+        if gpu:
+            torch.cuda.set_device(pick_device(cfg)[0])
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo",
+                                timeout=datetime.timedelta(hours=12))   # rank 0 samples, judges and evaluates alone
         if cfg.batch_size < ranks()[1]:
             return complain(f"--batch-size {cfg.batch_size} is less than the {ranks()[1]} processes. Raise it.")
     try:

@@ -45,7 +45,7 @@ def runs_of_seed(root, seed, split, online):
         rows[title] = list(found.values())[-1]
     if online:
         out = root / f"seed{seed}-online"
-        found = run(command(out, *shared, "--init", str(main), "--rounds", "4", "--pool-per-task", "90", stage="cut"), 1)
+        found = run(command(out, *shared, "--init", str(main), "--rounds", "4", "--pool-per-task", "88", stage="cut"), 1)
         rows |= {f"online {title.replace('CUT, ', '')}": found[title] for title in list(found)[2:-1]}
         rows["online round 4"] = found["CUT"]
     rows["mask"] = json.loads((main / "mask.json").read_text())

@@ -229,9 +229,15 @@ def test_records_round_trip_and_a_torn_tail_is_kept_aside(tmp_path, capsys):
     data.append_records(path, records)
     with open(path, "ab") as file:
         file.write(b'{"n": 2')
-    assert data.read_records(path) == records and "kept in r.jsonl.torn" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="line 3, is not JSON"):
+        data.read_records(path)                             # another's file is never repaired
+    assert data.read_records(path, own=True) == records and "kept in r.jsonl.torn" in capsys.readouterr().out
     data.append_records(path, [{"n": 3}])
-    assert data.read_records(path) == [*records, {"n": 3}]
+    assert data.read_records(path, own=True) == [*records, {"n": 3}]
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))       # a whole record whose newline was lost
+    assert data.read_records(path, own=True)[-1] == {"n": 3}
+    data.append_records(path, [{"n": 4}])
+    assert data.read_records(path)[-2:] == [{"n": 3}, {"n": 4}]
 
 
 def test_damage_elsewhere_names_the_line(tmp_path):
@@ -265,9 +271,10 @@ def judged_rows():
         ([own], [("a", "b", "c", "no", None)]),
         ([{"instruction": "a", "input": None, "output": "c", "judgment": "no", "score": 7, "i_ans": "d"}], [("a", "", "c", None, "d")]),
         ([{"instruction": "a", "output": "c", "judgment": "no", "score": 6}], [("a", "", "c", "no", None)]),
-        ([{"question": "a", "answer": "c", "feedback": "no"}], [("a", "", "c", "no", None)]),
-        ([{"instruction": "a", "completions": [{"response": "c", "critique": "no"}, {"response": "d", "critique": "hm"}]}],
-         [("a", "", "c", "no", None), ("a", "", "d", "hm", None)]),
+        ([{"question": "a", "answer": "c", "feedback": "no", "output_correct": "e"}], [("a", "", "c", "no", "e")]),
+        ([{"instruction": "a", "completions": [{"response": "c", "critique": "no", "overall_score": 4}, {"response": "x"},
+                                               {"response": "d", "critique": "great", "overall_score": 9.0}]}],
+         [("a", "", "c", "no", None), ("a", "", "d", None, None)]),
         ([{"data": {"passage": {"text": "p"}, "questions": [
             {"question": "q", "rankings": [0.1, 0.9], "answers": [{}, {"answer": "c", "feedback": {"critiques": [
                 {"text": "no", "refinement": "r1"}, {"text": "never", "refinement": "r2"}]}}]},
@@ -278,11 +285,13 @@ def judged_rows():
 
 
 @pytest.mark.parametrize("rows, wanted", judged_rows())
-@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_every_form_of_judged_responses(rows, wanted, suffix, tmp_path):
-    path = tmp_path / f"judged{suffix}"
-    path.write_text(json.dumps(rows) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
+@pytest.mark.parametrize("name, form", [("j.json", "list"), ("j.txt", "list"), ("j.jsonl", "lines"), ("j.json", "unended")])
+def test_every_form_of_judged_responses(rows, wanted, name, form, tmp_path):
+    path, lines = tmp_path / name, [json.dumps(row) for row in rows]
+    text = {"list": json.dumps(rows), "lines": "".join(line + "\n" for line in lines), "unended": "\n".join(lines)}[form]
+    path.write_text(text)
     found = data.load_judged(path)
+    assert path.read_text() == text                         # a user's file stays as it is
     assert [(r["instruction"], r["input"], r["response"], r["judgment"], r["refinement"]) for r in found] == wanted
 
 

@@ -151,6 +151,9 @@ def test_rouge_of_other_scripts_counts_characters_and_says_so():
     assert same["rougeL"] == 1 and same["tokenizer"] == "characters"
     assert half["rouge1"] == pytest.approx(2 / 3)
     assert rouge_scores("猫 cat", ["a cat"])["tokenizer"] == "words"         # the references decide, not the model
+    assert rouge_scores("амам", ["мама"])["rouge1"] == 0 and rouge_scores("мама мыла", ["мама ела"])["rouge1"] == pytest.approx(0.5)
+    assert rouge_scores("हिन्दी", ["हिन्दी"])["rouge1"] == 1 and rouge_scores("हिन्दा", ["हिन्दी"])["rouge1"] == 0
+    assert rouge_scores("cat猫dog", ["cat 猫 dog"])["rougeL"] == 1
 
 
 def test_exact_match_ignores_case_punctuation_and_spacing_only():
@@ -479,7 +482,7 @@ class Pieces:
 
     def __init__(self, *pieces):
         self.pieces = ["</s>", *pieces]
-        self.model = SimpleNamespace(id_to_piece=lambda token: self.pieces[token])
+        self.model = SimpleNamespace(id_to_piece=lambda token: self.pieces[token], is_byte=lambda token: self.pieces[token].startswith("<0x"))
 
 
 def test_token_words_and_marks():
@@ -490,6 +493,9 @@ def test_token_words_and_marks():
     assert marked(tokenizer, ids, [False] * 5 + [True]) == "name : anna ;[</s>]"
     assert marked(tokenizer, ids, [True] * 6) == "[name : anna ;</s>]"
     assert marked(tokenizer, [], []) == ""
+    lines = Pieces("\u2581a", "<0x0A>", "b", "<0xC3>", "<0xA9>")             # "a", newline, "b", then the two bytes of an e acute
+    assert token_words(lines, [1, 2, 3, 4, 5]) == [0, None, 1, 1, 1]
+    assert marked(lines, [1, 2, 3, 4, 5], [False, False, True, True, True]) == "a\n[b\u00e9]"
 
 
 def test_mask_scores_by_hand():

@@ -350,11 +350,48 @@ def test_rounds_collect_anew_and_continue(world, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_a_trained_critic_judges(world, judged, tmp_path):
+def test_a_critic_that_never_ends_its_judgment_is_not_believed(world, judged, tmp_path, capsys):
     assert train.main(["--stage", "critic", *arguments(world, tmp_path / "critic", *JUDGED, "--records", str(judged), "--no-evaluate")]) == 0
-    assert train.main(["--stage", "hindsight", *arguments(world, tmp_path / "run", *JUDGED, "--judge", "self", "--critic", str(tmp_path / "critic"),
-                                                          "--no-evaluate")]) == 0
-    assert all("judgment" in json.loads(line) for line in (tmp_path / "run/judged.jsonl").read_text().splitlines())
+    argv = ["--stage", "hindsight", *arguments(world, tmp_path / "run", *JUDGED, "--no-evaluate"), "--critic", str(tmp_path / "critic")]
+    with pytest.raises(SystemExit):
+        train.main(argv)
+    assert "--judge self" in capsys.readouterr().err
+    assert train.main([*argv, "--judge", "self"]) == 2                     # four tokens of a random model end nothing
+    assert {record["judgment"] for record in data.read_records(tmp_path / "run/judged.jsonl")} == {data.ERROR_JUDGMENT}
+    assert "12 without a judgment, dropped" in capsys.readouterr().out
+
+
+def test_collected_records_of_other_settings_are_not_continued(world, tmp_path, capsys):
+    argv = ["--stage", "cut", *arguments(world, tmp_path, *JUDGED, "--no-evaluate")]
+    assert train.main(argv) == 0
+    for name in ("adapter_config.json", "adapter_model.safetensors"):      # as if it had been stopped while training
+        (tmp_path / name).unlink()
+    assert train.main([*argv, "--temperature", "0.5"]) == 2 and "temperature was 1.0, now 0.5" in capsys.readouterr().err
+    assert train.main(argv) == 0
+
+
+def test_rounds_that_the_pool_cannot_feed_are_refused(world, tmp_path, capsys):
+    assert train.main(["--stage", "cut", *arguments(world, tmp_path, *JUDGED, "--rounds", "9", "--no-evaluate")]) == 2
+    assert "finds no instance left" in capsys.readouterr().err and not (tmp_path / "sft").exists()
+
+
+def test_another_model_with_records_alone_starts_from_the_model(world, judged, tmp_path, capsys):
+    argv = ["--stage", "cut", "--model", str(world / "model"), "--out", str(tmp_path), "--steps", "2", "--batch-size", "4"]
+    with pytest.raises(SystemExit):
+        train.main(argv)
+    assert "--records FILE" in capsys.readouterr().err
+    assert train.main([*argv, "--records", str(judged)]) == 0
+    assert "sft" not in capsys.readouterr().out and (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_the_next_command_repeats_what_differs_from_the_defaults(world, tmp_path):
+    cfg = train.parse_config(cat(world, tmp_path / "run", "--seed", "3", "--no-compare"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/candidates.jsonl").touch()
+    words = train.next_command(cfg).split()
+    assert words[:4] == ["python", "train.py", "--stage", "cat"] and "--no-compare" in words and words[words.index("--seed") + 1] == "3"
+    again = train.parse_config(words[2:] + ["--lam", "1.0"])
+    assert dataclasses.replace(again, out=cfg.out, init=cfg.init, candidates=cfg.candidates) == cfg
 
 
 def test_a_judgment_longer_than_the_window_is_named(world, judged, tmp_path, capsys):
