@@ -134,10 +134,10 @@ STAGE_DEFAULTS = {
     **{stage: dict(steps=120, batch_size=16, judge="rule", samples=1) for stage in JUDGED},
 }
 DEMO_MODEL = {                                              # a model of two million parameters wants larger steps
-    "sft": dict(lr=2e-3, steps=300), "sft-ia": dict(lr=2e-3, steps=300), "cat": dict(lr=5e-4, sft_lr=2e-3, sft_steps=300),
+    "sft": dict(lr=2e-3, steps=400), "sft-ia": dict(lr=2e-3, steps=400), "cat": dict(lr=3e-4, sft_lr=2e-3, sft_steps=400),
 }
 DEMO_MODEL |= {stage: dict(lr=5e-4, sft_lr=2e-3, sft_steps=200) for stage in JUDGED}
-DEMO_TASKS = dict(per_task=24, judge_share=0.2, max_new_tokens=24, rouge_threshold=0.95)
+DEMO_TASKS = dict(per_task=24, wordings=14, augment="product", judge_share=0.5, max_new_tokens=24, rouge_threshold=0.95)
 DEMO_RECORDS = dict(per_task=400, pool_per_task=350, eval_per_task=200, max_new_tokens=40, rouge_threshold=0.95)   # demo/records
 
 

@@ -41,7 +41,7 @@ ABLATIONS = {
     "noranking": ("cross-entropy on the best answer only", [*SAME, "--no-ranking"]),
     "onestep": ("one-step reward", [*AGAIN, "--reward-steps", "one"]),
     "hidden": ("reward without the target", [*AGAIN, "--no-show-target"]),
-    "own": ("each answer under its own wording", [*SAME, "--condition", "own"]),
+    "worse": ("best answer under each failing wording", [*SAME, "--condition", "worse"]),
 }
 WORDINGS = (2, 5)                                           # besides the default
 
@@ -165,7 +165,7 @@ def write_results(root, seeds, split, numbers, n_ablated):
         sweep = [(lam, mean_metrics(ablated, f"lambda {lam:g}")) for lam in (0, 0.1, 0.5)]
         plot_sweep([*sweep, (1, mean_metrics(ablated, LADDER[3]))], "lambda", root / "lambda.png")
         sweep = [(n, mean_metrics(ablated, f"{n} wordings")) for n in WORDINGS]
-        plot_sweep([*sweep, (10, mean_metrics(ablated, LADDER[3]))], "training wordings per task", root / "wordings.png")
+        plot_sweep([*sweep, (14, mean_metrics(ablated, LADDER[3]))], "training wordings per task", root / "wordings.png")
     (root / "results.md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
 
