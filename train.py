@@ -422,13 +422,18 @@ def judged_records(run: Run) -> list[dict]:
     say(f"{cfg.stage}: {counts['negative']} unsatisfying responses"
         + (f" ({counts['failed']} without a judgment, dropped)" if counts["failed"] else "")
         + f", {counts['positive']} satisfying ones, {counts['kept']} of them kept.")
-    for number, record in enumerate(found):
-        if record["judgment"] is not None and cfg.stage != "unlikelihood":
-            tokens = [len(run.tokenizer.encode_continuation(record[name])) for name in ("judgment", "response")]
-            if sum(tokens) + 16 > cfg.max_len:              # BOS, EOS and the template's words behind the judgment
-                raise ValueError(f"{cfg.records or run.folder / 'judged.jsonl'}, record {number}: its judgment ({tokens[0]} tokens) and "
-                                 f"response ({tokens[1]}) do not fit --max-len {cfg.max_len}. Raise it, or remove the record.")
+    check_lengths(cfg, run.tokenizer, found)
     return kept
+
+
+def check_lengths(cfg: TrainConfig, tokenizer, records: list[dict]) -> None:
+    """Raise ValueError for the first record whose judgment and response do not fit --max-len together."""
+    for number, record in enumerate(records):
+        if record["judgment"] is not None and cfg.stage != "unlikelihood":
+            tokens = [len(tokenizer.encode_continuation(record[name])) for name in ("judgment", "response")]
+            if sum(tokens) + 16 > cfg.max_len:              # BOS, EOS and the template's words behind the judgment
+                raise ValueError(f"{cfg.records or 'judged.jsonl'}, record {number}: its judgment ({tokens[0]} tokens) and response "
+                                 f"({tokens[1]}) do not fit --max-len {cfg.max_len}. Raise it, or remove the record.")
 
 
 def judged_document(run: Run, record: dict, *, judgment: str | None = None) -> dict:
@@ -857,6 +862,8 @@ def make_run(cfg: TrainConfig) -> Run:
                          f"({cfg.model}). Use the tokenizer that came with this checkpoint.")
     cfg = dataclasses.replace(cfg, template=cfg.template or model.config.prompt_template or "alpaca")
     template = data.find_template(cfg.template)
+    if cfg.records:
+        check_lengths(cfg, tokenizer, data.load_judged(cfg.records))
     held = [task.name for task in tasks if len(task.wordings.get(cfg.split, [])) >= 2]
     if not held and cfg.evaluate and cfg.stage not in JUDGED:
         raise ValueError(f"no task has two held-out wordings in split {cfg.split!r}, so consistency cannot be measured. "
@@ -1105,8 +1112,12 @@ def main(argv=None) -> int:
         (pretrain if cfg.stage == "pretrain" else align)(cfg)
     except ValueError as error:
         return complain(str(error))
-    except (FloatingPointError, OSError) as error:
+    except FloatingPointError as error:
         complain(str(error))
+        return 1
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        complain(f"{place}{error.strerror or error}. What was finished is kept; give another --out, or make room, and run the same command again.")
         return 1
     finally:
         if dist.is_initialized():
