@@ -1,9 +1,14 @@
-"""Every objective, as a pure function of tensors: shift, log-probabilities, cross-entropy, ranking, CAT.
+"""Every objective, as a pure function of tensors: shift, log-probabilities, likelihood, ranking, unlikelihood, preferences.
 
 Methods:
     cross_entropy            token-level likelihood                     arXiv 2203.02155 (the SFT step of InstructGPT)
     pairwise_ranking_loss    hinge over pairs of responses              RRHF, arXiv 2304.05302, Eq. 2-3
     cat_loss                 ranking + lam * cross-entropy              CAT, arXiv 2403.14221; form of RRHF, Eq. 5
+    cut_loss                 unlikelihood of inappropriate tokens       CUT, arXiv 2312.14591, Eq. 5-7
+    token_unlikelihood       of tokens said before                      arXiv 1908.04319, Eq. 5
+    dpo_loss                 DPO, cDPO, robust, IPO, RSO's hinge        arXiv 2305.18290, 2403.00409, 2310.12036, 2309.06657
+    slic_loss                hinge of sums + lam * likelihood           SLiC-HF, arXiv 2305.10425
+    pro_loss                 a softmax over falling rewards             PRO, arXiv 2306.17492
 
     B batch   T length   V vocabulary   N positions of a packed row   M labelled positions   n responses   P pairs
 
@@ -275,3 +280,70 @@ def token_unlikelihood(logits: Tensor, targets: Tensor, sequence_ids: Tensor, *,
     penalty = torch.where(is_top, complement_logprobs(logits, top)[at], torch.log1p(-others.exp()))    # (C,)
     loss = -logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return loss.index_add(0, at, -alpha * penalty)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preferences: DPO and kin, SLiC, RRHF, PRO
+
+
+def preference_logits(scores: Tensor, reference: Tensor | float, better: Tensor, worse: Tensor) -> Tensor:
+    """h = [s(y_w) - s(y_l)] - [s_ref(y_w) - s_ref(y_l)]   DPO, arXiv 2305.18290, Eq. 7.
+
+    scores, reference (n,), sums of log-probabilities (or means, for TRL's IPO); reference 0.0 is reference-free;
+    better, worse (P,) indices -> (P,).
+    """
+    gains = scores - reference                                                                  # (n,)
+    return gains[better] - gains[worse]
+
+
+def dpo_loss(h: Tensor, *, beta: float = 0.1, kind: str = "sigmoid", label_smoothing: float = 0.0) -> tuple[Tensor, int]:
+    """The loss of preference logits h (P,); returns the sum and P.
+
+        sigmoid   -(1-e) log sigma(beta h) - e log sigma(-beta h)               DPO; cDPO for e = label_smoothing > 0
+        robust    [-(1-e) log sigma(beta h) + e log sigma(-beta h)] / (1 - 2e)  arXiv 2403.00409
+        ipo       (h - 1 / (2 beta))^2                                          arXiv 2310.12036; there beta is tau
+        hinge     max(0, 1 - beta h)                                            RSO's hinge-norm, arXiv 2309.06657, Eq. 10
+    """
+    e = label_smoothing
+    if not 0 <= e < 0.5:
+        raise ValueError(f"label smoothing {e} is no share below one half.")
+    right, wrong = torch.nn.functional.logsigmoid(beta * h), torch.nn.functional.logsigmoid(-beta * h)
+    if kind == "sigmoid":
+        losses = -(1 - e) * right - e * wrong
+    elif kind == "robust":
+        losses = (-(1 - e) * right + e * wrong) / (1 - 2 * e)
+    elif kind == "ipo":
+        losses = (h - 1 / (2 * beta)) ** 2
+    elif kind == "hinge":
+        losses = torch.relu(1 - beta * h)
+    else:
+        raise ValueError(f"preference loss {kind!r} is unknown; use sigmoid, robust, ipo or hinge.")
+    return losses.sum(), h.numel()
+
+
+def slic_loss(scores: Tensor, better: Tensor, worse: Tensor, target: Tensor, *, delta: float = 1.0,
+              lam: float = 1.0) -> dict[str, tuple[Tensor, int]]:
+    """L = max(0, delta - s(y_w) + s(y_l)) - lam * s(y_ref)   SLiC-HF, arXiv 2305.10425, as in RSO, Eq. 1.
+
+    scores (n,) sums (or means: then rescale delta); better, worse (P,); target (P,) the response that each pair's
+    regulariser imitates. Returns {"rank": (sum, P), "ce": (lam * sum, P)}.
+    """
+    return {"rank": pairwise_ranking_loss(scores, better, worse, margin=delta), "ce": (-lam * scores[target].sum(), target.numel())}
+
+
+def pro_loss(scores: Tensor, rewards: Tensor | None = None) -> Tensor:
+    """L_PRO of one group whose n responses stand best first   PRO, arXiv 2306.17492.
+
+        sum_k { logsumexp(s_k max_i g_ki, {s_i g_ki}_{i>k}) - s_k max_i g_ki },  g_ki = r_k - r_i, or 1 without rewards
+
+    scores (n,) length-normalised; rewards (n,) in falling order (a rise would turn the loss round: ValueError).
+    """
+    n = len(scores)
+    if rewards is not None and (rewards[1:] > rewards[:-1]).any():
+        raise ValueError("PRO wants a group's responses best first; sort them by reward.")
+    total = scores.new_zeros(())
+    for k in range(n - 1):
+        gaps = scores.new_ones(n - 1 - k) if rewards is None else (rewards[k] - rewards[k + 1:]).to(scores)
+        terms = torch.cat([(scores[k] * gaps.max()).reshape(1), scores[k + 1:] * gaps])         # (n - k,)
+        total = total + terms.logsumexp(0) - terms[0]
+    return total

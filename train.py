@@ -28,7 +28,7 @@ from typing import Callable, Literal
 from eval import complain, fail, flag, parse_flags
 
 HERE = Path(__file__).parent
-PREFERENCE = ("cat",)
+PREFERENCE = ("cat", "dpo", "slic", "rrhf", "pro", "expert")
 JUDGED = ("cut", "forward", "ilf", "hindsight", "unlikelihood", "critic")
 AFTER_SFT = PREFERENCE + JUDGED
 TUNING = ("sft", "sft-ia", *AFTER_SFT)
@@ -51,8 +51,8 @@ class TrainConfig:
     device: str = flag("auto", "cpu, cuda, cuda:1, ... (auto: cuda where there is one)")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "type of the base weights (auto: bfloat16 on a GPU, else float32)")
     # examples
-    wordings: int = flag(10, "training wordings per task beside the original instruction", ("sft-ia", "cat"))
-    augment: Literal["assign", "product"] = flag("assign", "give each instance one wording, or all of them", ("sft-ia", "cat"))
+    wordings: int = flag(10, "training wordings per task beside the original instruction", ("sft-ia", *PREFERENCE))
+    augment: Literal["assign", "product"] = flag("assign", "give each instance one wording, or all of them", ("sft-ia", *PREFERENCE))
     per_task: int = flag(100, "training instances per task", TUNING)
     judge_share: float = flag(0.0, "share of training examples that teach judging (answers to the train instances, judged by rule)", TUNING)
     max_len: int = flag(512, "longest document in tokens; an over-long prompt loses its left")
@@ -84,12 +84,19 @@ class TrainConfig:
     show_target: bool = flag(True, "let the judge see the reference answer", PREFERENCE)
     rouge_threshold: float = flag(0.7, "ROUGE-L from which the rule judge accepts a free answer", TUNING)
     # CAT
-    lam: float = flag(1.0, "weight of the cross-entropy term", PREFERENCE)
-    margin: float = flag(0.0, "margin of the ranking term", PREFERENCE)
-    pairs: Literal["best", "all"] = flag("best", "rank only the best over the rest, or every better over every worse", PREFERENCE)
-    condition: Literal["own", "original", "worse"] = flag("own", "the wording under which the best answer is scored", PREFERENCE)
-    ce_target: Literal["best", "gold"] = flag("best", "cross-entropy on the best sampled answer, or on the reference (a control)", PREFERENCE)
-    ranking: bool = flag(True, "use the ranking term (off: cross-entropy alone, a control)", PREFERENCE)
+    lam: float = flag(1.0, "weight of the cross-entropy term", ("cat", "slic"))
+    margin: float = flag(0.0, "margin of the ranking term (slic: 1 unless given)", ("cat", "slic"))
+    pairs: Literal["best", "all"] = flag("best", "rank only the best over the rest, or every better over every worse", ("cat", "dpo", "slic"))
+    condition: Literal["own", "original", "worse"] = flag("own", "the wording under which the best answer is scored", ("cat", "dpo", "slic"))
+    ce_target: Literal["best", "gold"] = flag("best", "cross-entropy on the best sampled answer, or on the reference (a control)", ("cat",))
+    ranking: bool = flag(True, "use the ranking term (off: cross-entropy alone, a control)", ("cat",))
+    # preferences
+    preference: Literal["sigmoid", "robust", "ipo", "hinge"] = flag("sigmoid", "DPO, its robust form, IPO, or RSO's hinge-norm", ("dpo",))
+    beta: float = flag(0.1, "inverse temperature of DPO; IPO's tau, RSO's gamma", ("dpo",))
+    label_smoothing: float = flag(0.0, "share of pairs taken for wrongly ordered (cDPO, robust)", ("dpo",))
+    length_normalize: bool = flag(False, "means of log-probabilities instead of sums", ("dpo", "slic"))
+    reference_free: bool = flag(False, "leave the reference model out", ("dpo",))
+    sft_weight: float = flag(0.05, "weight of PRO's likelihood, times (n - 1)^2", ("pro",))
     max_worse: int = flag(3, "lower-rewarded answers per item", PREFERENCE)
     # learning from judgments
     records: str = flag("", "train on this file of judged responses instead of sampling and judging", JUDGED)
@@ -130,11 +137,13 @@ STAGE_DEFAULTS = {
     "pretrain": dict(full=True, steps=3000, batch_size=40, lr=2.5e-3, weight_decay=0.05, max_len=512),
     "sft": dict(),
     "sft-ia": dict(),
-    "cat": dict(steps=100, batch_size=16, lr=1e-4),
+    **{stage: dict(steps=100, batch_size=16, lr=1e-4) for stage in PREFERENCE},
+    "slic": dict(steps=100, batch_size=16, lr=1e-4, margin=1.0),
     **{stage: dict(steps=120, batch_size=16, judge="rule", samples=1) for stage in JUDGED},
 }
 DEMO_MODEL = {                                              # a model of two million parameters wants larger steps
-    "sft": dict(lr=2e-3, steps=400), "sft-ia": dict(lr=2e-3, steps=400), "cat": dict(lr=3e-4, sft_lr=2e-3, sft_steps=400),
+    "sft": dict(lr=2e-3, steps=400), "sft-ia": dict(lr=2e-3, steps=400),
+    **{stage: dict(lr=3e-4, sft_lr=2e-3, sft_steps=400) for stage in PREFERENCE},
 }
 DEMO_MODEL |= {stage: dict(lr=5e-4, sft_lr=2e-3, sft_steps=200) for stage in JUDGED}
 DEMO_TASKS = dict(per_task=24, wordings=14, augment="product", judge_share=0.5, max_new_tokens=24, rouge_threshold=0.95)
@@ -168,10 +177,10 @@ def check_config(cfg: TrainConfig) -> str:
                  "eval_per_task", "max_worse", "per_task", "pool_per_task", "eval_batch", "rounds", "refinements"):
         if getattr(cfg, name) < 1:
             return f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected 1 or more."
-    for name in ("lr", "sft_lr", "clip", "alpha", "detect_lam"):
+    for name in ("lr", "sft_lr", "clip", "alpha", "detect_lam", "beta"):
         if not getattr(cfg, name) > 0 or math.isinf(getattr(cfg, name)):
             return f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected a positive number."
-    for name, top in (("dropout", 1), ("judge_share", 1), ("warmup_ratio", 1), ("min_lr_ratio", 1), ("top_p", 1.0001)):
+    for name, top in (("dropout", 1), ("judge_share", 1), ("label_smoothing", 0.5), ("warmup_ratio", 1), ("min_lr_ratio", 1), ("top_p", 1.0001)):
         if not 0 <= getattr(cfg, name) < top:
             return f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected a share between 0 and 1."
     for name in ("temperature", "lam", "margin", "wordings", "downsample", "detect_floor", "unlike_alpha", "unlike_gamma", "judged_warmup"):
@@ -309,7 +318,7 @@ def cat_groups(run: Run) -> list[dict]:
         rng.shuffle(worse)
         for start in range(0, len(worse), cfg.max_worse):
             groups.append(cat_item(run, rng.choice(best), worse[start:start + cfg.max_worse]))
-    say(f"cat: {len(groups)} items; skipped {skipped['no best']} groups without a best answer and "
+    say(f"{cfg.stage}: {len(groups)} items; skipped {skipped['no best']} groups without a best answer and "
           f"{skipped['no worse']} with nothing below the best.")
     return groups
 
@@ -331,6 +340,107 @@ def cat_item(run: Run, best: dict, worse: list[dict]) -> dict:
     else:
         pairs = list(zip(*losses.best_vs_lower_pairs([2.0] + [float(c["reward"]) for c in worse], rule=cfg.pairs)))
     return {"documents": documents, "n_best": n, "pairs": pairs if cfg.ranking else []}
+
+
+def dpo_groups(run: Run) -> list[dict]:
+    """dpo: the items of cat with "reference": each document's log-probability under the model that the stage starts from."""
+    groups, device = cat_groups(run), next(run.model.parameters()).device
+    run.model.eval()
+    with torch.no_grad():
+        for part in data.micro_batches(groups, run.cfg.micro_tokens):
+            sums = iter(document_logprobs(run.model, collate(part, device))[0].tolist())
+            for group in part:
+                group["reference"] = [next(sums) for _ in group["documents"]]
+    return groups
+
+
+def ranked_groups(run: Run) -> list[dict]:
+    """rrhf, pro: a best answer and up to max_worse others with their rewards, best first, each under its own wording."""
+    groups, cfg = [], run.cfg
+    for group in grouped_candidates(run):
+        known = list({(c["wording"], c["response"]): c for c in group if c["reward"] is not None}.values())
+        random.Random(f"{cfg.seed}/{group[0]['task']}/{group[0]['id']}").shuffle(known)
+        known.sort(key=lambda c: -c["reward"])              # stable: equal rewards stay shuffled
+        if not known or known[0]["reward"] == known[-1]["reward"]:
+            continue
+        lower = [c for c in known if c["reward"] < known[0]["reward"]]
+        kept = [known[0], *lower[-cfg.max_worse:]]
+        rewards = [float(c["reward"]) for c in kept]
+        groups.append({"documents": [run.document(c["wording"], c["input"], c["response"]) for c in kept], "n_best": 1, "rewards": rewards,
+                       "pairs": list(zip(*losses.best_vs_lower_pairs(rewards, rule="all")))})
+    say(f"{cfg.stage}: {len(groups)} groups with answers of different reward.")
+    return groups
+
+
+def expert_groups(run: Run) -> list[dict]:
+    """expert: a best answer of each group, as in fine-tuning (best-of-n, then SFT; spec 2.15)."""
+    groups = []
+    for group in grouped_candidates(run):
+        best = [c for c in group if c["reward"] == 2]
+        if best:
+            chosen = random.Random(f"{run.cfg.seed}/{group[0]['task']}/{group[0]['id']}").choice(best)
+            groups.append({"documents": [run.document(chosen["wording"], chosen["input"], chosen["response"])]})
+    say(f"expert: {len(groups)} groups with an answer of reward 2.")
+    return groups
+
+
+def document_logprobs(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of log-probabilities and the number of labelled tokens of each document of a batch: (n,), (n,)."""
+    rows, targets = losses.prediction_rows(batch["labels"])
+    logits = model(batch["input_ids"], lengths=batch["lengths"], logits_at=rows)   # (M, V)
+    return losses.sequence_logprobs(losses.gathered_logprobs(logits, targets), batch["document_ids"][rows], len(batch["lengths"]))
+
+
+def dpo_step(model, batch, cfg) -> dict:
+    """-log sigma(beta h) and its kin over the pairs (spec 2.11), with what h says of them for the log."""
+    sums, lengths = document_logprobs(model, batch)
+    reference = 0.0 if cfg.reference_free else batch["reference"].to(sums)
+    if cfg.length_normalize:
+        sums, reference = sums / lengths, reference / lengths
+    h = losses.preference_logits(sums, reference, batch["better"], batch["worse"])
+    return {"loss": losses.dpo_loss(h, beta=cfg.beta, kind=cfg.preference, label_smoothing=cfg.label_smoothing)[0],
+            "margin": cfg.beta * h.detach().sum(), "accuracy": (h.detach() > 0).sum().to(h)}
+
+
+def dpo_counts(batch, cfg) -> dict:
+    """Pairs."""
+    return dict.fromkeys(("loss", "margin", "accuracy"), len(batch["better"]))
+
+
+def slic_step(model, batch, cfg) -> dict:
+    """A hinge over the pairs and the likelihood of the better one (spec 2.12)."""
+    sums, lengths = document_logprobs(model, batch)
+    terms = losses.slic_loss(sums / lengths if cfg.length_normalize else sums, batch["better"], batch["worse"], batch["better"],
+                             delta=cfg.margin, lam=cfg.lam)
+    return {term: loss for term, (loss, _) in terms.items()}
+
+
+def slic_counts(batch, cfg) -> dict:
+    """Pairs."""
+    return dict.fromkeys(("rank", "ce"), len(batch["better"]))
+
+
+def rrhf_step(model, batch, cfg) -> dict:
+    """L_rank + L_ft per group, unweighted and undivided (RRHF, Eq. 3-5)."""
+    sums, lengths = document_logprobs(model, batch)
+    best = batch["weights"].to(sums)
+    return {"rank": losses.pairwise_ranking_loss(sums / lengths, batch["better"], batch["worse"])[0], "ce": -(best * sums).sum()}
+
+
+def pro_step(model, batch, cfg) -> dict:
+    """L_PRO + sft_weight (n - 1)^2 * -S(best) per group (spec 2.14)."""
+    sums, lengths = document_logprobs(model, batch)
+    rank, ce, start = sums.new_zeros(()), sums.new_zeros(()), 0
+    for rewards in batch["rewards"]:
+        part = slice(start, start + len(rewards))
+        rank = rank + losses.pro_loss((sums / lengths)[part], torch.tensor(rewards))
+        ce, start = ce - cfg.sft_weight * (len(rewards) - 1) ** 2 * sums[start], start + len(rewards)
+    return {"rank": rank, "ce": ce}
+
+
+def group_counts(batch, cfg) -> dict:
+    """Groups."""
+    return dict.fromkeys(("rank", "ce"), batch["groups"])
 
 
 def grouped_candidates(run: Run) -> list[list[dict]]:
@@ -552,10 +662,7 @@ def ilf_groups(run: Run) -> list[dict]:
 
 def sequence_step(model, batch, cfg) -> dict:
     """-(1/N) sum_t log p(y_t) of each document (CUT, Eq. 1-4), over the number of examples."""
-    rows, targets = losses.prediction_rows(batch["labels"])
-    logits = model(batch["input_ids"], lengths=batch["lengths"], logits_at=rows)   # (M, V)
-    sums, lengths = losses.sequence_logprobs(losses.gathered_logprobs(logits, targets), batch["document_ids"][rows],
-                                             len(batch["lengths"]))
+    sums, lengths = document_logprobs(model, batch)
     return {"ce": -(sums / lengths.clamp(min=1)).sum()}
 
 
@@ -695,6 +802,11 @@ STAGES = {
     "sft": Stage(lambda run: sft_groups(run, 0), token_step, token_counts, title="SFT"),
     "sft-ia": Stage(lambda run: sft_groups(run, run.cfg.wordings), token_step, token_counts, beside=("sft",), title="SFT(IA)"),
     "cat": Stage(cat_groups, cat_step, cat_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+CAT"),
+    "dpo": Stage(dpo_groups, dpo_step, dpo_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+DPO"),
+    "slic": Stage(cat_groups, slic_step, slic_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+SLiC"),
+    "rrhf": Stage(ranked_groups, rrhf_step, group_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+RRHF"),
+    "pro": Stage(ranked_groups, pro_step, group_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+PRO"),
+    "expert": Stage(expert_groups, token_step, token_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+expert"),
     "cut": Stage(cut_groups, cut_step, cut_counts, collect_judged, needs="sft", title="CUT"),
     "forward": Stage(forward_groups, sequence_step, sequence_counts, collect_judged, needs="sft", title="forward prediction"),
     "ilf": Stage(ilf_groups, sequence_step, sequence_counts, collect_refined, needs="sft", title="ILF"),
@@ -715,7 +827,9 @@ def collate(groups: list[dict], device) -> dict:
         worse += [start + pair[1] for pair in group.get("pairs", ())]
         weights += [1 / max(1, n_best)] * n_best + [0.0] * (len(group["documents"]) - n_best)
     batch["document_ids"] = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(batch["lengths"]))
-    batch["groups"] = len(groups)
+    batch["groups"], batch["rewards"] = len(groups), [group["rewards"] for group in groups if "rewards" in group]
+    if any("reference" in group for group in groups):
+        batch["reference"] = torch.tensor([value for group in groups for value in group["reference"]])
     if any("roles" in group for group in groups):
         batch["roles"] = torch.tensor([role for group in groups for role in group["roles"]])
     if any("flagged" in group for group in groups):
@@ -870,7 +984,7 @@ def make_run(cfg: TrainConfig) -> Run:
                          "Give --paraphrases FILE with at least eight wordings per task, or --no-evaluate.")
     if cfg.evaluate and tasks and cfg.stage in JUDGED and not any(data.split_instances(task, cfg.split) for task in tasks):
         raise ValueError(f"no instance of the {len(tasks)} tasks falls into split {cfg.split!r}. Give more, or --no-evaluate.")
-    if not any(task.wordings.get("train") for task in tasks) and cfg.stage in ("sft-ia", "cat"):
+    if not any(task.wordings.get("train") for task in tasks) and cfg.stage in ("sft-ia", *PREFERENCE):
         raise ValueError(f"no training wordings for any of the {len(tasks)} tasks. Give --paraphrases FILE.")
     return Run(cfg, model, tokenizer, template, tasks, Path(cfg.out))
 

@@ -429,3 +429,60 @@ def test_token_level_unlikelihood_by_hand():
 def test_repeated_ngrams(tokens, rows, n, flagged):
     found = losses.repeated_ngrams(torch.tensor(tokens, dtype=torch.long), torch.tensor(rows, dtype=torch.long), n)
     assert found.tolist() == [bool(flag) for flag in flagged]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preferences
+
+SUMS = torch.tensor([-5.8064740333, -8.7850893872, -12.7249884894, -3.7316307244], dtype=torch.float64)
+REFERENCE = torch.tensor([-10.7027159023, -7.3647605120, -11.5411262450, -3.1807849124], dtype=torch.float64)
+SIZES = torch.tensor([4, 3, 5, 2], dtype=torch.float64)
+ONE_PAIR = torch.tensor([0]), torch.tensor([1])
+
+
+@pytest.mark.parametrize("switches, wanted", [
+    ({}, 0.4263847502), ({"label_smoothing": 0.1}, 0.4895504577), ({"beta": 0.5}, 0.0416202817),
+    ({"kind": "robust", "label_smoothing": 0.1}, 0.3474276159), ({"kind": "ipo"}, 1.7333585244), ({"kind": "hinge", "beta": 0.05}, 0.6841714628),
+])
+def test_golden_dpo_and_kin(switches, wanted):
+    h = losses.preference_logits(SUMS, REFERENCE, *ONE_PAIR)
+    assert h.item() == near(6.3165707442)
+    loss, count = losses.dpo_loss(h, **switches)
+    assert loss.item() == near(wanted) and count == 1
+
+
+def test_golden_ipo_of_means_slic_and_pro():
+    means = SUMS / SIZES
+    ipo = losses.dpo_loss(losses.preference_logits(means, REFERENCE / SIZES, *ONE_PAIR), kind="ipo")
+    assert ipo[0].item() == pytest.approx(10.9064836237, abs=2e-8)         # ten times a difference of rounded inputs
+    terms = losses.slic_loss(SUMS, *ONE_PAIR, torch.tensor([2]), delta=1.0, lam=0.5)
+    assert terms["rank"][0].item() == 0 and terms["ce"][0].item() == near(6.3624942447)
+    rewards = torch.tensor([3.0, 2.0, 1.0, 0.0], dtype=torch.float64), torch.tensor([2.5, 1.0, 0.9, -1.0], dtype=torch.float64), None
+    for reward, wanted in zip(rewards, (6.4753757094, 8.9559069001, 3.5679220900)):
+        assert losses.pro_loss(means, reward).item() == near(wanted)
+    with pytest.raises(ValueError, match="best first"):
+        losses.pro_loss(means, torch.tensor([0.0, 1.0, 2.0, 3.0]))
+
+
+def test_dpo_at_the_start_is_log_2_and_extremes_are_finite():
+    h = losses.preference_logits(SUMS, SUMS, torch.tensor([0, 2]), torch.tensor([1, 3]))
+    assert losses.dpo_loss(h)[0].item() == near(2 * math.log(2))
+    for kind in ("sigmoid", "robust", "ipo", "hinge"):
+        far = torch.tensor([1e4, -1e4], requires_grad=True)
+        loss, _ = losses.dpo_loss(far, kind=kind, label_smoothing=0.1)
+        loss.backward()
+        assert torch.isfinite(loss) and torch.isfinite(far.grad).all()
+        none = losses.dpo_loss(torch.zeros(0), kind=kind)
+        assert none[0].item() == 0 and none[1] == 0
+    for bad in ({"kind": "sum"}, {"label_smoothing": 0.5}):
+        with pytest.raises(ValueError):
+            losses.dpo_loss(h, **bad)
+
+
+def test_preference_gradients_against_finite_differences():
+    scores, rewards = SUMS.clone().requires_grad_(), torch.tensor([3.0, 2.0, 1.0, 0.0])
+    pairs = torch.tensor([0, 3]), torch.tensor([1, 2])
+    for kind in ("sigmoid", "robust", "ipo", "hinge"):
+        assert torch.autograd.gradcheck(lambda s: losses.dpo_loss(losses.preference_logits(s, REFERENCE, *pairs), kind=kind, label_smoothing=0.1)[0], scores)
+    assert torch.autograd.gradcheck(lambda s: losses.pro_loss(s / SIZES, rewards), scores)
+    assert torch.autograd.gradcheck(lambda s: sum(t for t, _ in losses.slic_loss(s, *pairs, torch.tensor([1, 2])).values()), scores)

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import math
 import random
 import re
 import shutil
@@ -253,7 +254,7 @@ def test_two_processes_train_as_one(world, tmp_path):
 
 
 @pytest.mark.parametrize("line, sentence", [
-    (["--stage", "sfft"], 'unknown stage "sfft". Stages: pretrain, sft, sft-ia, cat, cut, forward, ilf, hindsight, unlikelihood, critic. Did you mean "sft"?'),
+    (["--stage", "sfft"], 'unknown stage "sfft". Stages: pretrain, sft, sft-ia, cat, dpo, slic, rrhf, pro, expert, cut, forward, ilf, hindsight, unlikelihood, critic. Did you mean "sft"?'),
     (["--stagee", "cat"], "unrecognized arguments: --stagee"), (["--judge", "oracle"], "invalid choice: 'oracle'"),
     (["--lr", "fast"], "invalid float value: 'fast'"), (["--lr", "-1"], "--lr is -1.0. Expected a positive number."),
     (["--steps", "0"], "--steps is 0. Expected 1 or more."), (["--model", "nowhere"], "--model nowhere does not exist."),
@@ -439,3 +440,54 @@ def test_line_counts_in_the_readme_are_true():
     for name, count in rows:
         lines = len((ROOT / name).read_text().splitlines())
         assert abs(int(count) - lines) <= 0.1 * lines, f"{name} has {lines} lines"
+
+
+# Preferences ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage, more", [
+    ("dpo", ()), ("dpo", ("--preference", "ipo", "--length-normalize", "--pairs", "all")), ("dpo", ("--preference", "hinge", "--reference-free")),
+    ("dpo", ("--preference", "robust", "--label-smoothing", "0.1")), ("slic", ()), ("rrhf", ()), ("pro", ()), ("expert", ()),
+])
+def test_stages_on_scored_candidates(stage, more, world, tmp_path, capsys):
+    path = planted(world, tmp_path / "candidates.jsonl")
+    argv = cat(world, tmp_path / "run", "--candidates", str(path), *more)
+    argv[argv.index("cat")] = stage
+    assert train.main(argv) == 0
+    assert train.STAGES[stage].title in json.loads((tmp_path / "run/metrics.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    if more == ():
+        assert "margin" not in rows[0] or rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and rows[0]["margin"] == pytest.approx(0, abs=1e-4)
+
+
+def test_preference_steps_equal_their_equations(cat_run):
+    """dpo, slic, rrhf and pro of one batch, from plain log-softmax over one document at a time."""
+    run, groups = cat_run
+    groups = [{**group, "reference": [-3.0 - k for k in range(len(group["documents"]))],
+               "rewards": [2.0] + [1.0 / k for k in range(1, len(group["documents"]))]} for group in groups]
+    batch, scores, lengths = train.collate(groups, "cpu"), [], []
+    for document in (d for group in groups for d in group["documents"]):
+        ids, labels = torch.tensor(document["input_ids"]), document["labels"]
+        logits = run.model(ids[None])[0].double().log_softmax(-1)
+        terms = [logits[t - 1, labels[t]].item() for t in range(len(ids)) if labels[t] != -100]
+        scores, lengths = [*scores, sum(terms)], [*lengths, len(terms)]
+    wanted, start = dict.fromkeys(("dpo", "slic", "ce", "rrhf", "pro"), 0.0), 0
+    for group in groups:
+        s, n = scores[start:start + len(group["documents"])], lengths[start:start + len(group["documents"])]
+        mean = [a / b for a, b in zip(s, n)]
+        for w, k in group["pairs"]:
+            h = s[w] - s[k] - group["reference"][w] + group["reference"][k]
+            wanted["dpo"] += math.log1p(math.exp(-0.1 * h))
+            wanted["slic"] += max(0.0, 1 - s[w] + s[k])
+            wanted["ce"] -= s[w]
+            wanted["rrhf"] += max(0.0, mean[k] - mean[w])
+        for k in range(len(s) - 1):
+            gaps = [group["rewards"][k] - r for r in group["rewards"][k + 1:]]
+            exponents = [mean[k] * max(gaps)] + [m * g for m, g in zip(mean[k + 1:], gaps)]
+            wanted["pro"] += math.log(sum(map(math.exp, exponents))) - exponents[0]
+        start += len(s)
+    cfg = dataclasses.replace(run.cfg, margin=1.0)
+    found = {"dpo": train.dpo_step(run.model, batch, cfg)["loss"], **train.slic_step(run.model, batch, cfg)}
+    found = {"dpo": found["dpo"], "slic": found["rank"], "ce": found["ce"], "rrhf": train.rrhf_step(run.model, batch, cfg)["rank"],
+             "pro": train.pro_step(run.model, batch, cfg)["rank"]}
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(wanted, rel=1e-4, abs=1e-4)
