@@ -69,6 +69,7 @@ class EvalConfig:
     wordings: int = flag(10, "wordings per question, at most")
     per_task: int = flag(20, "questions per task, at most")
     template: str = flag("", "prompt template (default: the checkpoint's own, else alpaca)")
+    prefix: str = flag("", "words before every instruction, e.g. the best mark of a conditional model")
     max_new_tokens: int = flag(128, "longest response in tokens")
     max_len: int = flag(0, "most tokens of prompt and response together (0: what the model takes)")
     batch_size: int = flag(64, "responses generated side by side")
@@ -480,7 +481,7 @@ def evaluate_model(model, tokenizer, questions: list[dict], config: EvalConfig, 
     from data import find_template
 
     template = find_template(config.template or model.config.prompt_template or "alpaca")
-    prompts = [template.render(text, question["input"]) for question in questions for text in question["wordings"]]
+    prompts = [template.render(config.prefix + text, question["input"]) for question in questions for text in question["wordings"]]
     made = iter(complete(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens, max_len=config.max_len or None,
                          batch_size=config.batch_size, progress=progress))
     answered = []
@@ -495,6 +496,41 @@ def evaluate_model(model, tokenizer, questions: list[dict], config: EvalConfig, 
 # Judged responses: error rates, and the tokens that CUT's mask flags
 
 
+def correlation(x, y, *, ranks: bool = False) -> float | None:
+    """Pearson's r of two lists, or with `ranks` Spearman's (ties share their mean rank); None where one does not vary."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    if ranks:
+        x, y = ([np.mean(np.flatnonzero(np.sort(z) == value)) for value in z] for z in (x, y))
+    if len(x) < 2 or np.std(x) == 0 or np.std(y) == 0:
+        return None
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def reward_report(rows: list[dict]) -> dict:
+    """A reward against its judge, the truth and length (arXiv 2310.03716); rows: {"group", "reward", "judge", "truth", "length"}.
+
+    "accuracy" and "true_accuracy": share of a group's pairs of different judge's (true) reward that the reward orders
+    alike, ties counting half; "longer_wins": the share that length alone orders as the judge does, of pairs of different
+    length; "length" and "length_rank": Pearson and Spearman of reward and length; "length_within": Pearson after each
+    group's means are taken off.
+    """
+    groups: dict = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    pairs = [pair for group in groups.values() for pair in combinations(group, 2)]
+
+    def ordered(by, like, pairs):
+        signs = [(np.sign(a[by] - b[by]) * np.sign(a[like] - b[like]) + 1) / 2 for a, b in pairs if a[like] != b[like]]
+        return float(np.mean(signs)) if signs else None
+    means = {group: {key: np.mean([row[key] for row in members]) for key in ("reward", "length")} for group, members in groups.items()}
+    within = [[row[key] - means[row["group"]][key] for row in rows] for key in ("reward", "length")]
+    rewards, lengths = [row["reward"] for row in rows], [row["length"] for row in rows]
+    return {"accuracy": ordered("reward", "judge", pairs), "true_accuracy": ordered("reward", "truth", pairs),
+            "longer_wins": ordered("length", "judge", [(a, b) for a, b in pairs if a["length"] != b["length"]]),
+            "length": correlation(rewards, lengths), "length_rank": correlation(rewards, lengths, ranks=True),
+            "length_within": correlation(*within), "comparisons": sum(a["judge"] != b["judge"] for a, b in pairs)}
+
+
 def evaluate_errors(model, tokenizer, questions: list[dict], config: EvalConfig, *, judge, seed: int = 0) -> tuple[dict, list[dict]]:
     """Metrics and table as `evaluate_responses` has them for greedy answers, plus the shares of answers that are wrong.
 
@@ -504,7 +540,7 @@ def evaluate_errors(model, tokenizer, questions: list[dict], config: EvalConfig,
 
     template = find_template(config.template or model.config.prompt_template or "alpaca")
     results, tables = evaluate_responses(evaluate_model(model, tokenizer, questions, config), judge=judge)
-    prompts = [template.render(text, question["input"]) for question in questions for text in question["wordings"]]
+    prompts = [template.render(config.prefix + text, question["input"]) for question in questions for text in question["wordings"]]
     made = iter(complete(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens, temperature=1.0,
                          seed=[seed + k for k in range(len(prompts))], batch_size=config.batch_size, max_len=config.max_len or None))
     drawn = [{**question, "responses": [next(made).text for _ in question["wordings"]]} for question in questions]
@@ -935,6 +971,20 @@ def plot_mask(scores: list[dict], path) -> Path:
     axes.set_xticks([s["lam"] for s in scores], [f"{s['lam']:g}" for s in scores])
     _tidy(axes)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    figure.savefig(path)
+    return Path(path)
+
+
+def plot_rollouts(rows: list[dict], path) -> Path:
+    """PPO's score and KL per phase, from rollouts.jsonl."""
+    phases = sorted({row["phase"] for row in rows})
+    figure, axes = _figure(8, 3.2, ncols=2)
+    for axis, name, title in zip(axes, ("score", "kl"), ("reward per answer", "KL to the start, nats per answer")):
+        axis.plot(phases, [np.mean([row[name] for row in rows if row["phase"] == phase]) for phase in phases], color=COLOURS[0])
+        axis.set_xlabel("phase")
+        axis.set_title(title)
+        _tidy(axis)
+        axis.set_ylabel("")
     figure.savefig(path)
     return Path(path)
 

@@ -51,14 +51,17 @@ class JudgeConfig:
             raise ValueError(f"judge mode {self.mode!r}, steps {self.steps!r}: use gated or sum, and two or one.")
 
 
+VERDICTS = ("exact", "empty", "judged", "unparsed", "rule")     # how a reward of 0, 1, 2 came about; unparsed: no answer
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What a judge says of one response; None means not asked, or not answered."""
 
     type: bool | None               # of the expected type
     correct: bool | None
-    reward: int | None              # 0, 1, 2; None is missing, never guessed
-    how: str                        # "exact", "empty", "judged", "unparsed" (a question got no answer) or "rule"
+    reward: float | None            # 0, 1, 2, or a ScoreJudge's number; None is missing, never guessed
+    how: str                        # one of VERDICTS, or "scored"
     p_expected: float | None = None
     p_correct: float | None = None
 
@@ -246,6 +249,27 @@ class RuleJudge:
         if labels or min(len(a.split()), len(b.split())) <= SHORT_WORDS:
             return False
         return rouge_l(a, b) >= self.rouge_threshold
+
+
+class ScoreJudge:
+    """A judge whose rewards are plain numbers, from `score(items)`: a reward model, or a control."""
+
+    name = "score"
+
+    def __init__(self, score: Callable[[list[dict]], list[float]]):
+        self.score = score
+
+    def judge(self, items: list[dict]) -> list[Verdict]:
+        """One verdict per item, with a reward and nothing else; equal items are scored once."""
+        keys = [(item["wording"], item["input"], item["response"]) for item in items]
+        first = {key: item for key, item in zip(reversed(keys), reversed(items))}
+        scores = dict(zip(first, self.score(list(first.values())), strict=True))
+        return [Verdict(None, None, scores[key], "scored") for key in keys]
+
+
+def length_scores(items: list[dict]) -> list[float]:
+    """1 - |len / L - 1| with L the target's length in words: a reward that reads nothing   (arXiv 2310.03716)."""
+    return [1 - abs(len(item["response"].split()) / max(1, len(item["target"].split())) - 1) for item in items]
 
 
 def normalize(text: str) -> str:

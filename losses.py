@@ -9,6 +9,8 @@ Methods:
     dpo_loss                 DPO, cDPO, robust, IPO, RSO's hinge        arXiv 2305.18290, 2403.00409, 2310.12036, 2309.06657
     slic_loss                hinge of sums + lam * likelihood           SLiC-HF, arXiv 2305.10425
     pro_loss                 a softmax over falling rewards             PRO, arXiv 2306.17492
+    reward_loss              Bradley-Terry, hard or soft labels         arXiv 2203.02155, Eq. 1; RLAIF, 2309.00267
+    ppo_policy_loss          clipped ratio; with ppo_value_loss, gae    PPO, arXiv 1707.06347; for text 1909.08593
 
     B batch   T length   V vocabulary   N positions of a packed row   M labelled positions   n responses   P pairs
 
@@ -296,17 +298,20 @@ def preference_logits(scores: Tensor, reference: Tensor | float, better: Tensor,
     return gains[better] - gains[worse]
 
 
-def dpo_loss(h: Tensor, *, beta: float = 0.1, kind: str = "sigmoid", label_smoothing: float = 0.0) -> tuple[Tensor, int]:
+def dpo_loss(h: Tensor, *, beta: float = 0.1, kind: str = "sigmoid", label_smoothing: Tensor | float = 0.0) -> tuple[Tensor, int]:
     """The loss of preference logits h (P,); returns the sum and P.
 
         sigmoid   -(1-e) log sigma(beta h) - e log sigma(-beta h)               DPO; cDPO for e = label_smoothing > 0
         robust    [-(1-e) log sigma(beta h) + e log sigma(-beta h)] / (1 - 2e)  arXiv 2403.00409
         ipo       (h - 1 / (2 beta))^2                                          arXiv 2310.12036; there beta is tau
         hinge     max(0, 1 - beta h)                                            RSO's hinge-norm, arXiv 2309.06657, Eq. 10
+
+    label_smoothing: a share below one half; or, with sigmoid, (P,) shares in [0, 1]: the soft labels of an AI judge, each
+    its probability that the pair stands the wrong way round (RLAIF, arXiv 2309.00267).
     """
     e = label_smoothing
-    if not 0 <= e < 0.5:
-        raise ValueError(f"label smoothing {e} is no share below one half.")
+    if not (0 <= e < 0.5 if isinstance(e, float) else kind == "sigmoid" and ((0 <= e) & (e <= 1)).all()):
+        raise ValueError(f"label smoothing {e} is no share below one half (soft labels, one per pair, go with sigmoid).")
     right, wrong = torch.nn.functional.logsigmoid(beta * h), torch.nn.functional.logsigmoid(-beta * h)
     if kind == "sigmoid":
         losses = -(1 - e) * right - e * wrong
@@ -347,3 +352,128 @@ def pro_loss(scores: Tensor, rewards: Tensor | None = None) -> Tensor:
         terms = torch.cat([(scores[k] * gaps.max()).reshape(1), scores[k + 1:] * gaps])         # (n - k,)
         total = total + terms.logsumexp(0) - terms[0]
     return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reward models and PPO
+
+
+def reward_loss(rewards: Tensor, better: Tensor, worse: Tensor, *, probability: Tensor | float = 1.0,
+                weights: Tensor | float = 1.0) -> tuple[Tensor, float]:
+    """L = -q log sigma(r_w - r_l) - (1 - q) log sigma(r_l - r_w)   arXiv 2203.02155, Eq. 1 (there q = 1).
+
+    rewards (n,), scalars of a head; better, worse (P,); probability q that the first is really better, (P,) or a
+    number: soft labels of an AI judge (RLAIF, arXiv 2309.00267). weights (P,): for K-wise comparisons 1 / C(K, 2), so
+    that every prompt counts once however many of its pairs there are. Returns the sum and the sum of the weights.
+    """
+    delta = rewards[better] - rewards[worse]                                                    # (P,)
+    log_sigmoid = torch.nn.functional.logsigmoid
+    losses = -probability * log_sigmoid(delta) - (1 - probability) * log_sigmoid(-delta)
+    return (weights * losses).sum(), float((weights * torch.ones_like(delta)).sum())
+
+
+def shaped_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, sequence_ids: Tensor, *, beta: float) -> Tensor:
+    """r_t = -beta (log pi_old - log pi_ref)_t, and the response's score on its last token   arXiv 1909.08593, Eq. 2.
+
+    scores (n,); logprobs, reference (M,) of the sampled tokens; sequence_ids (M,), the response of each, without gaps
+    between the tokens of one response -> (M,). The difference may be negative: its mean is the KL, clamping would bias it.
+    """
+    rewards = -beta * (logprobs - reference)                                                    # (M,)
+    return rewards + scores[sequence_ids] * last_tokens(sequence_ids)
+
+
+def last_tokens(sequence_ids: Tensor) -> Tensor:
+    """True on the last token of every response; sequence_ids (M,) -> bool (M,)."""
+    ends = torch.ones_like(sequence_ids, dtype=torch.bool)
+    ends[:-1] = sequence_ids[1:] != sequence_ids[:-1]
+    return ends
+
+
+def gae(rewards: Tensor, values: Tensor, sequence_ids: Tensor, *, gamma: float = 1.0, lam: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation, arXiv 1506.02438, within each response; all (M,) -> advantages, returns (M,).
+
+        delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   R_t = A_t + V_t
+
+    V and A behind a response's last token are 0: the text ends there.
+    """
+    ends, earned, expected = last_tokens(sequence_ids).tolist(), rewards.tolist(), values.tolist()
+    advantages, advantage, value = [0.0] * len(ends), 0.0, 0.0
+    for t in reversed(range(len(ends))):
+        advantage, value = (0.0, 0.0) if ends[t] else (advantage, value)
+        advantage = earned[t] + gamma * value - expected[t] + gamma * lam * advantage
+        advantages[t], value = advantage, expected[t]
+    found = torch.tensor(advantages, dtype=values.dtype, device=values.device)
+    return found, found + values
+
+
+def whiten(values: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """Unit variance, and mean 0 unless shift_mean is off (rewards keep their mean); (M,) -> (M,). Of one value: 0 or itself."""
+    if len(values) < 2:
+        return values - values.mean() if shift_mean else values
+    mean = values.mean()
+    white = (values - mean) * (values.var() + 1e-8).rsqrt()
+    return white if shift_mean else white + mean
+
+
+def ppo_policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, *, clip: float = 0.2) -> Tensor:
+    """max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), rho = pi / pi_old   PPO, arXiv 1707.06347, Eq. 7; all (M,) -> (M,)."""
+    ratio = (logprobs - old).exp()
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+
+
+def ppo_value_loss(values: Tensor, old: Tensor, returns: Tensor, *, clip: float = 0.2) -> Tensor:
+    """1/2 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2), all (M,) -> (M,)   (AlpacaFarm, InstructGPT)."""
+    clipped = torch.minimum(torch.maximum(values, old - clip), old + clip)
+    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def adapted_beta(beta: float, kl: float, target: float, *, rate: float = 0.1) -> float:
+    """beta (1 + rate * clip(kl / target - 1, -0.2, 0.2)): a proportional controller   arXiv 1909.08593, Eq. 3."""
+    return beta * (1 + rate * min(0.2, max(-0.2, kl / target - 1)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choosing among samples: best of n, RSO
+
+
+def best_of_n(rewards: list[float], n: int, values: list[float] | None = None) -> float:
+    """Expected reward of the best of n samples, without bias, from N >= n scored ones   WebGPT, arXiv 2112.09332.
+
+        sum_{i=n}^{N} C(i-1, n-1) / C(N, n) * r_(i),   r_(1) <= ... <= r_(N)
+
+    With `values`, the expected value of the sample that the rewards choose (what a proxy's choice is really worth).
+    Samples of equal reward are chosen alike: they share their values' mean.
+    """
+    if not 1 <= n <= len(rewards):
+        raise ValueError(f"best of {n} cannot be estimated from {len(rewards)} samples.")
+    values, tied = rewards if values is None else values, {}
+    for reward, value in zip(rewards, values, strict=True):
+        tied.setdefault(reward, []).append(value)
+    ordered = [sum(tied[reward]) / len(tied[reward]) for reward in sorted(rewards)]
+    return sum(math.comb(i - 1, n - 1) * ordered[i - 1] for i in range(n, len(ordered) + 1)) / math.comb(len(ordered), n)
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL of the best of n to the model it samples from, in nats: log n - (n - 1) / n, a bound where rewards tie."""
+    return math.log(n) - (n - 1) / n
+
+
+def rejection_sample(rewards: list[float], n: int, *, beta: float, rng) -> list[int]:
+    """RSO's statistical rejection sampling, arXiv 2309.06657, Algorithm 1 -> indices of up to n accepted responses.
+
+    In passes over the remaining responses each is accepted with probability exp((r - max r) / beta), the maximum taken
+    once a pass; what was accepted leaves. beta -> 0 keeps the n best, a large beta the first n. Responses must be
+    distinct texts: fewer than n give them all. rng is a random.Random.
+    """
+    if not beta > 0:
+        raise ValueError(f"rejection sampling needs a positive beta, not {beta}.")
+    left, accepted = list(range(len(rewards))), []
+    while left and len(accepted) < n:
+        top = max(rewards[i] for i in left)
+        for i in list(left):
+            if rng.random() < math.exp((rewards[i] - top) / beta):
+                accepted.append(i)
+                left.remove(i)
+                if len(accepted) == n:
+                    break
+    return accepted

@@ -12,9 +12,11 @@ its adapter in the run folder, or trains it first. Order of this file: flags, st
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import difflib
+import itertools
 import json
 import math
 import os
@@ -28,11 +30,12 @@ from typing import Callable, Literal
 from eval import complain, fail, flag, parse_flags
 
 HERE = Path(__file__).parent
-PREFERENCE = ("cat", "dpo", "slic", "rrhf", "pro", "expert")
+PREFERENCE = ("cat", "dpo", "rso", "slic", "rrhf", "pro", "expert", "conditional", "reward", "ppo")
 JUDGED = ("cut", "forward", "ilf", "hindsight", "unlikelihood", "critic")
 AFTER_SFT = PREFERENCE + JUDGED
 TUNING = ("sft", "sft-ia", *AFTER_SFT)
-RECORDS = ("candidates.jsonl", "judged.jsonl", "refined.jsonl")
+RECORDS = ("candidates.jsonl", "judged.jsonl", "refined.jsonl", "rollouts.jsonl")
+VALUE_HEAD = "value_head.safetensors"
 
 
 @dataclass
@@ -78,7 +81,9 @@ class TrainConfig:
     temperature: float = flag(1.0, "sampling temperature", AFTER_SFT)
     top_p: float = flag(1.0, "nucleus sampling", AFTER_SFT)
     candidates: str = flag("", "train on this candidates.jsonl instead of collecting", PREFERENCE)
-    judge: Literal["self", "rule"] = flag("self", "who judges sampled answers: the model itself, or exact rules", AFTER_SFT)
+    judge: Literal["self", "rule", "reward", "length"] = flag("self", "who judges sampled answers: the model itself, exact rules, a reward "
+                                                               "model, or their length alone (a control)", AFTER_SFT)
+    reward_model: str = flag("", "run folder of a reward stage, for --judge reward", PREFERENCE)
     reward_mode: Literal["gated", "sum"] = flag("gated", "how answer type and correctness make the reward", PREFERENCE)
     reward_steps: Literal["two", "one"] = flag("two", "ask type then correctness, or correctness alone", PREFERENCE)
     show_target: bool = flag(True, "let the judge see the reference answer", PREFERENCE)
@@ -88,16 +93,39 @@ class TrainConfig:
     margin: float = flag(0.0, "margin of the ranking term (slic: 1 unless given)", ("cat", "slic"))
     pairs: Literal["best", "all"] = flag("best", "rank only the best over the rest, or every better over every worse", ("cat", "dpo", "slic"))
     condition: Literal["own", "original", "worse"] = flag("own", "the wording under which the best answer is scored", ("cat", "dpo", "slic"))
-    ce_target: Literal["best", "gold"] = flag("best", "cross-entropy on the best sampled answer, or on the reference (a control)", ("cat",))
+    ce_target: Literal["best", "gold"] = flag("best", "cross-entropy on the best sampled answer, or on the reference (a control)", ("cat", "slic"))
     ranking: bool = flag(True, "use the ranking term (off: cross-entropy alone, a control)", ("cat",))
     # preferences
-    preference: Literal["sigmoid", "robust", "ipo", "hinge"] = flag("sigmoid", "DPO, its robust form, IPO, or RSO's hinge-norm", ("dpo",))
-    beta: float = flag(0.1, "inverse temperature of DPO; IPO's tau, RSO's gamma", ("dpo",))
-    label_smoothing: float = flag(0.0, "share of pairs taken for wrongly ordered (cDPO, robust)", ("dpo",))
-    length_normalize: bool = flag(False, "means of log-probabilities instead of sums", ("dpo", "slic"))
-    reference_free: bool = flag(False, "leave the reference model out", ("dpo",))
+    preference: Literal["sigmoid", "robust", "ipo", "hinge"] = flag("sigmoid", "DPO, its robust form, IPO, or RSO's hinge-norm", ("dpo", "rso"))
+    beta: float = flag(0.1, "inverse temperature of DPO; IPO's tau, RSO's gamma", ("dpo", "rso"))
+    label_smoothing: float = flag(0.0, "share of pairs taken for wrongly ordered (cDPO, robust)", ("dpo", "rso"))
+    length_normalize: bool = flag(False, "means of log-probabilities instead of sums", ("dpo", "rso", "slic"))
+    reference_free: bool = flag(False, "leave the reference model out (with hinge: RSO's third loss, SLiC's)", ("dpo", "rso"))
+    rso_keep: int = flag(8, "answers that rejection sampling keeps per question", ("rso",))
+    rso_beta: float = flag(0.5, "its temperature: small keeps the best, large takes them as they come", ("rso",))
+    rso_ranking: Literal["first", "tournament", "all"] = flag("first", "pairs among those kept: neighbours, a knock-out, or every pair", ("rso",))
+    conditional: Literal["labels", "quantiles", "reward", "best"] = flag("labels", "what stands before the instruction: good or bad, the "
+                                                                          "reward's quantile, the reward; best: the top quantile alone", ("conditional",))
+    quantiles: int = flag(4, "equal parts of the candidates by reward", ("conditional",))
+    ft_reduction: Literal["sum", "mean"] = flag("sum", "RRHF's likelihood of the best answer: over its tokens, or per token", ("rrhf",))
+    use_rewards: bool = flag(True, "PRO with the rewards' gaps as temperatures (off: every gap is 1)", ("pro",))
     sft_weight: float = flag(0.05, "weight of PRO's likelihood, times (n - 1)^2", ("pro",))
     max_worse: int = flag(3, "lower-rewarded answers per item", PREFERENCE)
+    # reward model and PPO
+    fit_reward: bool = flag(True, "fit a reward model to the judge's rewards first (off: those rewards as they are)", ("ppo",))
+    rm_steps: int = flag(100, "steps of the reward model on the way", ("ppo",))
+    rm_lr: float = flag(1e-4, "its learning rate", ("ppo",))
+    rollouts: int = flag(64, "answers sampled per phase", ("ppo",))
+    ppo_epochs: int = flag(2, "passes over a phase's answers", ("ppo",))
+    kl_beta: float = flag(0.05, "price of a nat of KL to the model that the stage starts from", ("ppo",))
+    kl_target: float = flag(0.0, "adapt that price towards this KL per answer (0: constant)", ("ppo",))
+    clip_ratio: float = flag(0.2, "clip of the probability ratio", ("ppo",))
+    clip_value: float = flag(0.2, "clip of the value's change", ("ppo",))
+    value_weight: float = flag(0.1, "weight of the value loss", ("ppo",))
+    gamma: float = flag(1.0, "discount", ("ppo",))
+    gae_lam: float = flag(1.0, "lambda of the advantage estimate", ("ppo",))
+    whiten_rewards: bool = flag(True, "unit variance of a phase's rewards", ("ppo",))
+    unfinished_reward: float = flag(-1.0, "reward of an answer that does not end", ("ppo",))
     # learning from judgments
     records: str = flag("", "train on this file of judged responses instead of sampling and judging", JUDGED)
     rounds: int = flag(1, "collect and train so many times, each round from the last one's model (online alignment)", AFTER_SFT)
@@ -139,11 +167,14 @@ STAGE_DEFAULTS = {
     "sft-ia": dict(),
     **{stage: dict(steps=100, batch_size=16, lr=1e-4) for stage in PREFERENCE},
     "slic": dict(steps=100, batch_size=16, lr=1e-4, margin=1.0),
+    "rso": dict(steps=100, batch_size=16, lr=1e-4, preference="hinge", beta=0.05),
+    "ppo": dict(steps=100, batch_size=32, lr=1e-4),
     **{stage: dict(steps=120, batch_size=16, judge="rule", samples=1) for stage in JUDGED},
 }
 DEMO_MODEL = {                                              # a model of two million parameters wants larger steps
     "sft": dict(lr=2e-3, steps=400), "sft-ia": dict(lr=2e-3, steps=400),
     **{stage: dict(lr=3e-4, sft_lr=2e-3, sft_steps=400) for stage in PREFERENCE},
+    "ppo": dict(lr=3e-4, sft_lr=2e-3, sft_steps=400, rm_lr=3e-4),
 }
 DEMO_MODEL |= {stage: dict(lr=5e-4, sft_lr=2e-3, sft_steps=200) for stage in JUDGED}
 DEMO_TASKS = dict(per_task=24, wordings=14, augment="product", judge_share=0.5, max_new_tokens=24, rouge_threshold=0.95)
@@ -174,25 +205,35 @@ def parse_config(argv=None) -> TrainConfig:
 def check_config(cfg: TrainConfig) -> str:
     """What is wrong with the values, in one sentence, or nothing."""
     for name in ("steps", "sft_steps", "batch_size", "micro_tokens", "max_len", "rank", "samples", "pool_wordings", "max_new_tokens",
-                 "eval_per_task", "max_worse", "per_task", "pool_per_task", "eval_batch", "rounds", "refinements"):
+                 "eval_per_task", "max_worse", "per_task", "pool_per_task", "eval_batch", "rounds", "refinements", "rso_keep", "quantiles",
+                 "rm_steps", "rollouts", "ppo_epochs"):
         if getattr(cfg, name) < 1:
             return f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected 1 or more."
-    for name in ("lr", "sft_lr", "clip", "alpha", "detect_lam", "beta"):
+    for name in ("lr", "sft_lr", "rm_lr", "clip", "alpha", "detect_lam", "beta", "rso_beta", "clip_ratio", "clip_value"):
         if not getattr(cfg, name) > 0 or math.isinf(getattr(cfg, name)):
             return f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected a positive number."
-    for name, top in (("dropout", 1), ("judge_share", 1), ("label_smoothing", 0.5), ("warmup_ratio", 1), ("min_lr_ratio", 1), ("top_p", 1.0001)):
+    for name, top in (("dropout", 1), ("judge_share", 1), ("label_smoothing", 0.5), ("warmup_ratio", 1), ("min_lr_ratio", 1), ("top_p", 1.0001), ("gamma", 1.0001), ("gae_lam", 1.0001)):
         if not 0 <= getattr(cfg, name) < top:
             return f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected a share between 0 and 1."
-    for name in ("temperature", "lam", "margin", "wordings", "downsample", "detect_floor", "unlike_alpha", "unlike_gamma", "judged_warmup"):
+    for name in ("temperature", "lam", "margin", "wordings", "downsample", "detect_floor", "unlike_alpha", "unlike_gamma", "judged_warmup", "kl_beta", "kl_target",
+                 "value_weight"):
         if not getattr(cfg, name) >= 0:
             return f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected 0 or more."
     if cfg.critic and cfg.judge != "self":
         return "--critic writes judgments only with --judge self. Add that, or leave --critic out."
     if cfg.stage in JUDGED and cfg.model and not cfg.tasks and not cfg.records:
         return f"--stage {cfg.stage} with --model needs --tasks DIR to sample answers to, or --records FILE of judged responses."
+    if cfg.judge == "reward" and not cfg.reward_model:
+        return "--judge reward needs --reward-model DIR, the run folder of --stage reward."
+    if cfg.stage == "reward" and cfg.judge == "reward":
+        return "--stage reward learns from another judge. Give --judge self or rule."
+    if cfg.stage == "ppo" and (cfg.dropout or cfg.top_p < 1 or cfg.temperature == 0):
+        return "--stage ppo compares probabilities of what it sampled: it needs --dropout 0, --top-p 1 and a --temperature above 0."
+    if cfg.stage == "ppo" and cfg.rollouts * cfg.ppo_epochs < cfg.batch_size:
+        return f"--rollouts {cfg.rollouts} in {cfg.ppo_epochs} epochs make no batch of {cfg.batch_size}. Raise them, or lower --batch-size."
     if cfg.eval_wordings < 2:
         return f"--eval-wordings is {cfg.eval_wordings}. Consistency needs at least 2."
-    for name in ("model", "tasks", "paraphrases", "corpus", "candidates", "tokenizer", "init", "records", "critic"):
+    for name in ("model", "tasks", "paraphrases", "corpus", "candidates", "tokenizer", "init", "records", "critic", "reward_model"):
         path = getattr(cfg, name)
         if path and not Path(path).exists():
             return f"--{name} {path} does not exist. Give a path that does."
@@ -222,6 +263,7 @@ if __name__ == "__main__":
     parse_config()                                          # a mistake answers at once, before torch is imported
 
 import torch                                                # noqa: E402
+import safetensors.torch                                    # noqa: E402
 import torch.distributed as dist                            # noqa: E402
 from tqdm import tqdm                                       # noqa: E402
 
@@ -229,8 +271,8 @@ import data                                                 # noqa: E402
 import judge as judging                                     # noqa: E402
 import lora                                                 # noqa: E402
 import losses                                               # noqa: E402
-from eval import MASK_LAMS, EvalConfig, complete, cut_masks, evaluate_errors, evaluate_model, evaluate_responses, keyword_logprobs, mask_report, mask_scores, plot_mask, summary_table, write_report    # noqa: E402
-from model import PRESETS, Llama, load_model, save_model    # noqa: E402
+from eval import MASK_LAMS, EvalConfig, complete, cut_masks, evaluate_errors, evaluate_model, evaluate_responses, keyword_logprobs, mask_report, mask_scores, plot_mask, plot_rollouts, reward_report, summary_table, write_report    # noqa: E402
+from model import PRESETS, Llama, Packed, load_model, save_model    # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,6 +290,7 @@ class Run:
     tasks: list[data.Task]
     folder: Path
     round: int = 0
+    memory: dict = dataclasses.field(default_factory=dict)  # what a stage keeps between its phases
 
     def document(self, wording: str, input: str, response: str) -> dict:
         """Prompt and response as token ids and labels."""
@@ -308,8 +351,7 @@ def cat_groups(run: Run) -> list[dict]:
     """cat: items of good answers and the answers below them for one task and input, from candidates.jsonl."""
     cfg, groups, skipped = run.cfg, [], {"no best": 0, "no worse": 0}
     for group in grouped_candidates(run):
-        best = [c for c in group if c["reward"] == 2]
-        worse = [c for c in group if c["reward"] is not None and c["reward"] < 2]
+        best, worse = best_answers(group)
         if not best or not worse:
             skipped["no worse" if best else "no best"] += 1
             continue
@@ -332,19 +374,37 @@ def cat_item(run: Run, best: dict, worse: list[dict]) -> dict:
     cfg, good = run.cfg, best["target"] if run.cfg.ce_target == "gold" else best["response"]
     wording = {"own": lambda c: c["wording"], "original": lambda c: c["instruction"], "worse": lambda c: c["wording"]}[cfg.condition]
     tops = list(dict.fromkeys(wording(c) for c in worse)) if cfg.condition == "worse" else [wording(best)]
-    documents = [run.document(text, best["input"], good) for text in tops]
+    documents = [run.document(text, best["input"], good if cfg.stage == "cat" else best["response"]) for text in tops]
     documents += [run.document(wording(c), c["input"], c["response"]) for c in worse]
     n = len(tops)
     if cfg.condition == "worse":
         pairs = [(tops.index(c["wording"]), n + k) for k, c in enumerate(worse)]
     else:
-        pairs = list(zip(*losses.best_vs_lower_pairs([2.0] + [float(c["reward"]) for c in worse], rule=cfg.pairs)))
+        pairs = list(zip(*losses.best_vs_lower_pairs([best["reward"]] + [c["reward"] for c in worse], rule=cfg.pairs, best=best["reward"])))
+    if cfg.stage == "slic":                                 # imitates the better answer, or SFT's target (SLiC-HF's y_ref)
+        if cfg.ce_target == "gold":
+            documents.append(run.document(tops[0], best["input"], best["target"]))
+        imitated = [better if cfg.ce_target == "best" else len(documents) - 1 for better, _ in pairs]
+        return {"documents": documents, "pairs": pairs, "imitated": imitated}
     return {"documents": documents, "n_best": n, "pairs": pairs if cfg.ranking else []}
+
+
+def best_answers(group: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The best answers of one question, and those below. Of verdicts only reward 2 is best; of other rewards the highest."""
+    known = [c for c in group if c["reward"] is not None]
+    verdicts = all(c["how"] in judging.VERDICTS for c in known)
+    top = 2 if verdicts else max(c["reward"] for c in known)
+    return [c for c in known if c["reward"] == top], [c for c in known if c["reward"] < top]
 
 
 def dpo_groups(run: Run) -> list[dict]:
     """dpo: the items of cat with "reference": each document's log-probability under the model that the stage starts from."""
-    groups, device = cat_groups(run), next(run.model.parameters()).device
+    return with_reference(run, cat_groups(run))
+
+
+def with_reference(run: Run, groups: list[dict]) -> list[dict]:
+    """The groups with "reference": log-probabilities under the model as it is now, computed once."""
+    device = next(run.model.parameters()).device
     run.model.eval()
     with torch.no_grad():
         for part in data.micro_batches(groups, run.cfg.micro_tokens):
@@ -352,6 +412,36 @@ def dpo_groups(run: Run) -> list[dict]:
             for group in part:
                 group["reference"] = [next(sums) for _ in group["documents"]]
     return groups
+
+
+def rso_groups(run: Run) -> list[dict]:
+    """rso: pairs among the answers that rejection sampling keeps of each question (RSO, 2309.06657, Algorithm 1)."""
+    cfg, groups, kept = run.cfg, [], 0
+    for group in grouped_candidates(run):
+        known = list({c["response"]: c for c in group if c["reward"] is not None}.values())     # distinct texts
+        rng = random.Random(f"{cfg.seed}/{group[0]['task']}/{group[0]['id']}")
+        chosen = [known[i] for i in losses.rejection_sample([c["reward"] for c in known], cfg.rso_keep, beta=cfg.rso_beta, rng=rng)]
+        rng.shuffle(chosen)
+        kept += len(chosen)
+        pairs = ranked_pairs([c["reward"] for c in chosen], cfg.rso_ranking)
+        used = sorted({i for pair in pairs for i in pair})
+        if used:
+            groups.append({"documents": [run.document(chosen[i]["wording"], chosen[i]["input"], chosen[i]["response"]) for i in used],
+                           "pairs": [(used.index(i), used.index(j)) for i, j in pairs]})
+    say(f"rso: kept {kept} answers, {sum(len(group['pairs']) for group in groups)} pairs of different reward in {len(groups)} groups.")
+    return with_reference(run, groups)
+
+
+def ranked_pairs(rewards: list[float], how: str) -> list[tuple[int, int]]:
+    """(better, worse) among responses in random order: neighbours ("first" round), a whole "tournament", or "all" pairs."""
+    if how == "all":
+        return list(zip(*losses.best_vs_lower_pairs(rewards, rule="all")))
+    pairs, left = [], list(range(len(rewards)))
+    while len(left) > 1:
+        duels = [sorted(left[k:k + 2], key=lambda i: -rewards[i]) for k in range(0, len(left) - 1, 2)]
+        pairs += [(i, j) for i, j in duels if rewards[i] > rewards[j]]
+        left = [duel[0] for duel in duels] + left[2 * len(duels):] if how == "tournament" else []
+    return pairs
 
 
 def ranked_groups(run: Run) -> list[dict]:
@@ -376,12 +466,42 @@ def expert_groups(run: Run) -> list[dict]:
     """expert: a best answer of each group, as in fine-tuning (best-of-n, then SFT; spec 2.15)."""
     groups = []
     for group in grouped_candidates(run):
-        best = [c for c in group if c["reward"] == 2]
+        best, _ = best_answers(group)
         if best:
             chosen = random.Random(f"{run.cfg.seed}/{group[0]['task']}/{group[0]['id']}").choice(best)
             groups.append({"documents": [run.document(chosen["wording"], chosen["input"], chosen["response"])]})
-    say(f"expert: {len(groups)} groups with an answer of reward 2.")
+    say(f"expert: {len(groups)} groups with a best answer.")
     return groups
+
+
+def conditional_groups(run: Run) -> list[dict]:
+    """conditional: every answer behind what its reward says of it (spec 2.16; Quark, arXiv 2205.13636)."""
+    cfg, records = run.cfg, []
+    for group in grouped_candidates(run):
+        best, worse = best_answers(group)
+        records += [(c, True) for c in best] + [(c, False) for c in worse]
+    records.sort(key=lambda item: item[0]["reward"])        # stable: as in the file where rewards are equal
+    groups, size = [], max(1, len(records) // cfg.quantiles)
+    for k, (record, good) in enumerate(records):
+        quantile = min(k // size, cfg.quantiles - 1) + 1    # the last part takes the remainder
+        if cfg.conditional == "best" and quantile < cfg.quantiles:
+            continue
+        mark = reward_mark(cfg, good=good, quantile=quantile, reward=record["reward"])
+        groups.append({"documents": [run.document(mark + record["wording"], record["input"], record["response"])]})
+    say(f"conditional: {len(groups)} answers; asked with {best_mark(run)!r} before the instruction.")
+    return groups
+
+
+def best_mark(run: Run) -> str:
+    """The mark of the best answers, with which a conditional model is asked."""
+    rewards = [c["reward"] for group in grouped_candidates(run) for c in group if c["reward"] is not None]
+    return reward_mark(run.cfg, good=True, quantile=run.cfg.quantiles, reward=max(rewards, default=0))
+
+
+def reward_mark(cfg: TrainConfig, *, good: bool, quantile: int, reward: float) -> str:
+    """The words before an instruction that say how good the answer is to be; plain text, so that no token is new."""
+    return {"labels": "good answer : " if good else "bad answer : ", "quantiles": f"quality {quantile} of {cfg.quantiles} : ",
+            "reward": f"reward {reward:.2f} : ", "best": ""}[cfg.conditional]
 
 
 def document_logprobs(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -398,7 +518,8 @@ def dpo_step(model, batch, cfg) -> dict:
     if cfg.length_normalize:
         sums, reference = sums / lengths, reference / lengths
     h = losses.preference_logits(sums, reference, batch["better"], batch["worse"])
-    return {"loss": losses.dpo_loss(h, beta=cfg.beta, kind=cfg.preference, label_smoothing=cfg.label_smoothing)[0],
+    smoothing = 1 - batch["probability"].to(h) if "probability" in batch else cfg.label_smoothing    # soft labels of an AI judge
+    return {"loss": losses.dpo_loss(h, beta=cfg.beta, kind=cfg.preference, label_smoothing=smoothing)[0],
             "margin": cfg.beta * h.detach().sum(), "accuracy": (h.detach() > 0).sum().to(h)}
 
 
@@ -410,7 +531,7 @@ def dpo_counts(batch, cfg) -> dict:
 def slic_step(model, batch, cfg) -> dict:
     """A hinge over the pairs and the likelihood of the better one (spec 2.12)."""
     sums, lengths = document_logprobs(model, batch)
-    terms = losses.slic_loss(sums / lengths if cfg.length_normalize else sums, batch["better"], batch["worse"], batch["better"],
+    terms = losses.slic_loss(sums / lengths if cfg.length_normalize else sums, batch["better"], batch["worse"], batch["imitated"],
                              delta=cfg.margin, lam=cfg.lam)
     return {term: loss for term, (loss, _) in terms.items()}
 
@@ -424,7 +545,8 @@ def rrhf_step(model, batch, cfg) -> dict:
     """L_rank + L_ft per group, unweighted and undivided (RRHF, Eq. 3-5)."""
     sums, lengths = document_logprobs(model, batch)
     best = batch["weights"].to(sums)
-    return {"rank": losses.pairwise_ranking_loss(sums / lengths, batch["better"], batch["worse"])[0], "ce": -(best * sums).sum()}
+    likelihood = sums if cfg.ft_reduction == "sum" else sums / lengths
+    return {"rank": losses.pairwise_ranking_loss(sums / lengths, batch["better"], batch["worse"])[0], "ce": -(best * likelihood).sum()}
 
 
 def pro_step(model, batch, cfg) -> dict:
@@ -433,7 +555,7 @@ def pro_step(model, batch, cfg) -> dict:
     rank, ce, start = sums.new_zeros(()), sums.new_zeros(()), 0
     for rewards in batch["rewards"]:
         part = slice(start, start + len(rewards))
-        rank = rank + losses.pro_loss((sums / lengths)[part], torch.tensor(rewards))
+        rank = rank + losses.pro_loss((sums / lengths)[part], torch.tensor(rewards) if cfg.use_rewards else None)
         ce, start = ce - cfg.sft_weight * (len(rewards) - 1) ** 2 * sums[start], start + len(rewards)
     return {"rank": rank, "ce": ce}
 
@@ -441,6 +563,137 @@ def pro_step(model, batch, cfg) -> dict:
 def group_counts(batch, cfg) -> dict:
     """Groups."""
     return dict.fromkeys(("rank", "ce"), batch["groups"])
+
+
+def reward_groups(run: Run) -> list[dict]:
+    """reward: all comparisons of one question in one group, each weighing 1 / their number (arXiv 2203.02155, Eq. 1)."""
+    cfg, groups = run.cfg, []
+    for group in grouped_candidates(run):
+        known = list({(c["wording"], c["response"]): c for c in group if c["reward"] is not None}.values())
+        random.Random(f"{cfg.seed}/{group[0]['task']}/{group[0]['id']}").shuffle(known)
+        known = spread_rewards(known, cfg.max_worse + 1)
+        pairs = list(zip(*losses.best_vs_lower_pairs([c["reward"] for c in known], rule="all")))
+        if pairs and not held_out(group[0]):
+            groups.append({"documents": [run.document(c["wording"], c["input"], c["response"]) for c in known],
+                           "pairs": pairs, "pair_weights": [1 / len(pairs)] * len(pairs)})
+    say(f"reward: {sum(len(group['pairs']) for group in groups)} comparisons in {len(groups)} groups.")
+    return groups
+
+
+def spread_rewards(known: list[dict], k: int) -> list[dict]:
+    """Up to k answers, one of each reward in turn, so that few answers still hold many comparisons."""
+    by_reward: dict[float, list[dict]] = {}
+    for c in known:
+        by_reward.setdefault(c["reward"], []).append(c)
+    turns = itertools.zip_longest(*by_reward.values())
+    return [c for turn in turns for c in turn if c][:k]
+
+
+def held_out(record: dict) -> bool:
+    """Whether a question belongs to the tenth that no reward model trains on."""
+    return random.Random(f"held out/{record['task']}/{record['id']}").random() < 0.1
+
+
+def document_rewards(model, batch) -> torch.Tensor:
+    """The value head on the last token of each document (EOS), float32 (n,)."""
+    hidden = model.hidden(batch["input_ids"], Packed(batch["lengths"], batch["input_ids"].device))          # (N, D)
+    ends = torch.tensor(batch["lengths"], device=hidden.device).cumsum(0) - 1
+    return model.value_head(hidden[ends].float()).squeeze(-1)
+
+
+def reward_step(model, batch, cfg) -> dict:
+    """Bradley-Terry over the comparisons of each question (arXiv 2203.02155, Eq. 1)."""
+    rewards, weights = document_rewards(model, batch), batch["pair_weights"]
+    loss, _ = losses.reward_loss(rewards, batch["better"], batch["worse"], probability=batch.get("probability", 1.0), weights=weights)
+    right = (rewards[batch["better"]] > rewards[batch["worse"]]).float()
+    return {"loss": loss, "accuracy": (weights * right).sum().detach()}
+
+
+def reward_counts(batch, cfg) -> dict:
+    """Questions."""
+    return dict.fromkeys(("loss", "accuracy"), batch["groups"])
+
+
+def ppo_groups(run: Run) -> list[dict]:
+    """ppo, once a phase: answers of the policy as it is, and per token what the clipped objectives compare with (spec 2.17).
+
+    The reference is the model that the stage started from: its trained weights are kept and put back for one pass.
+    The response's own sampled ids are scored, not its text encoded again.
+    """
+    cfg, memory, device = run.cfg, run.memory, next(run.model.parameters()).device
+    if not memory:
+        start = [(p, p.detach().clone()) for name, p in run.model.named_parameters() if p.requires_grad and "value_head" not in name]
+        memory.update(phase=0, beta=cfg.kl_beta, start=start, todo=unanswered(run), judge=make_judge(dataclasses.replace(run, model=plain(run.model))))
+    chosen = data.batch_indices(len(memory["todo"]), cfg.rollouts, memory["phase"], cfg.seed)
+    records = [{**memory["todo"][i], "sample": f"{memory['phase']}/{k}"} for k, i in enumerate(chosen)]
+    run.model.eval()
+    prompts = [run.template.render(r["wording"], r["input"]) for r in records]
+    answers = sampled(dataclasses.replace(run, model=plain(run.model)), records, prompts)
+    room, labels = cfg.max_len - cfg.max_new_tokens, {task.name: task.labels for task in run.tasks}
+    verdicts = memory["judge"].judge([{**r, "response": a.text, "labels": labels[r["task"]]} for r, a in zip(records, answers)])
+    scores = torch.tensor([(v.reward or 0.0) if a.finished else cfg.unfinished_reward for a, v in zip(answers, verdicts)])
+    groups = []
+    for prompt, answer in zip(prompts, answers):
+        ids = data.cut_left(run.tokenizer.encode_prompt(prompt), room)      # as `complete` cut it
+        groups.append({"documents": [{"input_ids": ids + answer.token_ids, "labels": [data.IGNORE_INDEX] * len(ids) + answer.token_ids, "cut": 0}]})
+    batches = [collate(part, device) for part in data.micro_batches(groups, cfg.micro_tokens)]
+    with torch.no_grad():
+        old, values = (torch.cat(parts).float().cpu() for parts in zip(*(policy_and_values(run.model, batch, cfg) for batch in batches)))
+        with swapped(memory["start"]):
+            reference = torch.cat([policy_and_values(run.model, batch, cfg)[0] for batch in batches]).float().cpu()
+    ids = torch.repeat_interleave(torch.arange(len(answers)), torch.tensor([len(a.token_ids) for a in answers]))
+    rewards = losses.shaped_rewards(scores, old, reference, ids, beta=memory["beta"])
+    rewards = losses.whiten(rewards, shift_mean=False) if cfg.whiten_rewards else rewards
+    advantages, returns = losses.gae(rewards, values, ids, gamma=cfg.gamma, lam=cfg.gae_lam)
+    per_token = {"old": old, "old_values": values, "advantages": losses.whiten(advantages), "returns": returns}
+    for k, group in enumerate(groups):
+        group["per_token"] = {name: tensor[ids == k].tolist() for name, tensor in per_token.items()}
+    kls = torch.zeros(len(answers)).index_add(0, ids, old - reference)
+    rows = [{**record, "phase": memory["phase"], "response": answer.text, "finished": answer.finished, "score": score, "kl": kl, "beta": memory["beta"]}
+            for record, answer, score, kl in zip(records, answers, scores.tolist(), kls.tolist())]
+    if ranks()[0] == 0:
+        data.append_records(run.folder / "rollouts.jsonl", rows)
+        tqdm.write(f"ppo phase {memory['phase']} | score {scores.mean():.3f} | KL {kls.mean():.3f} nats per answer | beta {memory['beta']:.4f}")
+    if cfg.kl_target:
+        memory["beta"] = losses.adapted_beta(memory["beta"], float(kls.mean()), cfg.kl_target)
+    memory["phase"] += 1
+    return groups
+
+
+@contextlib.contextmanager
+def swapped(weights: list[tuple[torch.nn.Parameter, torch.Tensor]]):
+    """Parameters with other values, for one pass."""
+    now = [parameter.detach().clone() for parameter, _ in weights]
+    with torch.no_grad():
+        for parameter, value in weights:
+            parameter.copy_(value)
+        try:
+            yield
+        finally:
+            for (parameter, _), value in zip(weights, now):
+                parameter.copy_(value)
+
+
+def policy_and_values(model, batch, cfg) -> tuple[torch.Tensor, torch.Tensor]:
+    """log pi of the sampled tokens at the temperature they were sampled at, and V of the text before each: (M,), (M,)."""
+    rows, targets = losses.prediction_rows(batch["labels"])
+    hidden = model.hidden(batch["input_ids"], Packed(batch["lengths"], batch["input_ids"].device))[rows]    # (M, D)
+    logprobs = losses.gathered_logprobs(model.lm_head(hidden).float() / cfg.temperature, targets)
+    return logprobs, model.value_head(hidden.float()).squeeze(-1)
+
+
+def ppo_step(model, batch, cfg) -> dict:
+    """Clipped policy and value objectives over the tokens of sampled answers (PPO, arXiv 1707.06347; spec 2.17)."""
+    logprobs, values = policy_and_values(model, batch, cfg)
+    policy = losses.ppo_policy_loss(logprobs, batch["old"], batch["advantages"], clip=cfg.clip_ratio)
+    value = losses.ppo_value_loss(values, batch["old_values"], batch["returns"], clip=cfg.clip_value)
+    clipped = ((logprobs.detach() - batch["old"]).exp() - 1).abs() > cfg.clip_ratio
+    return {"policy": policy.sum(), "value": cfg.value_weight * value.sum(), "clipped": clipped.sum().float()}
+
+
+def ppo_counts(batch, cfg) -> dict:
+    """Sampled tokens."""
+    return dict.fromkeys(("policy", "value", "clipped"), len(batch["old"]))
 
 
 def grouped_candidates(run: Run) -> list[list[dict]]:
@@ -514,14 +767,31 @@ def score_candidates(run: Run, judge, records: list[dict]) -> list[dict]:
 def make_judge(run: Run):
     """The judge that --judge names: the model as it stands (base and adapter), or exact rules."""
     cfg = run.cfg
-    if cfg.judge == "rule":
+    fitted = cfg.reward_model or (str(reward_folder(cfg)) if cfg.stage == "ppo" and cfg.fit_reward else "")
+    if cfg.judge == "rule" and not fitted:
         return judging.RuleJudge(rouge_threshold=cfg.rouge_threshold)
+    if cfg.judge == "length" and not fitted:
+        return judging.ScoreJudge(judging.length_scores)
+    if fitted:
+        model = load_trained(cfg, Path(fitted))
+        return judging.ScoreJudge(lambda items: reward_scores(dataclasses.replace(run, model=model), items))
 
     def ask(prefixes, suffixes, keywords):
         return keyword_logprobs(run.model, run.tokenizer, prefixes, suffixes, keywords, batch_size=cfg.eval_batch,
                                 max_len=cfg.max_len)
     return judging.LocalJudge(ask, judging.JudgeConfig(mode=cfg.reward_mode, steps=cfg.reward_steps,
                                                        show_target=cfg.show_target))
+
+
+@torch.no_grad()
+def reward_scores(run: Run, items: list[dict]) -> list[float]:
+    """A reward model's scalars of responses under their wordings."""
+    device, scores = next(run.model.parameters()).device, []
+    groups = [{"documents": [run.document(item["wording"], item["input"], item["response"])]} for item in items]
+    run.model.eval()
+    for part in data.micro_batches(groups, run.cfg.micro_tokens):
+        scores += document_rewards(run.model, collate(part, device)).tolist()
+    return scores
 
 
 def judged_records(run: Run) -> list[dict]:
@@ -794,6 +1064,8 @@ class Stage:
     collect: Callable = lambda run: None                    # Run -> records in the run folder
     needs: str = ""                                         # the stage whose adapter this one continues
     beside: tuple[str, ...] = ()                            # stages that the table shows next to it
+    head: bool = False                                      # a value head on the final hidden states
+    refresh: bool = False                                   # groups are made anew every phase (ppo)
     title: str = ""
 
 
@@ -803,10 +1075,14 @@ STAGES = {
     "sft-ia": Stage(lambda run: sft_groups(run, run.cfg.wordings), token_step, token_counts, beside=("sft",), title="SFT(IA)"),
     "cat": Stage(cat_groups, cat_step, cat_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+CAT"),
     "dpo": Stage(dpo_groups, dpo_step, dpo_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+DPO"),
+    "rso": Stage(rso_groups, dpo_step, dpo_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+RSO"),
     "slic": Stage(cat_groups, slic_step, slic_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+SLiC"),
     "rrhf": Stage(ranked_groups, rrhf_step, group_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+RRHF"),
     "pro": Stage(ranked_groups, pro_step, group_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+PRO"),
     "expert": Stage(expert_groups, token_step, token_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+expert"),
+    "conditional": Stage(conditional_groups, token_step, token_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+conditional"),
+    "reward": Stage(reward_groups, reward_step, reward_counts, collect_candidates, needs="sft-ia", head=True, title="reward model"),
+    "ppo": Stage(ppo_groups, ppo_step, ppo_counts, needs="sft-ia", beside=("sft",), head=True, refresh=True, title="SFT(IA)+PPO"),
     "cut": Stage(cut_groups, cut_step, cut_counts, collect_judged, needs="sft", title="CUT"),
     "forward": Stage(forward_groups, sequence_step, sequence_counts, collect_judged, needs="sft", title="forward prediction"),
     "ilf": Stage(ilf_groups, sequence_step, sequence_counts, collect_refined, needs="sft", title="ILF"),
@@ -820,22 +1096,29 @@ assert STAGES.keys() == STAGE_DEFAULTS.keys()
 def collate(groups: list[dict], device) -> dict:
     """Groups of a micro-batch as one packed row, with the documents' pairs counted through."""
     documents = [document for group in groups for document in group["documents"]]
-    batch, better, worse, weights = data.pack(documents), [], [], []
+    batch, better, worse, weights, imitated = data.pack(documents), [], [], [], []
     for group in groups:
         start, n_best = len(weights), group.get("n_best", 0)
         better += [start + pair[0] for pair in group.get("pairs", ())]
         worse += [start + pair[1] for pair in group.get("pairs", ())]
+        imitated += [start + k for k in group.get("imitated", ())]
         weights += [1 / max(1, n_best)] * n_best + [0.0] * (len(group["documents"]) - n_best)
     batch["document_ids"] = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(batch["lengths"]))
     batch["groups"], batch["rewards"] = len(groups), [group["rewards"] for group in groups if "rewards" in group]
     if any("reference" in group for group in groups):
         batch["reference"] = torch.tensor([value for group in groups for value in group["reference"]])
+    for name in groups[0].get("per_token", ()):             # (M,) each
+        batch[name] = torch.tensor([value for group in groups for value in group["per_token"][name]])
+    if any("pair_weights" in group for group in groups):
+        batch["pair_weights"] = torch.tensor([weight for group in groups for weight in group["pair_weights"]])
+    if any("probability" in group for group in groups):
+        batch["probability"] = torch.tensor([q for group in groups for q in group["probability"]])
     if any("roles" in group for group in groups):
         batch["roles"] = torch.tensor([role for group in groups for role in group["roles"]])
     if any("flagged" in group for group in groups):
         batch["flagged"] = torch.tensor([x for group in groups for x in group.get("flagged", ())], dtype=torch.bool)
     batch.update(better=torch.tensor(better, dtype=torch.long), worse=torch.tensor(worse, dtype=torch.long),
-                 weights=torch.tensor(weights))
+                 imitated=torch.tensor(imitated, dtype=torch.long), weights=torch.tensor(weights))
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
@@ -918,7 +1201,11 @@ def train(run: Run, stage: Stage, groups: list[dict], log_path: Path) -> None:
     torch.manual_seed(cfg.seed + rank)                      # dropout
     run.model.train()
     bar, seen, started = tqdm(range(cfg.steps), desc=cfg.stage, disable=None if rank == 0 else True), 0, time.time()
+    phase = cfg.rollouts * cfg.ppo_epochs // cfg.batch_size     # steps per phase, where a stage has phases
     for step in bar:
+        if stage.refresh and step and step % phase == 0:
+            groups = stage.groups(run)
+            run.model.train()
         chosen = data.batch_indices(len(groups), cfg.batch_size, step, cfg.seed)[rank::size]
         batches = [{**collate(part, device), "step": step} for part in data.micro_batches([groups[i] for i in chosen], cfg.micro_tokens)]
         means = backward(run.model, stage, batches, cfg)
@@ -993,6 +1280,8 @@ def stage_config(cfg: TrainConfig, stage: str) -> TrainConfig:
     """This run's settings for an SFT stage on the way: its own steps, batch and learning rate, everything else as given."""
     batch_size = {**dataclasses.asdict(TrainConfig()), **STAGE_DEFAULTS[stage]}["batch_size"]
     steps, lr = (cfg.sft_steps, cfg.sft_lr) if cfg.stage in AFTER_SFT else (cfg.steps, cfg.lr)
+    if stage == "reward":
+        steps, lr = cfg.rm_steps, cfg.rm_lr
     return dataclasses.replace(cfg, stage=stage, out=str(Path(cfg.out) / stage), steps=steps, lr=lr, batch_size=batch_size)
 
 
@@ -1021,10 +1310,27 @@ def finished(folder: Path, cfg: TrainConfig) -> bool:
 def load_trained(cfg: TrainConfig, folder: Path | None, *, trainable: bool = False) -> torch.nn.Module:
     """The base (folder None), or what a finished stage left in its folder: an adapter, or with --full a whole model."""
     device, dtype = pick_device(cfg)
-    if folder and (folder / "model").is_dir():
-        return load_model(folder / "model", dtype=dtype, device=device)
-    model = load_model(cfg.model, dtype=dtype, device=device)
-    return lora.load_adapter(model, folder, trainable=trainable) if folder else model
+    whole = folder and (folder / "model").is_dir()
+    model = load_model(folder / "model" if whole else cfg.model, dtype=dtype, device=device)
+    if folder and not whole:
+        lora.load_adapter(model, folder, trainable=trainable)
+    if folder and (folder / VALUE_HEAD).exists():
+        add_head(model).load_state_dict(safetensors.torch.load_file(folder / VALUE_HEAD))
+    return model
+
+
+def reward_folder(cfg: TrainConfig) -> Path:
+    """Where ppo finds the reward model that it needs: under --init, or in its own run folder."""
+    given = Path(cfg.init, "reward") if cfg.init else None
+    return given if given and (given / VALUE_HEAD).exists() else Path(cfg.out, "reward")
+
+
+def add_head(model: torch.nn.Module) -> torch.nn.Linear:
+    """A scalar head on the final hidden states, float32, zero at the start: for rewards and for PPO's values."""
+    model.value_head = torch.nn.Linear(model.config.dim, 1, device=next(model.parameters()).device)
+    torch.nn.init.zeros_(model.value_head.weight)
+    torch.nn.init.zeros_(model.value_head.bias)
+    return model.value_head
 
 
 def plain(model: torch.nn.Module) -> torch.nn.Module:
@@ -1044,7 +1350,10 @@ def trainable(cfg: TrainConfig, folder: Path | None) -> torch.nn.Module:
 
 
 def save_trained(run: Run) -> None:
-    """The adapter into the run folder, or with --full the model into its folder `model`."""
+    """The adapter into the run folder, or with --full the model into its folder `model`; beside it the value head."""
+    if hasattr(run.model, "value_head"):
+        lora.write_file(run.folder / VALUE_HEAD, lambda part: safetensors.torch.save_file(run.model.value_head.state_dict(), part))
+        del run.model.value_head
     if not run.cfg.full:
         return lora.save_adapter(run.model, run.folder, run.cfg.model)
     device, dtype = pick_device(run.cfg)
@@ -1057,7 +1366,7 @@ def run_stage(run: Run, name: str) -> Path:
     stage, cfg = STAGES[name], run.cfg if name == run.cfg.stage else stage_config(run.cfg, name)
     folder = Path(cfg.out)
     places = [Path(run.cfg.init) / name, Path(run.cfg.init)] if run.cfg.init and cfg is not run.cfg else [folder]
-    for place in places:
+    for place in places if name != "reward" else {*places[:1], folder}:     # no SFT stage: is made where it is not found
         if finished(place, cfg):
             say(f"{name}: found in {place}.")
             return place
@@ -1067,7 +1376,9 @@ def run_stage(run: Run, name: str) -> Path:
         place = folder / f"round{number + 1}" if number + 1 < rounds else folder
         if not finished(place, cfg):
             say(f"{name}: training in {place}.")
-            part = dataclasses.replace(run, cfg=cfg, folder=place, model=trainable(cfg, before), round=number)
+            part = dataclasses.replace(run, cfg=cfg, folder=place, model=trainable(cfg, before), round=number, memory={})
+            if stage.head:
+                add_head(part.model)
             on_first_rank(prepare_folder, part)
             on_first_rank(stage.collect, part)
             train(part, stage, stage.groups(part), place / "log.jsonl")
@@ -1112,6 +1423,8 @@ def align(cfg: TrainConfig) -> None:
     for number in range(cfg.rounds if cfg.stage in AFTER_SFT and not (cfg.records or cfg.candidates) else 0):
         unanswered(dataclasses.replace(run, round=number))  # every round has instances: known before anything is trained
     for name in [*(stage.beside if cfg.compare else ()), *([stage.needs] if stage.needs and run.tasks else []), cfg.stage]:
+        if name == "ppo" and cfg.fit_reward and cfg.judge != "reward":
+            run_stage(run, "reward")
         folder = run_stage(run, name)
         rounds = cfg.rounds - 1 if name == cfg.stage else 0
         ladder |= {f"{stage.title}, round {k + 1}": folder / f"round{k + 1}" for k in range(rounds)} | {STAGES[name].title: folder}
@@ -1125,6 +1438,8 @@ def report(run: Run, ladder: dict[str, Path | None]) -> None:
         measure_judge(run)
     if not cfg.evaluate:
         return
+    if cfg.stage == "reward":
+        return report_rewards(run)
     if not run.tasks:
         return say(f"{cfg.stage}: no --tasks, so nothing is evaluated. The adapter is in {cfg.out}.")
     if cfg.stage in JUDGED:
@@ -1135,10 +1450,29 @@ def report(run: Run, ladder: dict[str, Path | None]) -> None:
     say(f"evaluating on {len(rows)} held-out questions ({cfg.split}), {sum(len(r['wordings']) for r in rows)} answers per model.")
     for title, folder in ladder.items():
         model = plain(load_trained(cfg, folder))
-        results[title], tables[title] = evaluate_responses(evaluate_model(model, run.tokenizer, rows, config), judge=judge)
+        asked = dataclasses.replace(config, prefix=best_mark(run)) if title == STAGES["conditional"].title else config
+        results[title], tables[title] = evaluate_responses(evaluate_model(model, run.tokenizer, rows, asked), judge=judge)
     write_report(cfg.out, results, tables)
+    if cfg.stage == "ppo" and (Path(cfg.out) / "plots").is_dir():       # there with matplotlib
+        plot_rollouts(data.read_records(run.folder / "rollouts.jsonl"), Path(cfg.out) / "plots" / "ppo.png")
     say(summary_table(results))
     say(f"report: {cfg.out}/report.md\nnext: {next_command(cfg)}")
+
+
+def report_rewards(run: Run) -> None:
+    """rewards.json: the reward model's rewards of all candidates against the judge's, against exact rules, and against length."""
+    records = [c for group in grouped_candidates(run) for c in group if c["reward"] is not None]
+    labels = {task.name: task.labels for task in run.tasks}
+    scores = reward_scores(dataclasses.replace(run, model=load_trained(run.cfg, run.folder)), records)
+    rule = judging.RuleJudge(rouge_threshold=run.cfg.rouge_threshold)
+    truths = rule.judge([{**c, "labels": labels.get(c["task"])} for c in records])
+    rows = [{"group": (c["task"], c["id"]), "held_out": held_out(c), "reward": score, "judge": c["reward"], "truth": truth.reward,
+             "length": len(c["response"].split())} for c, score, truth in zip(records, scores, truths)]
+    found = {name: reward_report([row for row in rows if row["held_out"] == held]) for name, held in (("held out", True), ("trained on", False))}
+    (run.folder / "rewards.json").write_text(json.dumps(found, indent=1) + "\n")
+    for name, part in found.items():
+        say(f"{name} questions: " + ", ".join(f"{key} {value:.3f}" for key, value in part.items() if isinstance(value, float)) + f" (n = {part['comparisons']})")
+    say(f"rewards: {run.folder}/rewards.json")
 
 
 def report_judged(run: Run, ladder: dict[str, Path | None]) -> None:
@@ -1182,6 +1516,8 @@ def measure_judge(run: Run) -> None:
     for record in (c for group in grouped_candidates(run) for c in group):
         items.append({**record, "labels": labels.get(record["task"])})
         verdicts.append(judging.Verdict(record["expected"], record["correct"], record["reward"], record["how"]))
+    if any(verdict.how not in judging.VERDICTS for verdict in verdicts):
+        return                                              # plain numbers: nothing to compare with verdicts
     truths = judging.RuleJudge(rouge_threshold=run.cfg.rouge_threshold).judge(items)
     found = judging.confusion(items, verdicts, truths)
     (run.folder / "judge.json").write_text(json.dumps(found, indent=1) + "\n")

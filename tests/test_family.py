@@ -1,0 +1,305 @@
+"""Reward models, PPO, best of n, RSO, conditional tokens: equations, traps, and short runs on a tiny world."""
+
+import dataclasses
+import itertools
+import json
+import math
+import random
+
+import pytest
+import torch
+
+import data
+import losses
+import train
+from eval import correlation, reward_report
+from test_train import cat, planted, world                  # noqa: F401
+
+
+# Losses --------------------------------------------------------------------------------------------------------------
+
+
+def test_reward_loss_by_hand_and_soft_labels():
+    rewards, better, worse = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64), torch.tensor([0, 2]), torch.tensor([1, 0])
+    loss, n = losses.reward_loss(rewards, better, worse)
+    assert n == 2 and loss.item() == pytest.approx(math.log1p(math.exp(-1.5)) + math.log1p(math.exp(-1.0)), abs=1e-12)
+    loss, _ = losses.reward_loss(rewards, better, worse, probability=torch.tensor([0.3, 1.0]))
+    assert loss.item() == pytest.approx(0.3 * math.log1p(math.exp(-1.5)) + 0.7 * math.log1p(math.exp(1.5)) + math.log1p(math.exp(-1.0)), abs=1e-7)
+    loss, n = losses.reward_loss(rewards, better, worse, weights=torch.tensor([0.5, 0.25]))
+    assert n == 0.75 and loss.item() == pytest.approx(0.5 * math.log1p(math.exp(-1.5)) + 0.25 * math.log1p(math.exp(-1.0)), abs=1e-7)
+
+
+def test_soft_labels_of_dpo_are_label_smoothing_per_pair():
+    h = torch.randn(5, dtype=torch.float64)
+    soft = losses.dpo_loss(h, label_smoothing=torch.full((5,), 0.2))[0]
+    assert soft.item() == pytest.approx(losses.dpo_loss(h, label_smoothing=0.2)[0].item(), abs=1e-7)
+    with pytest.raises(ValueError, match="soft labels"):
+        losses.dpo_loss(h, kind="hinge", label_smoothing=torch.full((5,), 0.2))
+    with pytest.raises(ValueError, match="one half"):
+        losses.dpo_loss(h, label_smoothing=0.5)
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.9, 0.8), (1.0, 0.0), (0.0, 1.0)])
+def test_gae_against_its_definition(gamma, lam):
+    """A_t = sum_k (gamma lam)^k delta_{t+k}, within each response."""
+    lengths = [3, 1, 5]
+    ids = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    rewards, values = torch.randn(9, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+    advantages, returns = losses.gae(rewards, values, ids, gamma=gamma, lam=lam)
+    start = 0
+    for n in lengths:
+        r, v = rewards[start:start + n].tolist(), values[start:start + n].tolist() + [0.0]
+        deltas = [r[t] + gamma * v[t + 1] - v[t] for t in range(n)]
+        for t in range(n):
+            assert advantages[start + t].item() == pytest.approx(sum((gamma * lam) ** k * deltas[t + k] for k in range(n - t)), abs=1e-12)
+        start += n
+    assert torch.equal(returns, advantages + values)
+    if gamma == lam == 1:                                   # the return is then the plain sum of what is still to come
+        assert returns[3].item() == pytest.approx(rewards[3].item(), abs=1e-12)
+        assert returns[4].item() == pytest.approx(rewards[4:].sum().item(), abs=1e-12)
+
+
+def test_the_score_lands_on_the_last_token_and_kl_on_each():
+    ids = torch.tensor([0, 0, 1, 1, 1])
+    old, reference = torch.randn(5), torch.randn(5)
+    rewards = losses.shaped_rewards(torch.tensor([2.0, -1.0]), old, reference, ids, beta=0.1)
+    wanted = -0.1 * (old - reference)
+    wanted[1] += 2.0
+    wanted[4] -= 1.0
+    torch.testing.assert_close(rewards, wanted)
+
+
+def test_ppo_losses_by_hand():
+    logprobs, old = torch.tensor([0.5, -0.5, 0.1, 0.5]).log_softmax(0), torch.zeros(4)
+    ratios = logprobs.exp()
+    advantages = torch.tensor([1.0, -1.0, 2.0, -2.0])
+    wanted = [max(-a * r, -a * min(max(r, 0.8), 1.2)) for a, r in zip(advantages.tolist(), ratios.tolist())]
+    torch.testing.assert_close(losses.ppo_policy_loss(logprobs, old, advantages), torch.tensor(wanted))
+    found = losses.ppo_value_loss(torch.tensor([1.0, 1.0]), torch.tensor([0.0, 0.9]), torch.tensor([2.0, 0.0]))
+    torch.testing.assert_close(found, torch.tensor([0.5 * 1.8 ** 2, 0.5]))
+
+
+def test_a_clipped_token_has_no_gradient():
+    logprobs = torch.tensor([0.5, -0.5], requires_grad=True)
+    losses.ppo_policy_loss(logprobs, torch.zeros(2), torch.tensor([1.0, -1.0])).sum().backward()
+    assert logprobs.grad.tolist() == [0.0, 0.0]             # already pushed past the clip in the wanted direction
+    logprobs.grad = None
+    losses.ppo_policy_loss(logprobs, torch.zeros(2), torch.tensor([-1.0, 1.0])).sum().backward()
+    assert logprobs.grad.tolist() == pytest.approx([math.exp(0.5), -math.exp(-0.5)])
+
+
+def test_whitening():
+    values = torch.randn(50, dtype=torch.float64) * 3 + 5
+    white = losses.whiten(values)
+    assert white.mean().item() == pytest.approx(0, abs=1e-9) and white.std().item() == pytest.approx(1, abs=1e-6)
+    assert losses.whiten(values, shift_mean=False).mean().item() == pytest.approx(values.mean().item(), abs=1e-9)
+    assert losses.whiten(torch.tensor([3.0])).tolist() == [0.0]
+
+
+def test_reward_and_ppo_gradients_against_finite_differences():
+    x = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    better, worse = torch.tensor([0, 2, 4]), torch.tensor([1, 3, 0])
+    assert torch.autograd.gradcheck(lambda r: losses.reward_loss(r, better, worse, probability=torch.tensor([0.9, 0.2, 1.0]).double())[0], x)
+    old, advantages = torch.randn(6).double(), torch.randn(6).double()
+    assert torch.autograd.gradcheck(lambda p: losses.ppo_policy_loss(p, old, advantages), x)
+    assert torch.autograd.gradcheck(lambda v: losses.ppo_value_loss(v, old, advantages), x)
+
+
+def test_adaptive_kl_moves_by_a_bounded_step():
+    assert losses.adapted_beta(0.1, 6.0, 6.0) == 0.1
+    assert losses.adapted_beta(0.1, 600.0, 6.0) == pytest.approx(0.1 * 1.02)
+    assert losses.adapted_beta(0.1, -5.0, 6.0) == pytest.approx(0.1 * 0.98)
+
+
+# Choosing among samples ----------------------------------------------------------------------------------------------
+
+
+def test_best_of_n_against_brute_force_and_published_numbers():
+    rewards = [0.2, 1.0, 0.7, -0.5]
+    assert [losses.best_of_n(rewards, n) for n in (1, 2, 3, 4)] == pytest.approx([0.35, 0.7666666667, 0.925, 1.0])
+    rng = random.Random(random.randrange(10 ** 9))
+    rewards, values = [rng.random() for _ in range(7)], [rng.random() for _ in range(7)]
+    for n in range(1, 8):
+        subsets = list(itertools.combinations(range(7), n))
+        assert losses.best_of_n(rewards, n) == pytest.approx(sum(max(rewards[i] for i in s) for s in subsets) / len(subsets))
+        chosen = sum(values[max(s, key=lambda i: rewards[i])] for s in subsets) / len(subsets)
+        assert losses.best_of_n(rewards, n, values) == pytest.approx(chosen)
+    assert losses.best_of_n([1.0, 1.0], 2, [0.0, 1.0]) == 0.5             # ties are chosen alike
+    with pytest.raises(ValueError, match="cannot be estimated"):
+        losses.best_of_n(rewards, 8)
+    assert [losses.best_of_n_kl(n) for n in (1, 2, 4, 16, 64)] == pytest.approx([0, 0.1931, 0.6363, 1.8351, 3.1745], abs=1e-4)
+
+
+def test_rejection_sampling_accepts_at_the_published_rates():
+    """First-pass acceptance is exp((r - max) / beta): with n = 4 nothing stops the first pass early."""
+    rewards, trials, rng = [0.2, 1.0, 0.7, -0.5], 4000, random.Random(7)
+    counts = [0] * 4
+    for _ in range(trials):
+        class FirstPass:
+            draws = 0
+
+            def random(self):
+                self.draws += 1
+                return rng.random() if self.draws <= 4 else 0.0
+        accepted = losses.rejection_sample(rewards, 4, beta=0.5, rng=(source := FirstPass()))
+        assert sorted(accepted) == [0, 1, 2, 3] and source.draws <= 8
+        first = accepted[:len(accepted) - (source.draws - 4)]             # the others came in the second pass
+        for i in first:
+            counts[i] += 1
+    for count, wanted in zip(counts, (0.201897, 1.0, 0.548812, 0.049787)):
+        assert abs(count / trials - wanted) <= 4 * math.sqrt(wanted * (1 - wanted) / trials)
+
+
+def test_rejection_sampling_limits():
+    rewards, rng = [0.1, 0.9, 0.5, 0.7, 0.3], random.Random(0)
+    assert sorted(losses.rejection_sample(rewards, 2, beta=1e-6, rng=rng)) == [1, 3]        # the best
+    assert losses.rejection_sample(rewards, 2, beta=1e6, rng=rng) == [0, 1]                 # the first
+    assert sorted(losses.rejection_sample(rewards, 99, beta=0.5, rng=rng)) == [0, 1, 2, 3, 4]
+    assert losses.rejection_sample([], 2, beta=0.5, rng=rng) == []
+    with pytest.raises(ValueError, match="positive beta"):
+        losses.rejection_sample(rewards, 2, beta=0.0, rng=rng)
+
+
+@pytest.mark.parametrize("how, wanted", [("first", [(0, 1), (3, 2)]), ("tournament", [(0, 1), (3, 2), (3, 0), (3, 4)]),
+                                         ("all", [(0, 1), (0, 2), (0, 4), (2, 1), (2, 4), (3, 0), (3, 1), (3, 2), (3, 4)])])
+def test_ranked_pairs(how, wanted):
+    assert sorted(train.ranked_pairs([2, 0, 1, 3, 0], how)) == sorted(wanted)
+
+
+def test_ranked_pairs_leave_ties_out():
+    assert train.ranked_pairs([1, 1, 2], "tournament") == [(2, 0)]
+    assert train.ranked_pairs([1, 1], "first") == []
+
+
+# Diagnostics ---------------------------------------------------------------------------------------------------------
+
+
+def test_correlations():
+    x = [1.0, 2.0, 3.0, 4.0]
+    assert correlation(x, [2.0, 4.0, 6.0, 8.0]) == pytest.approx(1)
+    assert correlation(x, [1.0, 10.0, 100.0, 1000.0], ranks=True) == pytest.approx(1)
+    assert correlation(x, [4.0, 3.0, 3.0, 1.0], ranks=True) == pytest.approx(-0.948683, abs=1e-6)     # ties share a rank
+    assert correlation(x, [1.0] * 4) is None
+
+
+def test_reward_report():
+    rows = [{"group": 0, "reward": 3.0, "judge": 2, "truth": 0, "length": 5}, {"group": 0, "reward": 1.0, "judge": 0, "truth": 2, "length": 9},
+            {"group": 1, "reward": 0.0, "judge": 1, "truth": 1, "length": 2}, {"group": 1, "reward": 0.0, "judge": 0, "truth": 0, "length": 1}]
+    found = reward_report(rows)
+    assert found["accuracy"] == 0.75 and found["true_accuracy"] == 0.25 and found["longer_wins"] == 0.5 and found["comparisons"] == 2
+    assert reward_report(rows[:1])["accuracy"] is None
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+def stage(world, out, name, *more):                         # noqa: F811
+    argv = cat(world, out, *more)
+    argv[argv.index("cat")] = name
+    return train.main(argv)
+
+
+@pytest.mark.parametrize("name, more", [
+    ("rso", ()), ("rso", ("--rso-ranking", "tournament", "--preference", "sigmoid")), ("rso", ("--reference-free",)),
+    ("slic", ("--ce-target", "gold")), ("rrhf", ("--ft-reduction", "mean")), ("pro", ("--no-use-rewards",)), ("conditional", ()),
+    ("conditional", ("--conditional", "quantiles")), ("conditional", ("--conditional", "reward")), ("conditional", ("--conditional", "best")),
+])
+def test_methods_on_scored_candidates(name, more, world, tmp_path):     # noqa: F811
+    path = planted(world, tmp_path / "candidates.jsonl")
+    assert stage(world, tmp_path / "run", name, "--candidates", str(path), "--no-compare", *more) == 0
+    assert train.STAGES[name].title in json.loads((tmp_path / "run/metrics.json").read_text())
+
+
+def test_reward_model_learns_and_then_judges(world, tmp_path, capsys):  # noqa: F811
+    path = planted(world, tmp_path / "candidates.jsonl")
+    steps = ("--steps", "40", "--lr", "3e-3")
+    assert stage(world, tmp_path / "rm", "reward", "--candidates", str(path), *steps) == 0
+    log = data.read_records(tmp_path / "rm/log.jsonl")
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and log[-1]["loss"] < 0.4 and log[-1]["accuracy"] > 0.8
+    found = json.loads((tmp_path / "rm/rewards.json").read_text())
+    assert found["trained on"]["accuracy"] > 0.8
+    capsys.readouterr()
+    assert stage(world, tmp_path / "x", "expert", "--judge", "reward", "--reward-model", str(tmp_path / "rm"), "--no-compare") == 0
+    records = data.read_records(tmp_path / "x/candidates.jsonl")
+    assert {r["how"] for r in records} == {"scored"} and len({r["reward"] for r in records}) > 3
+    assert stage(world, tmp_path / "y", "expert", "--judge", "length", "--no-compare") == 0
+
+
+def test_ppo_raises_the_reward_and_keeps_the_books(world, tmp_path):    # noqa: F811
+    """Answers of a model that has seen little are rewarded by exact rules; the same run without a learning rate is the control."""
+    scores = {}
+    for lr in ("1e-3", "1e-12"):
+        out, more = tmp_path / lr, ("--rollouts", "64", "--batch-size", "16", "--lr", lr, "--kl-beta", "0.01", "--no-fit-reward", "--no-compare",
+                                    "--no-evaluate", "--sft-steps", "40", "--sft-lr", "3e-3", "--max-new-tokens", "8", "--full")
+        assert stage(world, out, "ppo", *more, "--steps", "80") == 0
+        rows = data.read_records(out / "rollouts.jsonl")
+        phases = sorted({row["phase"] for row in rows})
+        assert len(rows) == 64 * 10 and phases == list(range(10))       # 2 epochs of 64 answers in batches of 16: 8 steps
+        assert all(row["kl"] == pytest.approx(0, abs=1e-4) for row in rows if row["phase"] == 0)
+        scores[lr] = [sum(r["score"] for r in rows if r["phase"] == p) / 64 for p in phases]
+        log = data.read_records(out / "log.jsonl")
+        assert log[0]["clipped"] == 0 and len(log) == 80
+    assert sum(scores["1e-3"][-3:]) / 3 > sum(scores["1e-12"]) / 10 + 0.25
+
+
+def test_ppo_first_step_is_on_policy(world, tmp_path):                  # noqa: F811
+    """Before any update every ratio is 1, the reference is the policy, and the values are the head's zeros."""
+    argv = cat(world, tmp_path, "--temperature", "0.7", "--no-fit-reward")
+    argv[argv.index("cat")] = "ppo"
+    run = train.make_run(train.parse_config(argv))
+    run.model = train.trainable(run.cfg, None)
+    train.add_head(run.model)
+    run.folder.mkdir(exist_ok=True)
+    groups = train.ppo_groups(run)
+    batch = train.collate(groups[:5], "cpu")
+    logprobs, values = train.policy_and_values(run.model, batch, run.cfg)
+    torch.testing.assert_close(logprobs.detach(), batch["old"], atol=1e-5, rtol=0)
+    assert not values.any() and not batch["old_values"].any()
+    for group in groups[:5]:                                # the scored ids are the sampled ones, at the sampling temperature
+        document = group["documents"][0]
+        ids = torch.tensor(document["input_ids"])
+        logits = run.model(ids[None])[0] / 0.7
+        wanted = [logits[t - 1].log_softmax(-1)[ids[t]].item() for t, label in enumerate(document["labels"]) if label != -100]
+        assert group["per_token"]["old"] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_swapped_weights_come_back(world):                              # noqa: F811
+    weight = torch.nn.Parameter(torch.randn(3))
+    before = weight.detach().clone()
+    with pytest.raises(RuntimeError), train.swapped([(weight, torch.zeros(3))]):
+        assert not weight.any()
+        raise RuntimeError
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("more, wanted", [
+    (("--judge", "reward"), "--reward-model"), (("--top-p", "0.9"), "--top-p 1"), (("--rollouts", "1", "--ppo-epochs", "1", "--batch-size", "8"), "make no batch"),
+])
+def test_wrong_flags_of_ppo(more, wanted, world, tmp_path, capsys):     # noqa: F811
+    argv = cat(world, tmp_path, *more)
+    argv[argv.index("cat")] = "ppo"
+    with pytest.raises(SystemExit):
+        train.parse_config(argv)
+    assert wanted in capsys.readouterr().err
+
+
+def test_best_answers_of_verdicts_and_of_numbers():
+    group = [{"reward": r, "how": "rule"} for r in (2, 1, 0, None)]
+    assert [len(part) for part in train.best_answers(group)] == [1, 2]
+    assert train.best_answers(group[1:3])[0] == []          # verdicts: no best answer below 2
+    group = [{"reward": r, "how": "scored"} for r in (0.3, -1.0)]
+    assert train.best_answers(group)[0] == [group[0]]
+
+
+def test_conditional_marks_follow_the_reward(world, tmp_path):          # noqa: F811
+    path = planted(world, tmp_path / "candidates.jsonl")
+    argv = cat(world, tmp_path / "run", "--candidates", str(path))
+    argv[argv.index("cat")] = "conditional"
+    run = train.make_run(train.parse_config(argv))
+    groups = train.conditional_groups(run)
+    texts = [run.tokenizer.decode(group["documents"][0]["input_ids"]) for group in groups]
+    good = sum("good answer" in text for text in texts)
+    assert good == 10 and len(texts) == 40                  # of four answers per question one is right
+    assert train.best_mark(run) == "good answer : "
+    run.cfg = dataclasses.replace(run.cfg, conditional="best")
+    assert len(train.conditional_groups(run)) == 10
