@@ -13,6 +13,7 @@ import data
 import losses
 import train
 from eval import correlation, reward_report
+from model import PRESETS, Llama, save_model
 from test_train import cat, planted, world                  # noqa: F401
 
 
@@ -303,3 +304,48 @@ def test_conditional_marks_follow_the_reward(world, tmp_path):          # noqa: 
     assert train.best_mark(run) == "good answer : "
     run.cfg = dataclasses.replace(run.cfg, conditional="best")
     assert len(train.conditional_groups(run)) == 10
+
+
+# Against trl ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, trl_kind, switches", [("sigmoid", "sigmoid", {}), ("hinge", "hinge", {}), ("ipo", "ipo", {"length_normalize": True}),
+                                                      ("robust", "robust", {"label_smoothing": 0.1})])
+def test_dpo_equals_trl(kind, trl_kind, switches, tmp_path):
+    """Policy, reference, pairs and loss of the dpo stage against trl's trainer, on random models and ragged responses."""
+    trl, transformers = pytest.importorskip("trl", reason="trl is not installed"), pytest.importorskip("transformers")
+    tokenizers, datasets = pytest.importorskip("tokenizers"), pytest.importorskip("datasets")
+    config = dataclasses.replace(PRESETS["tiny"], vocab_size=64)
+    ours = [Llama(config).init_weights(seed).requires_grad_(False) for seed in (1, 2)]
+    for model, name in zip(ours, ("policy", "reference")):
+        for weight in model.parameters():
+            weight.mul_(3)                                  # far from uniform
+        save_model(model, tmp_path / name)
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 64)}}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w3")),
+                                                     pad_token="<pad>", eos_token="</s>", bos_token="<s>")
+    theirs = [transformers.LlamaForCausalLM.from_pretrained(tmp_path / name) for name in ("policy", "reference")]
+    arguments = trl.DPOConfig(output_dir=str(tmp_path / "o"), loss_type=trl_kind, beta=0.3, report_to=[], bf16=False, fp16=False, use_cpu=True,
+                              gradient_checkpointing=False, label_smoothing=switches.get("label_smoothing", 0.0))
+    data_set = datasets.Dataset.from_list([{"prompt": "w4 w5", "chosen": "w6", "rejected": "w7"}])
+    trainer = trl.DPOTrainer(model=theirs[0], ref_model=theirs[1], args=arguments, train_dataset=data_set, processing_class=tokenizer)
+
+    sizes, prompt, pairs = [(5, 2), (3, 7), (4, 4)], torch.randint(3, 64, (3, 4)), []
+    for size, start in zip(sizes, prompt):
+        pairs.append([torch.cat([start, torch.randint(3, 64, (n,))]) for n in size])
+    rows = [pair[side] for side in (0, 1) for pair in pairs]            # trl wants all chosen first
+    ids, mask = torch.zeros(6, 11, dtype=torch.long), torch.zeros(6, 11, dtype=torch.long)
+    for k, row in enumerate(rows):
+        ids[k, :len(row)], mask[k, :len(row)] = row, 1
+    completion = mask.clone()
+    completion[:, :4] = 0
+    wanted = trainer._compute_loss(theirs[0].eval(), {"input_ids": ids, "attention_mask": mask, "completion_mask": completion}, False)
+
+    groups = [{"documents": [{"input_ids": row.tolist(), "labels": [-100] * 4 + row[4:].tolist(), "cut": 0} for row in pair], "pairs": [(0, 1)]}
+              for pair in pairs]
+    reference = train.document_logprobs(ours[1], train.collate(groups, "cpu"))[0].tolist()
+    for k, group in enumerate(groups):
+        group["reference"] = reference[2 * k:2 * k + 2]
+    cfg = dataclasses.replace(train.TrainConfig(), stage="dpo", preference=kind, beta=0.3, **switches)
+    found = train.dpo_step(ours[0], train.collate(groups, "cpu"), cfg)["loss"] / 3
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5, abs=1e-5)
