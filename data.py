@@ -444,21 +444,26 @@ def load_judged(path) -> list[dict]:
     of 7 and more, also UltraFeedback's overall_score, means satisfaction, as in the CUT authors' converter.
     Raises ValueError naming file and record where a field is missing or mistyped or a response is empty.
     """
+    found = []
+    for where, row in _rows(path, "judged responses"):
+        found += [_judged_record(part, where, len(found) + k) for k, part in enumerate(_judged_rows(row, where))]
+    return found
+
+
+def _rows(path, what: str) -> list[tuple[str, dict]]:
+    """[(where, object)] of a JSON list or of JSON Lines; ValueError where there is none of either."""
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path} does not exist. Give a file of judged responses.")
+        raise ValueError(f"{path} does not exist. Give a file of {what}.")
     with open(path, "rb") as file:
         is_list = file.read(100).lstrip().startswith(b"[")
     rows = _read_json(path) if is_list else read_records(path)
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path} holds no list of records. Expected a JSON list or JSON Lines of judged responses.")
-    found = []
+        raise ValueError(f"{path} holds no list of records. Expected a JSON list or JSON Lines of {what}.")
     for number, row in enumerate(rows):
-        where = f"{path}, record {number}"
         if not isinstance(row, dict):
-            raise ValueError(f"{where} is a {type(row).__name__}. Expected an object with instruction, response, judgment.")
-        found += [_judged_record(part, where, len(found) + k) for k, part in enumerate(_judged_rows(row, where))]
-    return found
+            raise ValueError(f"{path}, record {number} is a {type(row).__name__}. Expected an object, one of {what}.")
+    return [(f"{path}, record {number}", row) for number, row in enumerate(rows)]
 
 
 def _judged_rows(row: dict, where: str) -> list[dict]:
@@ -534,6 +539,118 @@ def keep_judged(records: list[dict], *, downsample: float, seed: int) -> tuple[l
     usable = [r for r in negative if r["judgment"].strip() != ERROR_JUDGMENT]
     return usable + kept, {"negative": len(negative), "positive": len(positive), "kept": len(kept),
                            "failed": len(negative) - len(usable)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scored candidates
+
+CANDIDATE = ("task", "id", "instruction", "wording", "input", "target", "response", "reward", "how")
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "system": "system"}
+
+
+def load_candidates(path) -> list[dict]:
+    """Scored candidates: a run's own candidates.jsonl as it is, or another file of preferences in the same shape.
+
+    Others are lists or JSON Lines of {prompt, chosen, rejected} as TRL has them (texts, or lists of messages; without
+    a prompt it is what both dialogues share); HH-RLHF (chosen, rejected: whole dialogues in one text each);
+    {conversations, chosen, rejected} of ShareGPT's form; UltraFeedback (instruction, completions, overall_score, or its
+    binarized form with score_chosen, score_rejected); RRHF's {query, responses, scores}. A pair without scores has
+    rewards 1 and 0. The target is the best response, and "how" is "file".
+    Raises ValueError naming file and record where a field is missing or mistyped or a prompt is empty.
+    """
+    rows = _rows(path, "scored candidates or preferences")
+    if all("response" in row and "reward" in row for _, row in rows):
+        for where, row in rows:
+            missing = [name for name in CANDIDATE if name not in row]
+            if missing:
+                raise ValueError(f'{where}: field "{missing[0]}" is missing. Expected a candidate with {", ".join(CANDIDATE)}.')
+        return [row for _, row in rows]
+    found = []
+    for number, (where, row) in enumerate(rows):
+        prompt, answers = _preference(row, where)
+        if not prompt.strip():
+            raise ValueError(f"{where}: the prompt is empty. Remove the record; there is nothing to answer.")
+        best = max(answers, key=lambda answer: answer[1])[0]
+        found += [{"task": Path(path).stem, "id": str(number), "instruction": prompt, "wording": prompt, "input": "", "target": best,
+                   "response": response, "reward": reward, "how": "file", "sample": k, "expected": None, "correct": None}
+                  for k, (response, reward) in enumerate(answers)]
+    return found
+
+
+def _preference(row: dict, where: str) -> tuple[str, list[tuple[str, float]]]:
+    """(prompt, [(response, reward)]) of one outside row."""
+    if isinstance(row.get("completions"), list):            # UltraFeedback
+        scored = [(_said(x.get("response"), where), float(x["overall_score"])) for x in row["completions"]
+                  if isinstance(x, dict) and isinstance(x.get("overall_score"), (int, float))]
+        return _said(row.get("instruction"), where), _at_least_two(scored, where)
+    if "responses" in row and "scores" in row:              # RRHF
+        if not isinstance(row["responses"], list) or not isinstance(row["scores"], list) or len(row["responses"]) != len(row["scores"]):
+            raise ValueError(f"{where}: responses and scores differ in length, or are no lists. Expected one score per response.")
+        return _said(row.get("query"), where), _at_least_two([(_said(text, where), float(score)) for text, score in zip(row["responses"], row["scores"])], where)
+    if "chosen" not in row or "rejected" not in row:
+        raise ValueError(f'{where}: fields "chosen" and "rejected" are missing; found: {", ".join(list(row)[:8])}. Expected a preference, see '
+                         "the README's list of forms.")
+    chosen, rejected = row["chosen"], row["rejected"]
+    rewards = (row.get("score_chosen", 1.0), row.get("score_rejected", 0.0))
+    if not all(isinstance(reward, (int, float)) for reward in rewards):
+        raise ValueError(f"{where}: score_chosen, score_rejected are {rewards}. Expected numbers.")
+    prompt = next((row[name] for name in ("prompt", "conversations", "messages") if row.get(name)), None)
+    if prompt is None:
+        if isinstance(chosen, str) and "\n\nAssistant:" in chosen:      # HH-RLHF
+            chosen, rejected = _hh_turns(chosen, where), _hh_turns(rejected, where)
+        if isinstance(chosen, list) and isinstance(rejected, list) and chosen and rejected:
+            prompt = [a for a, b in zip(chosen[:-1], rejected[:-1]) if a == b]
+            if len(prompt) != len(chosen) - 1 or len(prompt) != len(rejected) - 1:
+                raise ValueError(f"{where}: chosen and rejected differ before their last turn. Expected one dialogue with two endings.")
+            chosen, rejected = chosen[-1:], rejected[-1:]
+        else:
+            raise ValueError(f"{where}: no prompt, and chosen and rejected are no dialogues that share one. Give a field \"prompt\".")
+    elif isinstance(prompt, str) and isinstance(chosen, list):          # binarized UltraFeedback repeats the prompt inside
+        chosen, rejected = chosen[-1:], rejected[-1:]
+    return _dialogue(prompt, where), [(_said(chosen, where), float(rewards[0])), (_said(rejected, where), float(rewards[1]))]
+
+
+def _at_least_two(scored: list, where: str) -> list:
+    if len(scored) < 2:
+        raise ValueError(f"{where} has {len(scored)} responses with a score. Expected two or more to compare.")
+    return scored
+
+
+def _said(turn, where: str) -> str:
+    """The text of a response: a text, a message, or a list with one message."""
+    if isinstance(turn, list) and len(turn) == 1:
+        turn = turn[0]
+    if isinstance(turn, dict):
+        turn = turn.get("content", turn.get("value"))
+    if not isinstance(turn, str):
+        raise ValueError(f"{where}: {json.dumps(turn)[:60]} is no response. Expected a text, or a message with content or value.")
+    return turn.strip()
+
+
+def _dialogue(prompt, where: str) -> str:
+    """One text for what stands before a response: the user's words, earlier turns behind their speakers' names."""
+    if isinstance(prompt, str):
+        return prompt.strip()
+    turns = []
+    for turn in prompt if isinstance(prompt, list) else [prompt]:
+        role = ROLES.get(str(turn.get("role", turn.get("from"))).lower()) if isinstance(turn, dict) else None
+        if role is None:
+            raise ValueError(f"{where}: {json.dumps(turn)[:60]} is no turn of a dialogue. Expected role (or from) user, assistant or system.")
+        turns.append((role, _said(turn, where)))
+    system = "\n".join(text for role, text in turns if role == "system")
+    turns = [turn for turn in turns if turn[0] != "system" and turn[1]]
+    if not turns or turns[-1][0] != "user":
+        raise ValueError(f"{where}: the dialogue before the response does not end with the user's turn.")
+    text = turns[0][1] if len(turns) == 1 else "\n".join(f"{role}: {said}" for role, said in turns)
+    return f"{system}\n{text}" if system else text
+
+
+def _hh_turns(text, where: str) -> list[dict]:
+    """HH-RLHF's dialogue in one text as messages."""
+    parts = re.split(r"(?:^|\n\n)(Human|Assistant): ?", text)[1:] if isinstance(text, str) else []
+    if len(parts) < 4 or parts[-2] != "Assistant":
+        raise ValueError(f"{where}: {json.dumps(text)[:60]} is no dialogue that ends with the Assistant's turn.")
+    return [{"role": "user" if who == "Human" else "assistant", "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -244,7 +244,7 @@ def check_config(cfg: TrainConfig) -> str:
 
 def fill_paths(cfg: TrainConfig) -> TrainConfig:
     """The paths that were left out: the demo's, and runs/STAGE."""
-    if cfg.stage in JUDGED and cfg.model:                   # another model and a file of records: no tasks, no SFT stage
+    if cfg.model and not cfg.tasks and (cfg.stage in JUDGED or cfg.candidates):     # another model and a file of records: no tasks, no SFT stage
         return dataclasses.replace(cfg, out=cfg.out or f"runs/{cfg.stage}")
     demo_tasks, folder = not cfg.tasks, "demo/records" if cfg.stage in JUDGED else "demo/tasks"
     paraphrases = cfg.paraphrases or (str(HERE / "demo/paraphrases.json") if demo_tasks and cfg.stage not in JUDGED else "")
@@ -403,11 +403,12 @@ def dpo_groups(run: Run) -> list[dict]:
 
 
 def with_reference(run: Run, groups: list[dict]) -> list[dict]:
-    """The groups with "reference": log-probabilities under the model as it is now, computed once."""
-    device = next(run.model.parameters()).device
+    """The groups with "reference": log-probabilities under the model as it is now, once for each that a step will see."""
+    cfg, device = run.cfg, next(run.model.parameters()).device
+    seen = {i for step in range(cfg.steps) for i in data.batch_indices(len(groups), cfg.batch_size, step, cfg.seed)} if groups else ()
     run.model.eval()
     with torch.no_grad():
-        for part in data.micro_batches(groups, run.cfg.micro_tokens):
+        for part in data.micro_batches([groups[i] for i in sorted(seen)], cfg.micro_tokens):
             sums = iter(document_logprobs(run.model, collate(part, device))[0].tolist())
             for group in part:
                 group["reference"] = [next(sums) for _ in group["documents"]]
@@ -699,9 +700,22 @@ def ppo_counts(batch, cfg) -> dict:
 def grouped_candidates(run: Run) -> list[list[dict]]:
     """The scored candidates by (task, input), in the order of the file."""
     groups: dict[tuple, list[dict]] = {}
-    for record in data.read_records(run.cfg.candidates or run.folder / "candidates.jsonl"):
+    for record in usable_candidates(run):
         groups.setdefault((record["task"], record["id"]), []).append(record)
     return list(groups.values())
+
+
+def usable_candidates(run: Run) -> list[dict]:
+    """The candidates to train on; of another file, those that are not empty and fit --max-len."""
+    cfg, found = run.cfg, data.load_candidates(run.cfg.candidates or run.folder / "candidates.jsonl")
+    if any(c["how"] == "file" for c in found) and "usable" not in run.memory:
+        lengths = [len(data.encode_response(run.tokenizer, run.template, c["response"])) for c in found]
+        keep = [bool(c["response"]) and n + 16 <= cfg.max_len for c, n in zip(found, lengths)]
+        if not all(keep):
+            say(f"{cfg.stage}: {keep.count(False)} of {len(keep)} answers of {cfg.candidates} are empty or longer than --max-len {cfg.max_len} "
+                "allows, and are left out.")
+        run.memory["usable"] = [c for c, kept in zip(found, keep) if kept]
+    return run.memory.get("usable", found)
 
 
 def collect_candidates(run: Run) -> None:
@@ -1265,13 +1279,15 @@ def make_run(cfg: TrainConfig) -> Run:
     template = data.find_template(cfg.template)
     if cfg.records:
         check_lengths(cfg, tokenizer, data.load_judged(cfg.records))
+    if cfg.candidates:
+        data.load_candidates(cfg.candidates)
     held = [task.name for task in tasks if len(task.wordings.get(cfg.split, [])) >= 2]
-    if not held and cfg.evaluate and cfg.stage not in JUDGED:
+    if not held and cfg.evaluate and tasks and cfg.stage not in JUDGED:
         raise ValueError(f"no task has two held-out wordings in split {cfg.split!r}, so consistency cannot be measured. "
                          "Give --paraphrases FILE with at least eight wordings per task, or --no-evaluate.")
     if cfg.evaluate and tasks and cfg.stage in JUDGED and not any(data.split_instances(task, cfg.split) for task in tasks):
         raise ValueError(f"no instance of the {len(tasks)} tasks falls into split {cfg.split!r}. Give more, or --no-evaluate.")
-    if not any(task.wordings.get("train") for task in tasks) and cfg.stage in ("sft-ia", *PREFERENCE):
+    if tasks and not any(task.wordings.get("train") for task in tasks) and cfg.stage in ("sft-ia", *PREFERENCE):
         raise ValueError(f"no training wordings for any of the {len(tasks)} tasks. Give --paraphrases FILE.")
     return Run(cfg, model, tokenizer, template, tasks, Path(cfg.out))
 
@@ -1422,7 +1438,7 @@ def align(cfg: TrainConfig) -> None:
     stage, ladder = STAGES[cfg.stage], {}
     for number in range(cfg.rounds if cfg.stage in AFTER_SFT and not (cfg.records or cfg.candidates) else 0):
         unanswered(dataclasses.replace(run, round=number))  # every round has instances: known before anything is trained
-    for name in [*(stage.beside if cfg.compare else ()), *([stage.needs] if stage.needs and run.tasks else []), cfg.stage]:
+    for name in [*(stage.beside if cfg.compare and run.tasks else ()), *([stage.needs] if stage.needs and run.tasks else []), cfg.stage]:
         if name == "ppo" and cfg.fit_reward and cfg.judge != "reward":
             run_stage(run, "reward")
         folder = run_stage(run, name)

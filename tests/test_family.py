@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -349,3 +350,74 @@ def test_dpo_equals_trl(kind, trl_kind, switches, tmp_path):
     cfg = dataclasses.replace(train.TrainConfig(), stage="dpo", preference=kind, beta=0.3, **switches)
     found = train.dpo_step(ours[0], train.collate(groups, "cpu"), cfg)["loss"] / 3
     assert found.item() == pytest.approx(wanted.item(), rel=1e-5, abs=1e-5)
+
+
+# Files of preferences ------------------------------------------------------------------------------------------------
+
+
+PAIR = ("Say hi.", "Hi!", "No.")
+MESSAGES = [{"role": "user", "content": "Say hi."}]
+FORMS = {
+    "texts": {"prompt": "Say hi.", "chosen": "Hi!", "rejected": "No."},
+    "messages": {"prompt": MESSAGES, "chosen": [{"role": "assistant", "content": "Hi!"}], "rejected": [{"role": "assistant", "content": "No."}]},
+    "implicit prompt": {"chosen": MESSAGES + [{"role": "assistant", "content": "Hi!"}], "rejected": MESSAGES + [{"role": "assistant", "content": "No."}]},
+    "binarized": {"prompt": "Say hi.", "chosen": MESSAGES + [{"role": "assistant", "content": "Hi!"}],
+                  "rejected": MESSAGES + [{"role": "assistant", "content": "No."}], "score_chosen": 8.5, "score_rejected": 3.0},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Say hi."}], "chosen": {"from": "gpt", "value": "Hi!"}, "rejected": {"from": "gpt", "value": "No."}},
+    "hh": {"chosen": "\n\nHuman: Say hi.\n\nAssistant: Hi!", "rejected": "\n\nHuman: Say hi.\n\nAssistant: No."},
+    "ultrafeedback": {"instruction": "Say hi.", "completions": [{"response": "No.", "overall_score": 2.0}, {"response": "Hi!", "overall_score": 7.5}]},
+    "rrhf": {"query": "Say hi.", "responses": ["Hi!", "No."], "scores": [1.0, -1.0]},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("lines", [False, True])
+def test_forms_of_preferences(form, lines, tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text((json.dumps(FORMS[form]) + "\n") * 2 if lines else json.dumps([FORMS[form]] * 2))
+    found = data.load_candidates(path)
+    assert len(found) == 4 and {c["id"] for c in found} == {"0", "1"} and all(name in found[0] for name in data.CANDIDATE)
+    best, worst = sorted(found[:2], key=lambda c: -c["reward"])
+    assert (best["instruction"], best["response"], worst["response"]) == PAIR and best["reward"] > worst["reward"] and worst["target"] == "Hi!"
+
+
+def test_a_dialogue_keeps_its_turns(tmp_path):
+    turns = [("system", "Be kind."), ("human", "Hi."), ("gpt", "Hello."), ("human", "How are you?")]
+    row = {"conversations": [{"from": who, "value": text} for who, text in turns], "chosen": {"value": "Fine."}, "rejected": {"value": "Go."}}
+    (tmp_path / "p.json").write_text(json.dumps([row]))
+    assert data.load_candidates(tmp_path / "p.json")[0]["wording"] == "Be kind.\nuser: Hi.\nassistant: Hello.\nuser: How are you?"
+    hh = {"chosen": "\n\nHuman: A?\n\nAssistant: B.\n\nHuman: C?\n\nAssistant: D.", "rejected": "\n\nHuman: A?\n\nAssistant: B.\n\nHuman: C?\n\nAssistant: E."}
+    (tmp_path / "p.json").write_text(json.dumps([hh]))
+    found = data.load_candidates(tmp_path / "p.json")
+    assert found[0]["wording"] == "user: A?\nassistant: B.\nuser: C?" and [c["response"] for c in found] == ["D.", "E."]
+
+
+@pytest.mark.parametrize("row, wanted", [
+    ({"prompt": "a", "chosen": "b"}, "rejected"), ({"prompt": "a", "chosen": 3, "rejected": "c"}, "record 0: 3 is no response"),
+    ({"prompt": "", "chosen": "a", "rejected": "c"}, "no prompt"), ({"prompt": " ", "chosen": "a", "rejected": "c"}, "the prompt is empty"),
+    ({"chosen": MESSAGES, "rejected": [{"role": "user", "content": "x"}, MESSAGES[0]]}, "differ before their last turn"),
+    ({"query": "a", "responses": ["b"], "scores": [1, 2]}, "one score per response"), ({"query": "a", "responses": ["b"], "scores": [1]}, "two or more"),
+    ({"response": "a", "reward": 1}, '"task" is missing'), ([1], "is a list"), ({"prompt": [{"role": "robot", "content": "x"}], "chosen": "a", "rejected": "b"}, "no turn"),
+    ({"prompt": [{"role": "assistant", "content": "x"}], "chosen": "a", "rejected": "b"}, "does not end with the user"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": "high"}, "Expected numbers"),
+])
+def test_broken_preferences_are_told(row, wanted, tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match=wanted):
+        data.load_candidates(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize("name", ["dpo", "slic", "rrhf"])
+def test_real_preferences_train_as_they_are(name, tmp_path, capsys):
+    shared = Path(__file__).parent.parent.parent / "shared" / "data"
+    if not shared.is_dir():
+        pytest.skip("the shared data is not there")
+    config = dataclasses.replace(PRESETS["tiny"], vocab_size=32000)
+    save_model(Llama(config).init_weights(0), tmp_path / "model")
+    (tmp_path / "model/tokenizer.model").write_bytes((shared / "tokenizers/mistral-v1.tokenizer.model").read_bytes())
+    argv = ["--stage", name, "--model", str(tmp_path / "model"), "--candidates", str(shared / "preference/dpo_en_demo.json"), "--steps", "3",
+            "--batch-size", "4", "--out", str(tmp_path / "run")]
+    assert train.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "of 600 answers" in said and "nothing is evaluated" in said
+    assert len(data.read_records(tmp_path / "run/log.jsonl")) == 3

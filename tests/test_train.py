@@ -254,7 +254,7 @@ def test_two_processes_train_as_one(world, tmp_path):
 
 
 @pytest.mark.parametrize("line, sentence", [
-    (["--stage", "sfft"], 'unknown stage "sfft". Stages: pretrain, sft, sft-ia, cat, dpo, slic, rrhf, pro, expert, cut, forward, ilf, hindsight, unlikelihood, critic. Did you mean "sft"?'),
+    (["--stage", "sfft"], f'unknown stage "sfft". Stages: {", ".join(train.STAGES)}. Did you mean "sft"?'),
     (["--stagee", "cat"], "unrecognized arguments: --stagee"), (["--judge", "oracle"], "invalid choice: 'oracle'"),
     (["--lr", "fast"], "invalid float value: 'fast'"), (["--lr", "-1"], "--lr is -1.0. Expected a positive number."),
     (["--steps", "0"], "--steps is 0. Expected 1 or more."), (["--model", "nowhere"], "--model nowhere does not exist."),
@@ -463,7 +463,7 @@ def test_stages_on_scored_candidates(stage, more, world, tmp_path, capsys):
 def test_preference_steps_equal_their_equations(cat_run):
     """dpo, slic, rrhf and pro of one batch, from plain log-softmax over one document at a time."""
     run, groups = cat_run
-    groups = [{**group, "reference": [-3.0 - k for k in range(len(group["documents"]))],
+    groups = [{**group, "imitated": [better for better, _ in group["pairs"]], "reference": [-3.0 - k for k in range(len(group["documents"]))],
                "rewards": [2.0] + [1.0 / k for k in range(1, len(group["documents"]))]} for group in groups]
     batch, scores, lengths = train.collate(groups, "cpu"), [], []
     for document in (d for group in groups for d in group["documents"]):
