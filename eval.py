@@ -79,6 +79,9 @@ class EvalConfig:
     seed: int = flag(0, "seeds the bootstrap")
     device: str = flag("cpu", "cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "type of the weights")
+    reference: str = flag("", "adapter folder: also measure each adapter's KL to the model under that one")
+    best_of: int = flag(0, "instead of evaluating: sample so many answers per question, and what the best of n is worth")
+    reward_model: str = flag("", "... with n chosen by this reward model, too (run folder of --stage reward)")
     show_mask: str = flag("", "file of judged responses: show what CUT's mask flags in them, instead of evaluating")
     detect_lam: float = flag(1.1, "... with tokens flagged where p(token | judgment) > this * p(token)")
     out: str = flag("runs/eval", "folder for metrics.json, questions.jsonl, report.md and plots")
@@ -112,10 +115,7 @@ def complete(model, tokenizer, prompts: list[str], *, max_new_tokens: int, tempe
     from model import generate
 
     asked = list(dict.fromkeys(prompts)) if temperature == 0 else prompts
-    room = min(max_len or sys.maxsize, model.config.max_position_embeddings) - max_new_tokens
-    if room < 2:
-        raise ValueError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: prompt and answer share "
-                         f"{room + max_new_tokens} tokens. Lower it.")
+    room = prompt_room(model, max_new_tokens, max_len)
     token_ids = generate(model, [cut_left(tokenizer.encode_prompt(text), room) for text in asked], max_new_tokens=max_new_tokens,
                          temperature=temperature, top_p=top_p, top_k=top_k, eos_ids=(tokenizer.eos_id,),
                          seed=0 if temperature == 0 else seed, batch_size=batch_size, progress=progress)
@@ -124,6 +124,15 @@ def complete(model, tokenizer, prompts: list[str], *, max_new_tokens: int, tempe
         by_prompt = dict(zip(asked, made, strict=True))
         made = [by_prompt[text] for text in prompts]
     return made
+
+
+def prompt_room(model, max_new_tokens: int, max_len: int | None) -> int:
+    """How many tokens a prompt may have, or a ValueError."""
+    room = min(max_len or sys.maxsize, model.config.max_position_embeddings) - max_new_tokens
+    if room < 2:
+        raise ValueError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: prompt and answer share "
+                         f"{room + max_new_tokens} tokens. Lower it.")
+    return room
 
 
 @dataclass(frozen=True)
@@ -494,6 +503,126 @@ def evaluate_model(model, tokenizer, questions: list[dict], config: EvalConfig, 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Judged responses: error rates, and the tokens that CUT's mask flags
+
+
+VALUE_HEAD = "value_head.safetensors"
+
+
+def add_head(model):
+    """A scalar head on the final hidden states, float32, zero at the start, for rewards and PPO's values: model.value_head."""
+    import torch
+
+    model.value_head = torch.nn.Linear(model.config.dim, 1, device=next(model.parameters()).device)
+    torch.nn.init.zeros_(model.value_head.weight)
+    torch.nn.init.zeros_(model.value_head.bias)
+    return model.value_head
+
+
+def document_rewards(model, batch: dict):
+    """The value head on the last token (EOS) of each packed document, float32 (n,)."""
+    from model import Packed
+
+    hidden = model.hidden(batch["input_ids"], Packed(batch["lengths"], batch["input_ids"].device))          # (N, D)
+    ends = [end - 1 for end in accumulate(batch["lengths"])]
+    return model.value_head(hidden[ends].float()).squeeze(-1)
+
+
+def reward_scores(model, tokenizer, template, items: list[dict], *, max_len: int = 512, max_tokens: int = 8192) -> list[float]:
+    """A reward model's scalars of responses under their wordings; items: {"wording", "input", "response"}."""
+    import torch
+
+    from data import encode_example, micro_batches, pack
+
+    groups = [{"documents": [encode_example(tokenizer, template, template.render(item["wording"], item["input"]), item["response"],
+                                            max_len=max_len)]} for item in items]
+    scores, device = [], next(model.parameters()).device
+    model.eval()
+    with torch.inference_mode():
+        for part in micro_batches(groups, max_tokens):
+            batch = pack([group["documents"][0] for group in part])
+            scores += document_rewards(model, {**batch, "input_ids": batch["input_ids"].to(device)}).tolist()
+    return scores
+
+
+def sampled_answers(model, tokenizer, questions: list[dict], config: EvalConfig, *, n: int, temperature: float = 1.0) -> list[list[Completion]]:
+    """n answers per question under its first wording, each from its own seed."""
+    from data import find_template
+
+    template = find_template(config.template or model.config.prompt_template or "alpaca")
+    prompts = [template.render(config.prefix + question["wordings"][0], question["input"]) for question in questions for _ in range(n)]
+    made = complete(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens, temperature=temperature, max_len=config.max_len or None,
+                    seed=[config.seed * 1_000_003 + k for k in range(len(prompts))], batch_size=config.batch_size)
+    return [made[k:k + n] for k in range(0, len(made), n)]
+
+
+def sampled_kl(model, reference, tokenizer, questions: list[dict], config: EvalConfig) -> dict:
+    """KL(model || reference) in nats per answer: the mean of log p / p_ref of sampled answers, with its bootstrap interval.
+
+    One answer per question at temperature 1; the sampled ids are scored, not their text encoded again.
+    """
+    import torch
+
+    from data import cut_left, find_template, micro_batches, pack
+    from losses import gathered_logprobs, prediction_rows
+
+    room = prompt_room(model, config.max_new_tokens, config.max_len or None)
+    template, answers = find_template(config.template or model.config.prompt_template or "alpaca"), sampled_answers(model, tokenizer, questions, config, n=1)
+    groups = []
+    for question, (answer,) in zip(questions, answers, strict=True):
+        prompt = cut_left(tokenizer.encode_prompt(template.render(config.prefix + question["wordings"][0], question["input"])), room)
+        groups.append({"documents": [{"input_ids": prompt + answer.token_ids, "labels": [-100] * len(prompt) + answer.token_ids}]})
+    totals, device = [], next(model.parameters()).device
+    with torch.inference_mode():
+        for part in micro_batches(groups, 8192):
+            batch, both = pack([group["documents"][0] for group in part]), []
+            rows, targets = prediction_rows(batch["labels"].to(device))
+            for judge in (model, reference):
+                both.append(gathered_logprobs(judge(batch["input_ids"].to(device), lengths=batch["lengths"], logits_at=rows), targets))
+            sizes = [sum(label != -100 for label in group["documents"][0]["labels"]) for group in part]
+            totals += [float(part.sum()) for part in (both[0] - both[1]).split(sizes)]
+    return bootstrap(totals, seed=config.seed)
+
+
+def best_of_table(rewards: list[list[float]], truths: list[list[float]]) -> list[dict]:
+    """What the best of n is worth: [{"n", "kl", "reward", "truth"}], n = 1, 2, 4, ..., means over questions, without bias.
+
+    rewards: per question those of its N samples, by which the best is chosen; truths: what each is really worth.
+    """
+    from losses import best_of_n, best_of_n_kl
+
+    total, rows = len(rewards[0]), []
+    for n in [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < total] + [total]:
+        rows.append({"n": n, "kl": best_of_n_kl(n), "reward": float(np.mean([best_of_n(r, n) for r in rewards])),
+                     "truth": float(np.mean([best_of_n(r, n, t) for r, t in zip(rewards, truths, strict=True)]))})
+    return rows
+
+
+def evaluate_best_of(config: EvalConfig, asked: list[dict], judge) -> None:
+    """Print and write best_of.json: per model, the exact answers among the best of n by exact rules, and by a reward model."""
+    from data import find_template
+
+    found, scorer = {}, None
+    if config.reward_model:
+        _, scorer, _ = next(load_models(config, [config.reward_model]))
+        if not hasattr(scorer, "value_head"):
+            raise ValueError(f"{config.reward_model} has no {VALUE_HEAD}. Give the run folder of train.py --stage reward.")
+    for name, model, tokenizer in load_models(config):
+        answers = sampled_answers(model, tokenizer, asked, config, n=config.best_of)
+        items = [{**question, "instruction": "", "target": question["targets"][0], "targets": question["targets"],
+                  "wording": question["wordings"][0], "response": answer.text} for question, made in zip(asked, answers) for answer in made]
+        truths = [float(exact_match(item["response"], item["targets"])) for item in items]
+        choosers = {"exact rules": [verdict.reward for verdict in judge.judge(items)]}
+        if scorer is not None:
+            template = find_template(config.template or model.config.prompt_template or "alpaca")
+            choosers["reward model"] = reward_scores(scorer, tokenizer, template, items)
+        cut = [list(range(k, k + config.best_of)) for k in range(0, len(items), config.best_of)]
+        for chooser, rewards in choosers.items():
+            rows = found.setdefault(name, {})[chooser] = best_of_table([[rewards[i] for i in part] for part in cut], [[truths[i] for i in part] for part in cut])
+            print(f"{name}, best of n by {chooser}, {len(asked)} questions:")
+            for row in rows:
+                print(f"  n {row['n']:4d} | KL <= {row['kl']:5.3f} nats | reward {row['reward']:6.3f} | exact {100 * row['truth']:5.1f} %")
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    Path(config.out, "best_of.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def correlation(x, y, *, ranks: bool = False) -> float | None:
@@ -989,19 +1118,22 @@ def plot_rollouts(rows: list[dict], path) -> Path:
     return Path(path)
 
 
-def load_models(config: EvalConfig):
-    """Yield (name, model, tokenizer) for the base model and for it under each adapter."""
+def load_models(config: EvalConfig, adapters: list[str] | None = None):
+    """Yield (name, model, tokenizer) for the base model and for it under each adapter; a value head comes along."""
     import torch
+    from safetensors.torch import load_file
 
     from data import Tokenizer
     from lora import load_adapter, merge_lora
     from model import load_model
 
     tokenizer = Tokenizer(config.tokenizer or config.model)
-    for adapter in ["", *config.adapter]:
+    for adapter in ["", *config.adapter] if adapters is None else adapters:
         model = load_model(config.model, dtype=getattr(torch, config.dtype), device=config.device)
         if adapter:
             model = merge_lora(load_adapter(model, adapter))
+            if Path(adapter, VALUE_HEAD).exists():
+                add_head(model).load_state_dict(load_file(Path(adapter, VALUE_HEAD)))
         yield adapter or Path(config.model).name, model, tokenizer
 
 
@@ -1016,11 +1148,16 @@ def main(argv=None) -> None:
         from judge import RuleJudge
 
         asked, judge = load_questions(config), RuleJudge(rouge_threshold=config.rouge_threshold)
+        if config.best_of:
+            return evaluate_best_of(config, asked, judge)
         results, tables = {}, {}
+        reference = next((model for _, model, _ in load_models(config, [config.reference])), None) if config.reference else None
         for name, model, tokenizer in load_models(config):
             results[name], tables[name] = evaluate_responses(
                 evaluate_model(model, tokenizer, asked, config), judge=judge, cluster=config.cluster,
                 use_stemmer=config.use_stemmer, seed=config.seed)
+            if reference is not None:
+                results[name]["kl"] = sampled_kl(model, reference, tokenizer, asked, config)
         report = write_report(config.out, results, tables)[2]
     except (ValueError, OSError) as error:
         fail(str(error))

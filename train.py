@@ -35,7 +35,6 @@ JUDGED = ("cut", "forward", "ilf", "hindsight", "unlikelihood", "critic")
 AFTER_SFT = PREFERENCE + JUDGED
 TUNING = ("sft", "sft-ia", *AFTER_SFT)
 RECORDS = ("candidates.jsonl", "judged.jsonl", "refined.jsonl", "rollouts.jsonl")
-VALUE_HEAD = "value_head.safetensors"
 
 
 @dataclass
@@ -271,7 +270,9 @@ import data                                                 # noqa: E402
 import judge as judging                                     # noqa: E402
 import lora                                                 # noqa: E402
 import losses                                               # noqa: E402
-from eval import MASK_LAMS, EvalConfig, complete, cut_masks, evaluate_errors, evaluate_model, evaluate_responses, keyword_logprobs, mask_report, mask_scores, plot_mask, plot_rollouts, reward_report, summary_table, write_report    # noqa: E402
+from eval import (MASK_LAMS, VALUE_HEAD, EvalConfig, add_head, complete, cut_masks, document_rewards, evaluate_errors,    # noqa: E402
+                  evaluate_model, evaluate_responses, keyword_logprobs, mask_report, mask_scores, plot_mask, plot_rollouts,
+                  reward_report, reward_scores, summary_table, write_report)
 from model import PRESETS, Llama, Packed, load_model, save_model    # noqa: E402
 
 
@@ -595,13 +596,6 @@ def held_out(record: dict) -> bool:
     return random.Random(f"held out/{record['task']}/{record['id']}").random() < 0.1
 
 
-def document_rewards(model, batch) -> torch.Tensor:
-    """The value head on the last token of each document (EOS), float32 (n,)."""
-    hidden = model.hidden(batch["input_ids"], Packed(batch["lengths"], batch["input_ids"].device))          # (N, D)
-    ends = torch.tensor(batch["lengths"], device=hidden.device).cumsum(0) - 1
-    return model.value_head(hidden[ends].float()).squeeze(-1)
-
-
 def reward_step(model, batch, cfg) -> dict:
     """Bradley-Terry over the comparisons of each question (arXiv 2203.02155, Eq. 1)."""
     rewards, weights = document_rewards(model, batch), batch["pair_weights"]
@@ -788,24 +782,13 @@ def make_judge(run: Run):
         return judging.ScoreJudge(judging.length_scores)
     if fitted:
         model = load_trained(cfg, Path(fitted))
-        return judging.ScoreJudge(lambda items: reward_scores(dataclasses.replace(run, model=model), items))
+        return judging.ScoreJudge(lambda items: reward_scores(model, run.tokenizer, run.template, items, max_len=cfg.max_len, max_tokens=cfg.micro_tokens))
 
     def ask(prefixes, suffixes, keywords):
         return keyword_logprobs(run.model, run.tokenizer, prefixes, suffixes, keywords, batch_size=cfg.eval_batch,
                                 max_len=cfg.max_len)
     return judging.LocalJudge(ask, judging.JudgeConfig(mode=cfg.reward_mode, steps=cfg.reward_steps,
                                                        show_target=cfg.show_target))
-
-
-@torch.no_grad()
-def reward_scores(run: Run, items: list[dict]) -> list[float]:
-    """A reward model's scalars of responses under their wordings."""
-    device, scores = next(run.model.parameters()).device, []
-    groups = [{"documents": [run.document(item["wording"], item["input"], item["response"])]} for item in items]
-    run.model.eval()
-    for part in data.micro_batches(groups, run.cfg.micro_tokens):
-        scores += document_rewards(run.model, collate(part, device)).tolist()
-    return scores
 
 
 def judged_records(run: Run) -> list[dict]:
@@ -1341,14 +1324,6 @@ def reward_folder(cfg: TrainConfig) -> Path:
     return given if given and (given / VALUE_HEAD).exists() else Path(cfg.out, "reward")
 
 
-def add_head(model: torch.nn.Module) -> torch.nn.Linear:
-    """A scalar head on the final hidden states, float32, zero at the start: for rewards and for PPO's values."""
-    model.value_head = torch.nn.Linear(model.config.dim, 1, device=next(model.parameters()).device)
-    torch.nn.init.zeros_(model.value_head.weight)
-    torch.nn.init.zeros_(model.value_head.bias)
-    return model.value_head
-
-
 def plain(model: torch.nn.Module) -> torch.nn.Module:
     """For sampling and judging: adapters merged into a copy; the model itself where it has none."""
     return lora.merge_lora(model) if lora.lora_modules(model) else model
@@ -1479,7 +1454,8 @@ def report_rewards(run: Run) -> None:
     """rewards.json: the reward model's rewards of all candidates against the judge's, against exact rules, and against length."""
     records = [c for group in grouped_candidates(run) for c in group if c["reward"] is not None]
     labels = {task.name: task.labels for task in run.tasks}
-    scores = reward_scores(dataclasses.replace(run, model=load_trained(run.cfg, run.folder)), records)
+    scores = reward_scores(load_trained(run.cfg, run.folder), run.tokenizer, run.template, records, max_len=run.cfg.max_len,
+                           max_tokens=run.cfg.micro_tokens)
     rule = judging.RuleJudge(rouge_threshold=run.cfg.rouge_threshold)
     truths = rule.judge([{**c, "labels": labels.get(c["task"])} for c in records])
     rows = [{"group": (c["task"], c["id"]), "held_out": held_out(c), "reward": score, "judge": c["reward"], "truth": truth.reward,
