@@ -76,6 +76,7 @@ class TrainConfig:
     # collecting candidates
     pool_per_task: int = flag(20, "fresh instances per task that candidates are sampled for", AFTER_SFT)
     pool_wordings: int = flag(6, "training wordings per instance that candidates are sampled under", PREFERENCE)
+    fresh_wordings: int = flag(0, "sample under so many training wordings that SFT(IA) has not seen, instead of those it has", PREFERENCE)
     samples: int = flag(2, "answers per instance and wording", AFTER_SFT)
     temperature: float = flag(1.0, "sampling temperature", AFTER_SFT)
     top_p: float = flag(1.0, "nucleus sampling", AFTER_SFT)
@@ -214,7 +215,7 @@ def check_config(cfg: TrainConfig) -> str:
     for name, top in (("dropout", 1), ("judge_share", 1), ("label_smoothing", 0.5), ("warmup_ratio", 1), ("min_lr_ratio", 1), ("top_p", 1.0001), ("gamma", 1.0001), ("gae_lam", 1.0001)):
         if not 0 <= getattr(cfg, name) < top:
             return f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected a share between 0 and 1."
-    for name in ("temperature", "lam", "margin", "wordings", "downsample", "detect_floor", "unlike_alpha", "unlike_gamma", "judged_warmup", "kl_beta", "kl_target",
+    for name in ("temperature", "lam", "margin", "wordings", "downsample", "detect_floor", "unlike_alpha", "unlike_gamma", "judged_warmup", "fresh_wordings", "kl_beta", "kl_target",
                  "value_weight"):
         if not getattr(cfg, name) >= 0:
             return f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected 0 or more."
@@ -736,7 +737,11 @@ def unanswered(run: Run) -> list[dict]:
     for task in run.tasks:
         texts = [task.definition]
         if cfg.stage in PREFERENCE:
-            texts += [w.text for w in task.wordings.get("train", [])[:cfg.wordings]]
+            train = [w.text for w in task.wordings.get("train", [])]
+            texts = train[cfg.wordings:cfg.wordings + cfg.fresh_wordings] if cfg.fresh_wordings else texts + train[:cfg.wordings]
+            if not texts:
+                raise ValueError(f"task {task.name} has {len(train)} training wordings, none of them beyond the {cfg.wordings} of --wordings, so "
+                                 "--fresh-wordings finds none. Lower --wordings.")
         for instance in data.split_instances(task, "pool")[start:start + cfg.pool_per_task]:
             rng = random.Random(f"pool/{cfg.seed}/{task.name}/{instance.id}")
             records += [{"task": task.name, "id": instance.id, "sample": sample, "instruction": task.definition, "wording": text,

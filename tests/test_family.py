@@ -421,3 +421,11 @@ def test_real_preferences_train_as_they_are(name, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "of 600 answers" in said and "nothing is evaluated" in said
     assert len(data.read_records(tmp_path / "run/log.jsonl")) == 3
+
+
+def test_fresh_wordings_are_those_beyond_sft(world, tmp_path, capsys):  # noqa: F811
+    run = train.make_run(train.parse_config(cat(world, tmp_path, "--wordings", "1", "--fresh-wordings", "2")))
+    assert {r["wording"] for r in train.unanswered(run) if r["task"] == "colour"} == {"colour :", "tell the colour"}
+    run = train.make_run(train.parse_config(cat(world, tmp_path, "--wordings", "3", "--fresh-wordings", "2")))
+    with pytest.raises(ValueError, match="Lower --wordings"):
+        train.unanswered(run)
