@@ -176,7 +176,8 @@ DEMO_MODEL = {                                              # a model of two mil
     **{stage: dict(lr=3e-4, sft_lr=2e-3, sft_steps=400) for stage in PREFERENCE},
     "ppo": dict(lr=3e-4, sft_lr=2e-3, sft_steps=400, rm_lr=3e-4),
 }
-DEMO_MODEL |= {stage: dict(lr=5e-4, sft_lr=2e-3, sft_steps=200) for stage in JUDGED}
+DEMO_MODEL |= {stage: dict(lr=5e-4, steps=200, sft_lr=2e-3, sft_steps=200) for stage in JUDGED}
+DEMO_MODEL["cut"] |= dict(detect_lam=1.5, judged_warmup=60)
 DEMO_TASKS = dict(per_task=24, wordings=14, augment="product", judge_share=0.5, max_new_tokens=24, rouge_threshold=0.95)
 DEMO_RECORDS = dict(per_task=400, pool_per_task=350, eval_per_task=200, max_new_tokens=40, rouge_threshold=0.95)   # demo/records
 

@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from experiments import T95, command, difference, run, spread      # noqa: E402
 
-SAME = ["--init", "{main}", "--records", "{main}/judged.jsonl"]
 METHODS = {                                                 # title: (stage, flags beyond the defaults)
     "fine-tuning on the good ones": ("cut", ["--no-use-l1", "--no-use-judged", "--downsample", "0"]),
     "hindsight": ("hindsight", ["--downsample", "0"]),
@@ -32,6 +31,10 @@ METHODS = {                                                 # title: (stage, fla
     "CUT without detection": ("cut", ["--detect", "all"]),
     "CUT, frozen detector": ("cut", ["--detector", "frozen"]),
 }
+BAD_ONLY = {                                                # the same without a single satisfying response
+    "hindsight, bad only": ("hindsight", []), "forward prediction, bad only": ("forward", []), "ILF, bad only": ("ilf", []),
+    "unlikelihood of all tokens, bad only": ("unlikelihood", []), "CUT, bad only": ("cut", []),
+}
 RATES = {"error_rate": "greedy errors", "sampled_error_rate": "sampled errors"}
 
 
@@ -39,9 +42,12 @@ def runs_of_seed(root, seed, split, online):
     """{row: metrics} of one seed, and the mask's scores."""
     main, shared = root / f"seed{seed}", ["--seed", str(seed), "--split", split]
     rows = dict(run(command(main, *shared, stage="cut"), 1))
-    for number, (title, (stage, flags)) in enumerate(METHODS.items()):
-        flags = [text.format(main=main) for text in SAME] + flags
-        found = run(command(root / f"seed{seed}-{number}", *shared, *flags, stage=stage), 1)
+    bad = root / f"seed{seed}-bad.jsonl"
+    lines = (main / "judged.jsonl").read_text().splitlines(keepends=True)
+    bad.write_text("".join(line for line in lines if json.loads(line)["judgment"] is not None))
+    for number, (title, (stage, flags)) in enumerate((METHODS | BAD_ONLY).items()):
+        records = bad if title in BAD_ONLY else main / "judged.jsonl"
+        found = run(command(root / f"seed{seed}-{number}", *shared, "--init", str(main), "--records", str(records), *flags, stage=stage), 1)
         rows[title] = list(found.values())[-1]
     if online:
         out = root / f"seed{seed}-online"
@@ -86,7 +92,7 @@ def main(argv=None):
         jobs = [pool.submit(runs_of_seed, root, seed, args.split, args.online) for seed in args.seeds]
         seeds = [job.result() for job in jobs]
     masks, _ = mask_table(seeds)
-    titles = ["base", "SFT", "CUT", *([f"online round {k}" for k in (1, 2, 3, 4)] if args.online else []), *METHODS]
+    titles = ["base", "SFT", "CUT", *([f"online round {k}" for k in (1, 2, 3, 4)] if args.online else []), *METHODS, *BAD_ONLY]
     parts = [f"Split {args.split}, seeds {', '.join(map(str, args.seeds))}; mean ± standard deviation over seeds, percent. Differences: "
              f"mean [95 % t interval, {T95[len(args.seeds)]:.2f} standard errors] and in how many seeds they are positive." if len(args.seeds) > 1
              else f"Split {args.split}, seed {args.seeds[0]}, percent.", table(seeds, titles), "CUT's mask against the truly wrong tokens:", masks]
