@@ -44,6 +44,10 @@ ABLATIONS = {
     "worse": ("best answer under each failing wording", [*SAME, "--condition", "worse"]),
 }
 WORDINGS = (2, 5)                                           # besides the default
+FRESH = {                                                   # SFT(IA) on 5 wordings, then answers to the 9 others, without their targets
+    "fresh": ("5 wordings, then CAT on 9 others", []), "freshrule": ("the same, exact judge", ["--judge", "rule"]),
+}
+FEW = "SFT(IA) on 5 wordings"
 
 
 def command(out, *rest, stage="cat"):
@@ -75,6 +79,13 @@ def runs_of_seed(root, seed, split, more, threads):
         out = root / f"seed{seed}-wordings{count}"
         found = run(command(out, *shared, "--no-compare", "--wordings", str(count)), threads)
         (rows[f"{count} wordings"],) = found.values()
+    for name, (title, flags) in FRESH.items() if more else ():
+        few = ["--wordings", "5", "--init", f"{main}-wordings5", "--fresh-wordings", "9", *flags]
+        (rows[title],) = run(command(root / f"seed{seed}-{name}", *shared, "--no-compare", *few), threads).values()
+    if more:
+        few = Path(f"{main}-wordings5", "sft-ia")
+        line = [sys.executable, str(HERE.parent / "eval.py"), "--adapter", str(few), "--split", split, "--per-task", "30", "--max-len", "512"]
+        rows[FEW] = run([*line, "--out", str(root / f"seed{seed}-ia5")], threads)[str(few)]
     rows["judge"] = json.loads((main / "judge.json").read_text())
     return rows
 
@@ -162,6 +173,10 @@ def write_results(root, seeds, split, numbers, n_ablated):
         titles = [title for title, _ in ABLATIONS.values()] + [f"{n} wordings" for n in WORDINGS]
         parts += [f"Ablations, the first {len(ablated)} of these seeds; each against the full method on the same seeds.",
                   table(ablated, [LADDER[3], *titles]), differences(ablated, [(LADDER[3], title) for title in titles])]
+        few = [title for title, _ in FRESH.values()]
+        parts += ["Wordings that no target was ever given for: SFT(IA) sees 5 wordings, CAT samples answers under the 9 others and rewards them.",
+                  table(ablated, [FEW, "5 wordings", *few, LADDER[2]]),
+                  differences(ablated, [(FEW, "5 wordings"), *((FEW, title) for title in few)])]
         sweep = [(lam, mean_metrics(ablated, f"lambda {lam:g}")) for lam in (0, 0.1, 0.5)]
         plot_sweep([*sweep, (1, mean_metrics(ablated, LADDER[3]))], "lambda", root / "lambda.png")
         sweep = [(n, mean_metrics(ablated, f"{n} wordings")) for n in WORDINGS]
