@@ -479,6 +479,7 @@ class Question:
     nonce: str = ""
     menu: str = ""
     choices: tuple[str, ...] = ()
+    pick: bool = False                                      # nothing but one of the choices is wanted
 
 
 @dataclass(frozen=True)
@@ -510,7 +511,7 @@ def make_question(task: str, parts: dict[str, str], *, choices: tuple[str, ...] 
     ending = (EXPLAIN if think else BRIEF) + VERDICT.format(nonce=nonce, menu=shown or " or ".join(choices)) if menu else ""
     user = "\n\n".join([task, *fenced, *([ending] if ending else [])])
     return Question([{"role": "system", "content": guard.format(nonce=nonce)}, {"role": "user", "content": user}],
-                    max_tokens or (64 if menu and not think else 512), nonce, menu, choices)
+                    max_tokens or (64 if menu and not think else 512), nonce, menu, choices, pick=bool(choices) and not think)
 
 
 def parse_verdict(text: str, nonce: str, menu: str) -> str | None:
@@ -751,7 +752,10 @@ def retry_after(headers, now: Callable[[], float] = time.time) -> float | None:
 
 
 def read_completion(body) -> dict | str:
-    """{"text", "finish", "usage": [prompt, completion] or None} of a chat completion, or what is wrong with it."""
+    """{"text", "finish", "usage": [prompt, completion] or None} of a chat completion, or what is wrong with it.
+
+    An empty text is an answer, too, and paid for: it is kept, and `usable` calls it a failure.
+    """
     choices = body.get("choices") if isinstance(body, dict) else None
     if not isinstance(choices, list):
         return "no chat completion"
@@ -761,8 +765,6 @@ def read_completion(body) -> dict | str:
     text, finish, usage = message.get("content"), choices[0].get("finish_reason"), body.get("usage")
     if not text and isinstance(message.get("refusal"), str):
         text, finish = message["refusal"], "refusal"
-    if not text and finish in ("stop", None):
-        return "empty message"
     if not isinstance(text or "", str) or not isinstance(finish or "", str):
         return "no message"
     counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else []
@@ -1325,13 +1327,18 @@ class _Form:
                                    max_tokens=300 if think else 50)
 
 
+def published_verdict(text: str, kind: str) -> str | None:
+    """What LLMBar's code reads in a completion: "a", "b", a score as it stands, or None. `kind` is verdict, cot or score."""
+    if kind == "score":
+        return text.strip() if re.fullmatch(r"\s*[+-]?\d+\s*", text) else None
+    return next((side for rule, side in LLMBAR_RULES[kind] if re.search(rule, text.strip())), None)
+
+
 def _published_answer(question, reply, kind):
     """A reply under LLMBar's rules, which read any text, cut or not; a reply without text stays a failure."""
     if not question.menu or not reply.text:
         return Answer(None, reply.text, reply.failure)
-    if kind == "score":
-        return Answer(reply.text.strip() if re.fullmatch(r"\s*[+-]?\d+\s*", reply.text) else None, reply.text)
-    said = next((side for rule, side in LLMBAR_RULES[kind] if re.search(rule, reply.text.strip())), None)
+    said = published_verdict(reply.text, kind)
     return Answer(said, reply.text.strip(), "" if said else "no verdict")
 
 
