@@ -962,6 +962,31 @@ def _judge_section(name: str, found: dict) -> str:
     return "\n\n".join([f"## {markdown_text(name)}", _markdown_table(lines), *notes])
 
 
+def wilson(k: int, n: int) -> list[float] | None:
+    """The 95 % interval of a share k / n (Wilson 1927); None for n = 0."""
+    if not n:
+        return None
+    z, p = 1.959964, k / n
+    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)]
+
+
+def confusion_report(found: dict, name: str) -> str:
+    """Markdown: judge.confusion of the rewards of a run, as the meta-evaluation reports a judge: accuracy, kappa, unread."""
+    lines = [["question", "answers", "n", "Acc", "kappa", "precision", "recall", "unread"]]
+    for answers, title in (("all", "all"), ("asked", "different ones that it was asked about")):
+        for question in ("type", "correct", "best"):
+            c = found[answers][question]
+            n = c["tp"] + c["fp"] + c["fn"] + c["tn"]
+            said = [True] * (c["tp"] + c["fp"]) + [False] * (c["fn"] + c["tn"])
+            true = [True] * c["tp"] + [False] * c["fp"] + [True] * c["fn"] + [False] * c["tn"]
+            accuracy = {"mean": c["accuracy"], "ci95": wilson(c["tp"] + c["tn"], n)}
+            lines.append([question, title, str(n), _percent(accuracy, interval=True), _ratio(cohen_kappa(said, true)), _ratio(c["precision"]),
+                          _ratio(c["recall"]), str(c["missing"])])
+    return (f"\n## How far to trust the judge\n\nThe {markdown_text(name)} judge's rewards against exact rules; accuracy in percent with its 95 % interval. "
+            f"An answer equal to the shown target is not asked about.\n\n{_markdown_table(lines)}\n")
+
+
 def plot_judges(results: dict[str, dict], path) -> Path:
     """Accuracy per subset, a bar per evaluator with its 95 % interval; a tick marks the agreement of both orders, a line chance."""
     subsets = list(next(iter(results.values())))
