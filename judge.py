@@ -1059,8 +1059,11 @@ class ChatClient:
 
     def _offers(self):
         """What the server says it serves, for the sentence about a wrong name; nothing if it does not say."""
+        adapter, blank = self._line()
+        request = blank.copy()
+        request.method, request.url = "GET", self.address.replace("/chat/completions", "/models")
         try:
-            with self._session().get(self.address.replace("/chat/completions", "/models"), timeout=5, allow_redirects=False, stream=True) as response:
+            with adapter.send(request, stream=True, timeout=5, verify=self.config.ca or True, proxies=self._proxies()) as response:
                 models = json.loads(response.raw.read1(1 << 16, decode_content=True))["data"]
                 return " It offers: " + ", ".join(str(model["id"])[:60] for model in models[:8]) + "."
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -1078,10 +1081,12 @@ class ChatClient:
 
     def _post(self, payload: bytes, left: float):
         """(status, headers, body) of one exchange; status None and a cause where the body is too long or comes too slowly."""
-        session = self._session()
         until = time.monotonic() + left
-        response = session.post(self.address, data=payload, timeout=(min(self.config.connect_timeout, left), min(self.config.timeout, left)),
-                                allow_redirects=False, stream=True)
+        adapter, blank = self._line()
+        request = blank.copy()
+        request.prepare_body(payload, None)
+        response = adapter.send(request, stream=True, timeout=(min(self.config.connect_timeout, left), min(self.config.timeout, left)),
+                                verify=self.config.ca or True, proxies=self._proxies())
         with response:
             body = b""
             while chunk := response.raw.read1(1 << 14, decode_content=True):
@@ -1092,17 +1097,20 @@ class ChatClient:
                     return None, None, "no answer in time"
             return response.status_code, response.headers, body
 
-    def _session(self):
-        """This worker's own session: no proxy, netrc or certificate path of the environment, no redirect, no cookie."""
-        if not hasattr(self.local, "session"):
-            session = self.local.session = requests.Session()
-            session.trust_env = False
-            session.headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "judge"}
+    def _line(self):
+        """This worker's own connection and a request without a body.
+
+        An adapter, not a session: so there is no redirect, cookie, netrc, proxy or certificate path of the environment.
+        """
+        if not hasattr(self.local, "line"):
+            headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "judge"}
             if self.key:
-                session.headers["Authorization"] = f"Bearer {self.key}"
-            session.verify = self.config.ca or True
-            session.proxies = {"http": self.config.proxy, "https": self.config.proxy} if self.config.proxy else {}
-        return self.local.session
+                headers["Authorization"] = f"Bearer {self.key}"
+            self.local.line = requests.adapters.HTTPAdapter(), requests.Request("POST", self.address, headers=headers).prepare()
+        return self.local.line
+
+    def _proxies(self):
+        return {"http": self.config.proxy, "https": self.config.proxy} if self.config.proxy else {}
 
     # What it came to
 

@@ -36,7 +36,12 @@ class ChatServer:
                 self.reply({"body": {"data": [{"id": "m"}, {"id": "other"}]}})
 
             def do_POST(self):
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"null")
+                size = int(self.headers["Content-Length"])
+                data = self.rfile.read(size)
+                if len(data) < size:                                # the client died while it was sending
+                    self.close_connection = True
+                    return
+                request = json.loads(data)
                 with outer.lock:
                     outer.requests.append((request, dict(self.headers), self.path))
                     number = len(outer.requests)
