@@ -363,6 +363,31 @@ def split_instances(task: Task, split: str) -> list[Instance]:
     return [instance for instance in task.instances if share[0] <= bucket(instance.input) < share[1]]
 
 
+def load_pairs(path) -> dict[str, list[dict]]:
+    """Labelled pairs of outputs by subset: {input, output_1, output_2, label 1 or 2}, as LLMBar has them (arXiv 2310.07641).
+
+    `path` is LLMBar's repository or any folder in it (dataset.json in a folder per subset), a folder of such files named
+    by subset (LLMBar_Natural.json), or one file.
+    """
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(path.rglob("dataset.json")) or sorted(path.glob("*.json"))
+    if not files:
+        raise ValueError(f"no pairs at {path}. Give LLMBar's folder, or a JSON list of {{input, output_1, output_2, label}}.")
+    subsets = {}
+    for file in files:
+        rows, name = _read_json(file), file.parent.name if file.name == "dataset.json" else file.stem.split("_")[-1]
+        if not isinstance(rows, list) or not rows:
+            raise ValueError(f"{file} holds no list. Expected a JSON list of {{input, output_1, output_2, label}}.")
+        for number, row in enumerate(rows):
+            if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("input", "output_1", "output_2")) or row.get("label") not in (1, 2):
+                raise ValueError(f"{file}, record {number} is {json.dumps(row)[:60]}. Expected input, output_1 and output_2 as text and a label 1 or 2.")
+        if name in subsets:
+            raise ValueError(f"{file}: subset {name!r} is there twice. Rename one of the files.")
+        subsets[name] = rows
+    order = ["Natural", "Neighbor", "GPTInst", "GPTOut", "Manual"]
+    return dict(sorted(subsets.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Examples and questions
 

@@ -2,8 +2,11 @@
 
     python eval.py --model DIR                              the base model on held-out wordings of held-out inputs
     python eval.py --model DIR --adapter runs/sft runs/cat  ... and with each adapter, side by side
+    python eval.py --benchmark llmbar --data DIR --judge http --judge-model NAME --strategy rules metrics_reference
+    python eval.py --paraphrase 8 --tasks DIR --judge-model NAME --out DIR      wordings of the tasks' instructions
 
-Metrics: CR and MCR of arXiv 2403.14221; ROUGE of Lin 2004; exact match as Super-NaturalInstructions defines it.
+Metrics: CR and MCR of arXiv 2403.14221; ROUGE of Lin 2004; exact match as Super-NaturalInstructions defines it; and of a
+judge against people's labels, accuracy, agreement of both orders, kappa, and its biases (LLMBar, arXiv 2310.07641).
 
     question    one input under n wordings of its task's instruction, hence n responses
     similar     (n, n) bool matrix: similar[i, j] if the judge, shown responses i and j in this order, says they agree
@@ -57,7 +60,28 @@ def flag(default, help: str, only: tuple[str, ...] | None = None):
 
 
 @dataclass
-class EvalConfig:
+class JudgeFlags:
+    """The flags of a judge behind HTTP; eval.py and train.py have them both."""
+
+    judge_url: str = flag("http://127.0.0.1:8000/v1", "address of an OpenAI-compatible server, with or without /v1")
+    judge_model: str = flag("", "the judge's name there (for --benchmark several, with commas between)")
+    judge_key_env: str = flag("JUDGE_API_KEY", "environment variable that holds the key, if the server wants one")
+    judge_cache: str = flag("", "file of all answers; they are never asked for again (default: judge.jsonl in --out)")
+    judge_workers: int = flag(8, "requests under way at a time")
+    judge_tries: int = flag(5, "tries per request")
+    judge_timeout: float = flag(60.0, "seconds of silence from the server")
+    judge_deadline: float = flag(300.0, "seconds for a request with all its tries")
+    judge_proxy: str = flag("", "proxy, http://host:port (those of the environment are not used)")
+    judge_ca: str = flag("", "file of certificates to trust instead of the usual ones")
+    max_requests: int = flag(0, "stop before sending more requests than this (0: no limit)")
+    budget: float = flag(0.0, "stop before spending more than this, at --price-in and --price-out (0: no limit)")
+    price_in: float = flag(0.0, "price of a million prompt tokens")
+    price_out: float = flag(0.0, "price of a million completion tokens")
+    max_unparsed: float = flag(0.1, "share of unreadable verdicts that stops a run, from the hundredth on")
+
+
+@dataclass
+class EvalConfig(JudgeFlags):
     """Every flag of eval.py."""
 
     model: str = flag("demo/base", "folder of the model")
@@ -74,6 +98,8 @@ class EvalConfig:
     max_len: int = flag(0, "most tokens of prompt and response together (0: what the model takes)")
     batch_size: int = flag(64, "responses generated side by side")
     rouge_threshold: float = flag(0.7, "ROUGE-L from which the rule judge calls two free texts similar")
+    judge: Literal["rule", "http", "self"] = flag("rule", "who judges: rules, a server, or (--benchmark only) the model itself")
+    symmetrize: Literal["and", "or", "first"] = flag("and", "a pair agrees if the judge says so in both orders, in either, or in the first")
     cluster: Literal["clique", "component", "greedy"] = flag("clique", "what counts as a cluster in MCR")
     use_stemmer: bool = flag(False, "Porter stemmer in ROUGE, as Super-NI's own evaluation has it")
     seed: int = flag(0, "seeds the bootstrap")
@@ -82,6 +108,14 @@ class EvalConfig:
     reference: str = flag("", "adapter folder: also measure each adapter's KL to the model under that one")
     best_of: int = flag(0, "instead of evaluating: sample so many answers per question, and what the best of n is worth")
     reward_model: str = flag("", "... with n chosen by this reward model, too (run folder of --stage reward)")
+    benchmark: Literal["", "llmbar"] = flag("", "measure the judge against people's labels, instead of a model")
+    data: str = flag("", "... on the instances in this folder or file: LLMBar's, or {input, output_1, output_2, label}")
+    strategy: list[str] = flag(list, "... by these ways of asking (default: rules; with --judge rule: longer, shorter, overlap)")
+    verdict_rule: Literal["live", "llmbar", "llmbar_verdict"] = flag("live", "... how a verdict is read: ours, or as LLMBar's code reads it")
+    repeats: int = flag(1, "... asking so many times, to see how often the judge agrees with itself")
+    own: str = flag("", "... with this as the judge's own family among the outputs' sources (source_1, source_2)")
+    instances: int = flag(0, "... with so many instances per subset, at most (0: all)")
+    paraphrase: int = flag(0, "write this many wordings of each task's instruction with the judge's model, instead of evaluating")
     show_mask: str = flag("", "file of judged responses: show what CUT's mask flags in them, instead of evaluating")
     detect_lam: float = flag(1.1, "... with tokens flagged where p(token | judgment) > this * p(token)")
     out: str = flag("runs/eval", "folder for metrics.json, questions.jsonl, report.md and plots")
@@ -398,24 +432,39 @@ def bootstrap(values, *, resamples: int = 1000, seed: int = 0) -> dict:
     return {"mean": float(known.mean()), "ci95": [float(x) for x in np.quantile(means, (0.025, 0.975))], "n": n}
 
 
-def _judge_pairs(question: dict, judge) -> tuple[np.ndarray, int]:
-    """similar (n, n), and how many verdicts were None: unparsed, which counts as not similar.
+def _ask_pairs(questions: list[dict], judge, symmetrize: str) -> list[dict]:
+    """For each question {(a, b): verdict} over its pairs of different texts; None is unparsed, and counts as not similar.
 
-    Equal texts are similar unasked; each ordered pair of different texts is asked once.
+    Each ordered pair is asked once, "first" asks in order of appearance only. A judge with `similar_pairs` gets all of
+    them at once, so that many can be under way.
     """
-    texts = question["responses"]
-    said = {(a, b): judge.similar(a, b, question.get("labels")) for a, b in permutations(dict.fromkeys(texts), 2)}
-    similar = [[a == b or said[a, b] is True for b in texts] for a in texts]
-    return np.array(similar, dtype=bool), sum(verdict is None for verdict in said.values())
+    pick = combinations if symmetrize == "first" else permutations
+    pairs = [(question, a, b) for question in questions for a, b in pick(dict.fromkeys(question["responses"]), 2)]
+    if hasattr(judge, "similar_pairs"):
+        verdicts = judge.similar_pairs(pairs)
+    else:
+        verdicts = [judge.similar(a, b, question.get("labels")) for question, a, b in pairs]
+    found = {id(question): {} for question in questions}
+    for (question, a, b), verdict in zip(pairs, verdicts, strict=True):
+        found[id(question)][a, b] = verdict
+    return [found[id(question)] for question in questions]
 
 
-def _evaluate_question(question: dict, judge, cluster: str, use_stemmer: bool) -> dict:
+def _similar(texts: list[str], said: dict, symmetrize: str) -> np.ndarray:
+    """similar (n, n) from the verdicts on one question's pairs."""
+    if symmetrize == "first":
+        said = said | {(b, a): verdict for (a, b), verdict in said.items()}
+    similar = np.array([[a == b or said[a, b] is True for b in texts] for a in texts], dtype=bool)
+    return similar | similar.T if symmetrize == "or" else similar
+
+
+def _evaluate_question(question: dict, said: dict, symmetrize: str, cluster: str, use_stemmer: bool) -> dict:
     """One question with its metrics, and for each response its cluster and whether it is an exact match."""
     responses, n = question["responses"], len(question["responses"])
     if not responses or not question["targets"]:
         raise ValueError(f"a question of task {question['task']} has {n} responses and {len(question['targets'])} "
                          "references. Give it at least one of each.")
-    similar, unparsed = _judge_pairs(question, judge)
+    similar, unparsed = _similar(responses, said, symmetrize), sum(verdict is None for verdict in said.values())
     groups = sorted(clusters(similar, rule=cluster), key=lambda group: (-len(group), group))
     scores = {text: rouge_scores(text, question["targets"], use_stemmer=use_stemmer) for text in set(responses)}
     rouge = [scores[text] for text in responses]
@@ -447,21 +496,23 @@ def _exact_match_by_style(rows: list[dict]) -> dict[str, list[float]]:
     return dict(sorted(found.items()))
 
 
-def evaluate_responses(questions: list[dict], *, judge, cluster: str = "clique", use_stemmer: bool = False,
+def evaluate_responses(questions: list[dict], *, judge, cluster: str = "clique", use_stemmer: bool = False, symmetrize: str = "and",
                        resamples: int = 1000, seed: int = 0) -> tuple[dict, list[dict]]:
     """A model's metrics, and the table behind them: each question with its own values of METRICS.
 
     A question is {task, input, targets, wordings, responses} and, where known, id, labels, styles, unfinished. The
-    judge is asked `judge.similar(a, b, labels) -> True | False | None` in both orders; None means unparsed. All metrics
+    judge is asked `judge.similar(a, b, labels) -> True | False | None` in both orders, or for all pairs at once with
+    `judge.similar_pairs([(question, a, b)])`; None means unparsed. All metrics
     are means over questions; one with a single response has no CR and is left out there. `mcr` follows `cluster`.
     Raises ValueError for a question without responses or without references.
     """
-    rows = [_evaluate_question(question, judge, cluster, use_stemmer) for question in questions]
+    rows = [_evaluate_question(question, said, symmetrize, cluster, use_stemmer)
+            for question, said in zip(questions, _ask_pairs(questions, judge, symmetrize), strict=True)]
     styles = _exact_match_by_style(rows)
     metrics = {name: bootstrap([row[name] for row in rows], resamples=resamples, seed=seed) for name in METRICS}
     metrics["by_style"] = {style: bootstrap(styles[style], resamples=resamples, seed=seed) for style in styles}
     return metrics | {
-        "judge": getattr(judge, "name", type(judge).__name__), "cluster": cluster, "use_stemmer": use_stemmer,
+        "judge": getattr(judge, "name", type(judge).__name__), "cluster": cluster, "symmetrize": symmetrize, "use_stemmer": use_stemmer,
         "questions": len(rows), "without_cr": sum(row["cr"] is None for row in rows),
         "responses": sum(len(row["responses"]) for row in rows),
         "unfinished": sum(row.get("unfinished", 0) for row in rows),
@@ -771,6 +822,377 @@ def marked(tokenizer, ids: list[int], flags: list[bool]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# How far to trust a judge: LLMBar (arXiv 2310.07641)
+
+JUDGE_COLUMNS = {                                          # name in metrics.json: (column title, what it says)
+    "accuracy": ("Acc", "share of verdicts that agree with people's label, mean of both orders"),
+    "accuracy_both": ("Both", "share of instances that are right in both orders"),
+    "agreement": ("Agr", "share of instances with the same verdict in both orders"),
+}
+
+
+def cohen_kappa(first: list, second: list) -> float | None:
+    """Cohen's kappa of two codings, (p_o - p_e) / (1 - p_e), unweighted; None where chance alone explains everything."""
+    n, known = len(first), set(first) | set(second)
+    if not n:
+        return None
+    observed = sum(a == b for a, b in zip(first, second, strict=True)) / n
+    expected = sum(first.count(code) * second.count(code) for code in known) / n ** 2
+    return None if expected == 1 else (observed - expected) / (1 - expected)
+
+
+def llmbar_statistics(labels: list[int], winners: list[list]) -> dict:
+    """What LLMBar's statistics.json holds for these labels (1, 2) and winners ("1", "2", None, in both orders): its very strings.
+
+    For parity only: its kappas with the label compare winners called 1 and 0 with labels called 1 and 2.
+    """
+    n, gold = len(labels), [str(label) for label in labels]
+    first, second = ([pair[k] for pair in winners] for k in (0, 1))
+    right = [sum(a == b for a, b in zip(side, gold, strict=True)) for side in (first, second)]
+    both, equal = sum(a == b == c for a, b, c in zip(first, second, gold)), sum(a == b for a, b in zip(first, second))
+
+    coded = [[int(winner == "1") for winner in side] for side in (first, second)]
+    kappas = [cohen_kappa(side, labels) for side in coded]
+
+    def share(k):
+        return f"{k} / {n} = {k / n * 100}%"
+    return {"correct_False": share(right[0]), "correct_True": share(right[1]), "correct_average": f"{sum(right) / 2 / n * 100}%",
+            "correct_both": share(both), "equal": share(equal), "kappa_False": kappas[0], "kappa_True": kappas[1],
+            "kappa_average": None if None in kappas else sum(kappas) / 2, "kappa_agreement": cohen_kappa(*coded)}
+
+
+def judge_metrics(pairs: list[dict], rows: list[dict], *, own: str = "", seed: int = 0) -> dict:
+    """A judge's rows (judge.evaluate_pairs) against the labels of its pairs.
+
+    JUDGE_COLUMNS with intervals over instances; "kappa" with the label (mean of both orders, unparsed a code of its own)
+    and "kappa_orders" of the two orders; "llmbar_compat", what LLMBar's own code would report; counts; "length" and "self_preference".
+    """
+    gold, winners = [str(pair["label"]) for pair in pairs], [row["winners"] for row in rows]
+    hits = [[winner == label for winner in pair] for pair, label in zip(winners, gold, strict=True)]
+    values = {"accuracy": [sum(pair) / 2 for pair in hits], "accuracy_both": [float(all(pair)) for pair in hits],
+              "agreement": [float(a == b) for a, b in winners]}
+    kappas = [cohen_kappa(["-" if pair[k] is None else pair[k] for pair in winners], gold) for k in (0, 1)]
+    failures = Counter(failure.split(":")[0] for row in rows for failure in row["failures"])
+    return {**{name: bootstrap(found, seed=seed) for name, found in values.items()},
+            "kappa": None if None in kappas else sum(kappas) / 2,
+            "kappa_orders": cohen_kappa(*(["-" if pair[k] is None else pair[k] for pair in winners] for k in (0, 1))),
+            "llmbar_compat": llmbar_statistics([pair["label"] for pair in pairs], winners),
+            "n": len(pairs), "verdicts": 2 * len(pairs), "unparsed": sum(winner is None for pair in winners for winner in pair),
+            "draws": sum(row["draw"] for row in rows), "failures": dict(sorted(failures.items())),
+            "length": length_bias(pairs, winners), "self_preference": self_preference(pairs, winners, own)}
+
+
+def length_bias(pairs: list[dict], winners: list[list], *, least: int = 30) -> dict:
+    """How often the longer output wins, and how often people say it should, where lengths differ by more than `least` characters.
+
+    Also the accuracy where the longer output is right, and where the shorter one is. Unparsed verdicts are left out.
+    """
+    rows = []
+    for pair, said in zip(pairs, winners, strict=True):
+        difference = len(pair["output_1"]) - len(pair["output_2"])
+        if abs(difference) > least:
+            longer = "1" if difference > 0 else "2"
+            rows += [(winner == longer, str(pair["label"]) == longer) for winner in said if winner is not None]
+
+    def mean(found):
+        return sum(found) / len(found) if found else None
+    return {"verdicts": len(rows), "longer_wins": mean([won for won, _ in rows]), "longer_is_right": mean([right for _, right in rows]),
+            "accuracy_longer_right": mean([won for won, right in rows if right]),
+            "accuracy_shorter_right": mean([not won for won, right in rows if not right])}
+
+
+def self_preference(pairs: list[dict], winners: list[list], own: str) -> dict | None:
+    """The win rate that the judge gives outputs of its own family, less the one that people give them; None without sources.
+
+    A pair counts where exactly one of source_1 and source_2 holds `own`.
+    """
+    rows = []
+    for pair, said in zip(pairs, winners, strict=True):
+        mine = [own.lower() in str(pair.get(name, "")).lower() for name in ("source_1", "source_2")]
+        if own and mine[0] != mine[1]:
+            name = "1" if mine[0] else "2"
+            rows += [(winner == name, str(pair["label"]) == name) for winner in said if winner is not None]
+    if not rows:
+        return None
+    judged, people = (sum(column) / len(rows) for column in zip(*rows))
+    return {"own": own, "verdicts": len(rows), "judge": judged, "people": people, "difference": judged - people}
+
+
+def retest_agreement(repeats: list[list[dict]]) -> dict | None:
+    """How often the same question gets the same verdict when it is asked again, mean over pairs of repeats; None for one."""
+    if len(repeats) < 2:
+        return None
+    return bootstrap([float(np.mean([a["winners"][k] == b["winners"][k] for a, b in combinations(rows, 2) for k in (0, 1)])) for rows in zip(*repeats, strict=True)])
+
+
+def average_metrics(subsets: dict[str, dict], names: list[str]) -> dict:
+    """The unweighted mean over subsets of each of JUDGE_COLUMNS, as LLMBar averages; intervals from independent subsets."""
+    found = {}
+    for name in JUDGE_COLUMNS:
+        values = [subsets[subset][name] for subset in names]
+        mean = sum(value["mean"] for value in values) / len(values)
+        spread = None if any(value["ci95"] is None for value in values) else sum(
+            ((value["ci95"][1] - value["ci95"][0]) / 2) ** 2 for value in values) ** 0.5 / len(values)
+        found[name] = {"mean": mean, "ci95": None if spread is None else [max(0.0, mean - spread), min(1.0, mean + spread)],
+                       "n": sum(value["n"] for value in values)}
+    return found
+
+
+class LocalChat:
+    """The local model as a backend for judge.py's questions, in place of a server.
+
+    Where a question wants one of its choices and nothing else, the more probable one is the verdict; otherwise the model
+    writes. A prompt that does not fit is a failure, never cut.
+    """
+
+    def __init__(self, model, tokenizer, template, *, batch_size: int = 16):
+        self.model, self.tokenizer, self.template, self.batch_size = model, tokenizer, template, batch_size
+
+    def ask(self, questions, *, temperature: float = 0.0, sample: int = 0, progress=None) -> list:
+        """One judge.Reply per question."""
+        from judge import Reply
+
+        prompts = [self.template.render("\n\n".join(message["content"] for message in question.messages)) for question in questions]
+        limit = self.model.config.max_position_embeddings
+        fits = [i for i, text in enumerate(prompts) if len(self.tokenizer.encode_prompt(text)) + questions[i].max_tokens <= limit]
+        picked = [i for i in fits if questions[i].pick]
+        replies = {i: Reply("", "prompt longer than the model takes") for i in range(len(questions))}
+        heads = [f"VERDICT {questions[i].nonce}:" for i in picked]
+        words = [tuple(f" {word}" for word in questions[i].choices) for i in picked]
+        said = keyword_logprobs(self.model, self.tokenizer, [prompts[i].rstrip("\n") + "\n" for i in picked], heads, words,
+                                batch_size=self.batch_size) if picked else []
+        for i, head, pair, (first, second) in zip(picked, heads, words, said, strict=True):
+            replies[i] = Reply(head + pair[second > first]) if first == first and second == second else Reply("", "no number")
+        by_length = {}
+        for i in fits:
+            if i not in picked:
+                by_length.setdefault(questions[i].max_tokens, []).append(i)
+        for length, group in by_length.items():
+            made = complete(self.model, self.tokenizer, [prompts[i] for i in group], max_new_tokens=length, temperature=temperature,
+                            seed=[1000 * sample + i for i in group], batch_size=self.batch_size)
+            replies |= {i: Reply(answer.text, "" if answer.finished and answer.text else "empty message" if answer.finished else "cut at max_tokens")
+                        for i, answer in zip(group, made, strict=True)}
+        return [replies[i] for i in range(len(questions))]
+
+
+def check_judge(flags: JudgeFlags, *, asked: bool) -> None:
+    """Raise ValueError for judge flags that cannot work, or that nothing reads; nothing is sent or written."""
+    usual = JudgeFlags()
+    given = [name for name in JudgeFlags.__annotations__ if getattr(flags, name) != getattr(usual, name)]
+    if given and not asked:
+        raise ValueError(f"--{given[0].replace('_', '-')} is for a judge behind HTTP. Add --judge http, or leave it out.")
+    if not 0 <= flags.max_unparsed <= 1:
+        raise ValueError(f"--max-unparsed is {flags.max_unparsed}. Expected a share between 0 and 1.")
+    if asked:
+        from judge import chat_address, read_key
+
+        client_config(flags, flags.judge_model.split(",")[0], "")
+        read_key(flags.judge_key_env, chat_address(flags.judge_url))
+
+
+def client_config(flags: JudgeFlags, model: str, cache: str):
+    """The client's settings that the flags give."""
+    from judge import ClientConfig
+
+    return ClientConfig(url=flags.judge_url, model=model.strip(), key_env=flags.judge_key_env, cache=cache, workers=flags.judge_workers,
+                        tries=flags.judge_tries, timeout=flags.judge_timeout, deadline=flags.judge_deadline, max_requests=flags.max_requests,
+                        budget=flags.budget, price_in=flags.price_in, price_out=flags.price_out, proxy=flags.judge_proxy, ca=flags.judge_ca)
+
+
+def make_client(flags: JudgeFlags, out, model: str = ""):
+    """The client that the flags describe, with its answers in --judge-cache or in `out`."""
+    from judge import ChatClient
+
+    cache = Path(flags.judge_cache or Path(out) / "judge.jsonl")
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    return ChatClient(client_config(flags, model or flags.judge_model, str(cache)))
+
+
+def make_judge(config: EvalConfig):
+    """Who says which responses agree: rules, or a server."""
+    from judge import HttpJudge, RuleJudge
+
+    if config.judge == "rule":
+        return RuleJudge(rouge_threshold=config.rouge_threshold)
+    client = make_client(config, config.out)
+    judge = HttpJudge(client.ask, max_unparsed=config.max_unparsed, name=f"http {client.name}")
+    judge.client = client
+    return judge
+
+
+def evaluators(config: EvalConfig):
+    """Yield (name, function from pairs and the number of the repeat to rows, client or None) for each evaluator asked for."""
+    from data import find_template
+    from judge import PAIR_RULES, evaluate_by_rule, evaluate_pairs, find_strategy
+
+    if config.judge == "rule":
+        for rule in config.strategy or PAIR_RULES:
+            yield rule, lambda pairs, repeat, rule=rule: evaluate_by_rule(pairs, rule), None
+        return
+    strategies = {name: find_strategy(name) for name in config.strategy or ["rules"]}
+    if config.judge == "http":
+        backends = [(model.strip(), make_client(config, config.out, model.strip())) for model in config.judge_model.split(",")]
+    else:
+        backends = [(name, LocalChat(model, tokenizer, find_template(config.template or model.config.prompt_template or "alpaca"),
+                                     batch_size=config.batch_size)) for name, model, tokenizer in load_models(config)]
+    for model, backend in backends:
+        for name, strategy in strategies.items():
+            def run(pairs, repeat, ask=backend.ask, strategy=strategy):
+                return evaluate_pairs(ask, pairs, strategy, parse=config.verdict_rule, sample=repeat)
+            yield f"{model} {name}" if len(backends) > 1 else name, run, backend if config.judge == "http" else None
+
+
+def meta_evaluate(config: EvalConfig) -> None:
+    """Measure the judge on labelled pairs: print the table, write metrics.json, verdicts.jsonl, report.md and a plot."""
+    from data import load_pairs
+    from judge import majority
+
+    subsets = {name: pairs[:config.instances or None] for name, pairs in load_pairs(config.data).items()}
+    results, judged, clients = {}, {}, {}
+    for name, run, client in list(evaluators(config)):
+        judged[name] = {subset: [run(pairs, repeat) for repeat in range(config.repeats)] for subset, pairs in subsets.items()}
+        results[name] = summarize_judge(subsets, judged[name], own=config.own, seed=config.seed)
+        clients |= {client.name: client} if client else {}
+    if len(judged) > 2:
+        votes = {subset: [majority([found[subset][0] for found in judged.values()])] for subset in subsets}
+        judged["majority"], results["majority"] = votes, summarize_judge(subsets, votes, own=config.own, seed=config.seed)
+    usage = [client.usage() for client in clients.values()]
+    report = write_judge_report(config.out, subsets, results, judged, {"judge": config.judge, "verdict_rule": config.verdict_rule, "usage": usage})
+    print(judge_table(results))
+    for client in clients.values():
+        print(client.summary())
+    print(f"report: {report}")
+
+
+def summarize_judge(subsets: dict[str, list], judged: dict[str, list], *, own: str = "", seed: int = 0) -> dict:
+    """{subset: judge_metrics and "retest", "Average", and with LLMBar's subsets "Adversarial"}."""
+    found = {name: judge_metrics(pairs, judged[name][0], own=own, seed=seed) | {"retest": retest_agreement(judged[name])} for name, pairs in subsets.items()}
+    adversarial = [name for name in ("Neighbor", "GPTInst", "GPTOut", "Manual") if name in subsets]
+    means = {"Adversarial": average_metrics(found, adversarial)} if len(adversarial) == 4 else {}
+    return found | means | {"Average": average_metrics(found, list(subsets))}
+
+
+def judge_table(results: dict[str, dict], *, markdown: bool = False) -> str:
+    """A line per evaluator: accuracy / agreement in percent, per subset and averaged."""
+    subsets = list(next(iter(results.values())))
+    head = ["evaluator", *subsets]
+    clean = markdown_text if markdown else printable
+    body = [[clean(name)] + [f"{_percent(found[subset]['accuracy'])} / {_percent(found[subset]['agreement'])}" for subset in subsets]
+            for name, found in results.items()]
+    if markdown:
+        return _markdown_table([head, *body])
+    widths = [max(len(line[k]) for line in [head, *body]) for k in range(len(head))]
+    return "\n".join(" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *body])
+
+
+def write_judge_report(out_dir, subsets: dict, results: dict[str, dict], judged: dict, about: dict) -> Path:
+    """Write metrics.json, verdicts.jsonl, report.md and plots/judge.png; returns the report's path."""
+    out_dir = Path(out_dir)
+    (out_dir / "plots").mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"evaluator": name, "subset": subset, "repeat": repeat, **pair, **row}, allow_nan=False)
+             for name, found in judged.items() for subset, repeats in found.items() for repeat, rows in enumerate(repeats)
+             for pair, row in zip(subsets[subset], rows, strict=True)]
+    parts = ["# How far to trust the judge", f"Judge: {markdown_text(about['judge'])}. Verdicts are read by the rule {about['verdict_rule']}. "
+             "Accuracy / agreement of both orders, percent; averages are over subsets, unweighted.", judge_table(results, markdown=True)]
+    parts += [_judge_section(name, found) for name, found in results.items()]
+    parts += ["\n".join(f"- **{title}** {text}." for title, text in JUDGE_COLUMNS.values())]
+    parts += [f"Asked: {markdown_text(json.dumps(usage))}" for usage in about["usage"]]
+    texts = {"metrics.json": json.dumps({**about, "evaluators": results}, indent=2, allow_nan=False) + "\n",
+             "verdicts.jsonl": "".join(line + "\n" for line in lines), "report.md": "\n\n".join(parts) + "\n"}
+    for name, text in texts.items():
+        (out_dir / name).write_text(text, encoding="utf-8")
+    try:
+        plot_judges(results, out_dir / "plots/judge.png")
+    except ImportError:
+        print("plots skipped: matplotlib is not installed (pip install matplotlib)")
+    return out_dir / "report.md"
+
+
+def _judge_section(name: str, found: dict) -> str:
+    """Markdown: one evaluator in full."""
+    lines = [["subset", "n", *(title for title, _ in JUDGE_COLUMNS.values()), "kappa", "kappa of orders", "unparsed", "draws", "retest",
+              "longer wins (should)", "right if longer / shorter is"]]
+    for subset, m in found.items():
+        cells = [_percent(m[column], interval=True) for column in JUDGE_COLUMNS]
+        if "length" in m:
+            length = m["length"]
+            cells += [_ratio(m["kappa"]), _ratio(m["kappa_orders"]), f"{m['unparsed']} of {m['verdicts']}", str(m["draws"]),
+                      _percent(m["retest"]) if m["retest"] else "-", f"{_ratio(length['longer_wins'])} ({_ratio(length['longer_is_right'])})",
+                      f"{_ratio(length['accuracy_longer_right'])} / {_ratio(length['accuracy_shorter_right'])}"]
+        lines.append([markdown_text(subset), str(m["accuracy"]["n"]), *cells, *["-"] * (len(lines[0]) - 2 - len(cells))])
+    causes = sum((Counter(m.get("failures", {})) for m in found.values()), Counter())
+    own = [f"{markdown_text(subset)}: {m['self_preference']['difference']:+.2f}" for subset, m in found.items() if m.get("self_preference")]
+    notes = [f"Unread: {', '.join(f'{n} {markdown_text(cause)}' for cause, n in causes.items())}."] if causes else []
+    notes += [f"Preference for its own family, win rate less people's: {', '.join(own)}."] if own else []
+    return "\n\n".join([f"## {markdown_text(name)}", _markdown_table(lines), *notes])
+
+
+def wilson(k: int, n: int) -> list[float] | None:
+    """The 95 % interval of a share k / n (Wilson 1927); None for n = 0."""
+    if not n:
+        return None
+    z, p = 1.959964, k / n
+    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)]
+
+
+def confusion_report(found: dict, name: str) -> str:
+    """Markdown: judge.confusion of the rewards of a run, as the meta-evaluation reports a judge: accuracy, kappa, unread."""
+    lines = [["question", "answers", "n", "Acc", "kappa", "precision", "recall", "unread"]]
+    for answers, title in (("all", "all"), ("asked", "different ones that it was asked about")):
+        for question in ("type", "correct", "best"):
+            c = found[answers][question]
+            n = c["tp"] + c["fp"] + c["fn"] + c["tn"]
+            said = [True] * (c["tp"] + c["fp"]) + [False] * (c["fn"] + c["tn"])
+            true = [True] * c["tp"] + [False] * c["fp"] + [True] * c["fn"] + [False] * c["tn"]
+            accuracy = {"mean": c["accuracy"], "ci95": wilson(c["tp"] + c["tn"], n)}
+            lines.append([question, title, str(n), _percent(accuracy, interval=True), _ratio(cohen_kappa(said, true)), _ratio(c["precision"]),
+                          _ratio(c["recall"]), str(c["missing"])])
+    return (f"\n## How far to trust the judge\n\nThe {markdown_text(name)} judge's rewards against exact rules; accuracy in percent with its 95 % interval. "
+            f"An answer equal to the shown target is not asked about.\n\n{_markdown_table(lines)}\n")
+
+
+def plot_judges(results: dict[str, dict], path) -> Path:
+    """Accuracy per subset, a bar per evaluator with its 95 % interval; a tick marks the agreement of both orders, a line chance."""
+    subsets = list(next(iter(results.values())))
+    figure, axes = _figure(max(7, 1.5 + 0.3 * len(subsets) * (len(results) + 1)), 4)
+    width = 0.8 / len(results)
+    for k, (name, found) in enumerate(results.items()):
+        means = [100 * found[subset]["accuracy"]["mean"] for subset in subsets]
+        bounds = [found[subset]["accuracy"]["ci95"] or [found[subset]["accuracy"]["mean"]] * 2 for subset in subsets]
+        at = np.arange(len(subsets)) + (k - (len(results) - 1) / 2) * width
+        axes.bar(at, means, width * 0.92, yerr=np.abs(100 * np.array(bounds).T - means), capsize=2, color=COLOURS[k % len(COLOURS)],
+                 label=_short(name, 40), error_kw={"elinewidth": 1, "ecolor": "#444444"})
+        axes.plot(at, [100 * found[subset]["agreement"]["mean"] for subset in subsets], linestyle="", marker="_", markersize=9, color="black",
+                  label="agreement of both orders" if k == len(results) - 1 else None)
+    axes.axhline(50, color="#888888", linewidth=1, linestyle=":")
+    axes.set_xticks(range(len(subsets)), [_short(subset, 14) for subset in subsets])
+    axes.set(xlim=(-0.55, len(subsets) - 0.45), ylim=(0, 103))
+    _tidy(axes)
+    figure.legend(loc="outside upper center", ncols=min(len(results) + 1, 4), frameon=False)
+    figure.savefig(path)
+    return Path(path)
+
+
+def write_paraphrases(config: EvalConfig) -> None:
+    """--paraphrase: wordings of the tasks' instructions into paraphrases.json, and where each came from into paraphrases.jsonl."""
+    from data import load_tasks
+    from judge import paraphrase
+
+    client, out = make_client(config, config.out), Path(config.out)
+    rows = paraphrase(client.ask, {task.name: task.definition for task in load_tasks(config.tasks or DEMO / "tasks")}, config.paraphrase, model=client.name)
+    (out / "paraphrases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = {}
+    for row in rows:
+        if row["kept"]:
+            kept.setdefault(row["task"], []).append({"text": row["text"], "style": row["style"]})
+    (out / "paraphrases.json").write_text(json.dumps(kept, indent=1) + "\n")
+    reasons = Counter(row["reason"] for row in rows if not row["kept"])
+    print(f"{len(rows) - sum(reasons.values())} of {len(rows)} wordings kept" + (f"; dropped: {', '.join(f'{n} {why}' for why, n in reasons.items())}" if reasons else "")
+          + f".\n{client.summary()}\nwordings: {out / 'paraphrases.json'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Tables and reports
 
 
@@ -993,7 +1415,7 @@ def parse_flags(config_class, argv=None, description: str = "") -> dict:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     hints = get_type_hints(config_class)
-    for item in fields(config_class):
+    for item in sorted(fields(config_class), key=lambda item: item.name in JudgeFlags.__annotations__):     # the judge's flags last
         name, kind, default, only = "--" + item.name.replace("_", "-"), hints[item.name], item.default, item.metadata["only"]
         options = {"default": SUPPRESS, "help": item.metadata["help"] + (f" [{', '.join(only)}]" if only else "")
                    + (f" (default: {default})" if default not in ("", MISSING) else "")}
@@ -1002,7 +1424,7 @@ def parse_flags(config_class, argv=None, description: str = "") -> dict:
         elif get_origin(kind) is Literal:
             options["choices"] = get_args(kind)
         elif get_origin(kind) is list:
-            options |= {"nargs": "+", "metavar": "DIR"}
+            options |= {"nargs": "+", "metavar": "STR"}
         else:
             options |= {"type": kind, "metavar": kind.__name__.upper()}
         parser.add_argument(name, **options)
@@ -1011,10 +1433,16 @@ def parse_flags(config_class, argv=None, description: str = "") -> dict:
 
 def check_config(config: EvalConfig) -> None:
     """Raise ValueError for what can be seen to be wrong before anything is loaded."""
-    for name in ("wordings", "per_task", "max_new_tokens", "batch_size"):
+    for name in ("wordings", "per_task", "max_new_tokens", "batch_size", "repeats"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small. Give 1 or more.")
-    given = [("--model", config.model), ("--tasks", config.tasks), ("--paraphrases", config.paraphrases), ("--show-mask", config.show_mask)]
+    if config.judge == "self" and not config.benchmark:
+        raise ValueError("--judge self judges only --benchmark. For CR and MCR give --judge rule or --judge http.")
+    if config.benchmark and not config.data:
+        raise ValueError(f"--benchmark {config.benchmark} needs --data DIR, the folder with its instances.")
+    check_judge(config, asked=config.judge == "http" or config.paraphrase > 0)
+    given = [("--model", config.model), ("--tasks", config.tasks), ("--paraphrases", config.paraphrases), ("--show-mask", config.show_mask),
+             ("--data", config.data)]
     for flag, path in given + [("--adapter", path) for path in config.adapter]:
         if path and not Path(path).exists():
             raise ValueError(f"{flag} {path} does not exist. Give the path of a file or folder that does.")
@@ -1143,11 +1571,15 @@ def main(argv=None) -> None:
     config = EvalConfig(**({} if given.get("tasks") else DEMO_DEFAULTS) | given)
     try:
         check_config(config)
+        from judge import JudgeStopped
+
         if config.show_mask:
             return show_masks(config)
-        from judge import RuleJudge
-
-        asked, judge = load_questions(config), RuleJudge(rouge_threshold=config.rouge_threshold)
+        if config.benchmark:
+            return meta_evaluate(config)
+        if config.paraphrase:
+            return write_paraphrases(config)
+        asked, judge = load_questions(config), make_judge(config)
         if config.best_of:
             return evaluate_best_of(config, asked, judge)
         results, tables = {}, {}
@@ -1155,12 +1587,17 @@ def main(argv=None) -> None:
         for name, model, tokenizer in load_models(config):
             results[name], tables[name] = evaluate_responses(
                 evaluate_model(model, tokenizer, asked, config), judge=judge, cluster=config.cluster,
-                use_stemmer=config.use_stemmer, seed=config.seed)
+                use_stemmer=config.use_stemmer, symmetrize=config.symmetrize, seed=config.seed)
             if reference is not None:
                 results[name]["kl"] = sampled_kl(model, reference, tokenizer, asked, config)
         report = write_report(config.out, results, tables)[2]
     except (ValueError, OSError) as error:
         fail(str(error))
+    except JudgeStopped as error:
+        complain(str(error))
+        raise SystemExit(1) from None
+    if config.judge == "http":
+        print(judge.client.summary())
     print(f"{summary_table(results)}\nreport: {report}")
 
 

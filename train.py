@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Literal
 
-from eval import complain, fail, flag, parse_flags
+from eval import JudgeFlags, check_judge, complain, fail, flag, parse_flags
 
 HERE = Path(__file__).parent
 PREFERENCE = ("cat", "dpo", "rso", "slic", "rrhf", "pro", "expert", "conditional", "reward", "ppo")
@@ -38,7 +38,7 @@ RECORDS = ("candidates.jsonl", "judged.jsonl", "refined.jsonl", "rollouts.jsonl"
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(JudgeFlags):
     """Every flag of train.py. Precedence: this default < the stage's < the demo's < the command line."""
 
     stage: str = flag("cat", "what to train")
@@ -81,8 +81,8 @@ class TrainConfig:
     temperature: float = flag(1.0, "sampling temperature", AFTER_SFT)
     top_p: float = flag(1.0, "nucleus sampling", AFTER_SFT)
     candidates: str = flag("", "train on this candidates.jsonl instead of collecting", PREFERENCE)
-    judge: Literal["self", "rule", "reward", "length"] = flag("self", "who judges sampled answers: the model itself, exact rules, a reward "
-                                                               "model, or their length alone (a control)", AFTER_SFT)
+    judge: Literal["self", "rule", "http", "reward", "length"] = flag("self", "who judges sampled answers: the model itself, exact rules, a "
+                                                                       "server, a reward model, or their length alone (a control)", AFTER_SFT)
     reward_model: str = flag("", "run folder of a reward stage, for --judge reward", PREFERENCE)
     reward_mode: Literal["gated", "sum"] = flag("gated", "how answer type and correctness make the reward", PREFERENCE)
     reward_steps: Literal["two", "one"] = flag("two", "ask type then correctness, or correctness alone", PREFERENCE)
@@ -129,7 +129,7 @@ class TrainConfig:
     # learning from judgments
     records: str = flag("", "train on this file of judged responses instead of sampling and judging", JUDGED)
     rounds: int = flag(1, "collect and train so many times, each round from the last one's model (online alignment)", AFTER_SFT)
-    critic: str = flag("", "run folder of a critic stage whose adapter writes the judgments (with --judge self)", JUDGED)
+    critic: str = flag("", "run folder of a critic stage whose adapter writes the judgments (with --judge self), or http: a server does", JUDGED)
     downsample: float = flag(0.25, "satisfying responses kept per unsatisfying one (0: all)", JUDGED)
     detect: Literal["ratio", "all"] = flag("ratio", "which tokens of a bad response are unlearned: those the judgment makes likelier, or all", ("cut",))
     detect_lam: float = flag(1.1, "a token is flagged where p(token | judgment) > this * p(token)", ("cut",))
@@ -213,14 +213,19 @@ def check_config(cfg: TrainConfig) -> str:
     for name in ("lr", "sft_lr", "rm_lr", "clip", "alpha", "detect_lam", "beta", "rso_beta", "clip_ratio", "clip_value"):
         if not getattr(cfg, name) > 0 or math.isinf(getattr(cfg, name)):
             return f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected a positive number."
-    for name, top in (("dropout", 1), ("judge_share", 1), ("label_smoothing", 0.5), ("warmup_ratio", 1), ("min_lr_ratio", 1), ("top_p", 1.0001), ("gamma", 1.0001), ("gae_lam", 1.0001)):
+    for name, top in (("dropout", 1), ("judge_share", 1), ("label_smoothing", 0.5), ("warmup_ratio", 1), ("min_lr_ratio", 1), ("top_p", 1.0001), 
+                      ("gamma", 1.0001), ("gae_lam", 1.0001)):
         if not 0 <= getattr(cfg, name) < top:
             return f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected a share between 0 and 1."
     for name in ("temperature", "lam", "margin", "wordings", "downsample", "detect_floor", "unlike_alpha", "unlike_gamma", "judged_warmup", "fresh_wordings", "kl_beta", "kl_target",
                  "value_weight"):
         if not getattr(cfg, name) >= 0:
             return f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected 0 or more."
-    if cfg.critic and cfg.judge != "self":
+    try:
+        check_judge(cfg, asked="http" in (cfg.judge, cfg.critic))
+    except ValueError as error:
+        return str(error)
+    if cfg.critic not in ("", "http") and cfg.judge != "self":
         return "--critic writes judgments only with --judge self. Add that, or leave --critic out."
     if cfg.stage in JUDGED and cfg.model and not cfg.tasks and not cfg.records:
         return f"--stage {cfg.stage} with --model needs --tasks DIR to sample answers to, or --records FILE of judged responses."
@@ -236,7 +241,7 @@ def check_config(cfg: TrainConfig) -> str:
         return f"--eval-wordings is {cfg.eval_wordings}. Consistency needs at least 2."
     for name in ("model", "tasks", "paraphrases", "corpus", "candidates", "tokenizer", "init", "records", "critic", "reward_model"):
         path = getattr(cfg, name)
-        if path and not Path(path).exists():
+        if path and not Path(path).exists() and (name, path) != ("critic", "http"):
             return f"--{name} {path} does not exist. Give a path that does."
     if cfg.stage == "pretrain" and not (cfg.corpus and cfg.tokenizer):
         return "stage pretrain needs --corpus FILE and --tokenizer FILE; demo/make_base.py makes both."
@@ -272,8 +277,8 @@ import data                                                 # noqa: E402
 import judge as judging                                     # noqa: E402
 import lora                                                 # noqa: E402
 import losses                                               # noqa: E402
-from eval import (MASK_LAMS, VALUE_HEAD, EvalConfig, add_head, complete, cut_masks, document_rewards, evaluate_errors,    # noqa: E402
-                  evaluate_model, evaluate_responses, keyword_logprobs, mask_report, mask_scores, plot_mask, plot_rollouts,
+from eval import (MASK_LAMS, VALUE_HEAD, EvalConfig, add_head, complete, confusion_report, cut_masks, document_rewards, evaluate_errors,    # noqa: E402
+                  evaluate_model, evaluate_responses, keyword_logprobs, make_client, mask_report, mask_scores, plot_mask, plot_rollouts,
                   reward_report, reward_scores, summary_table, write_report)
 from model import PRESETS, Llama, Packed, load_model, save_model    # noqa: E402
 
@@ -725,6 +730,13 @@ def collect_candidates(run: Run) -> None:
     judge, chunk = make_judge(run), 4 * cfg.eval_batch
     for start in tqdm(range(0, len(todo), chunk), desc="collect", unit="chunk", disable=None):
         data.append_records(path, score_candidates(run, judge, todo[start:start + chunk]))
+    say_usage(judge)
+
+
+def say_usage(judge) -> None:
+    """What a judge behind HTTP was asked, and what it cost."""
+    if hasattr(judge, "client"):
+        say(judge.client.summary())
 
 
 def candidate_key(record: dict) -> tuple:
@@ -779,7 +791,7 @@ def score_candidates(run: Run, judge, records: list[dict]) -> list[dict]:
 
 
 def make_judge(run: Run):
-    """The judge that --judge names: the model as it stands (base and adapter), or exact rules."""
+    """The judge that --judge names: the model as it stands (base and adapter), exact rules, or a server."""
     cfg = run.cfg
     fitted = cfg.reward_model or (str(reward_folder(cfg)) if cfg.stage == "ppo" and cfg.fit_reward else "")
     if cfg.judge == "rule" and not fitted:
@@ -789,12 +801,17 @@ def make_judge(run: Run):
     if fitted:
         model = load_trained(cfg, Path(fitted))
         return judging.ScoreJudge(lambda items: reward_scores(model, run.tokenizer, run.template, items, max_len=cfg.max_len, max_tokens=cfg.micro_tokens))
+    config = judging.JudgeConfig(mode=cfg.reward_mode, steps=cfg.reward_steps, show_target=cfg.show_target)
+    if cfg.judge == "http":
+        client = make_client(cfg, run.folder)
+        judge = judging.HttpJudge(client.ask, config, max_unparsed=cfg.max_unparsed, name=f"http {client.name}")
+        judge.client = client
+        return judge
 
     def ask(prefixes, suffixes, keywords):
         return keyword_logprobs(run.model, run.tokenizer, prefixes, suffixes, keywords, batch_size=cfg.eval_batch,
                                 max_len=cfg.max_len)
-    return judging.LocalJudge(ask, judging.JudgeConfig(mode=cfg.reward_mode, steps=cfg.reward_steps,
-                                                       show_target=cfg.show_target))
+    return judging.LocalJudge(ask, config)
 
 
 def judged_records(run: Run) -> list[dict]:
@@ -983,6 +1000,7 @@ def collect_judged(run: Run) -> None:
         spoken = [record for record in records if record["response"].strip()]
         empty += len(records) - len(spoken)
         data.append_records(path, [{**record, "judgment": judgment} for record, judgment in zip(spoken, critic.critique(spoken), strict=True)])
+    say_usage(critic)
     if empty:
         say(f"{cfg.stage}: {empty} empty responses were not recorded.")
 
@@ -1017,8 +1035,13 @@ def record_key(record: dict) -> str:
 
 
 def make_critic(run: Run):
-    """Who writes judgments: rules, or the model with --critic's adapter (its own without)."""
+    """Who writes judgments: a server, rules, or the model with --critic's adapter (its own without)."""
     cfg = run.cfg
+    if "http" in (cfg.judge, cfg.critic):
+        client = make_client(cfg, run.folder)
+        critic = judging.HttpCritic(client.ask)
+        critic.client = client
+        return critic
     if cfg.judge == "rule":
         return judging.RuleCritic()
     model = plain(load_trained(cfg, Path(cfg.critic))) if cfg.critic else plain(run.model)
@@ -1299,6 +1322,7 @@ def finished(folder: Path, cfg: TrainConfig) -> bool:
     if not done and not any((folder / name).exists() for name in RECORDS):
         return False
     old, ignore = json.loads((folder / "config.json").read_text()), {"out", "device", "evaluate", "compare", "split", "micro_tokens"}
+    ignore |= JudgeFlags.__annotations__.keys() - {"judge_url", "judge_model"}
     if folder != Path(cfg.out):
         ignore.add("init")
     if cfg.stage in ("sft", "sft-ia"):
@@ -1431,8 +1455,7 @@ def align(cfg: TrainConfig) -> None:
 def report(run: Run, ladder: dict[str, Path | None]) -> None:
     """Evaluate {title: adapter folder} and write metrics.json, judge.json, report.md and plots."""
     cfg = run.cfg
-    if STAGES[cfg.stage].collect is collect_candidates:
-        measure_judge(run)
+    judged = measure_judge(run) if STAGES[cfg.stage].collect is collect_candidates else ""
     if not cfg.evaluate:
         return
     if cfg.stage == "reward":
@@ -1452,6 +1475,8 @@ def report(run: Run, ladder: dict[str, Path | None]) -> None:
     write_report(cfg.out, results, tables)
     if cfg.stage == "ppo" and (Path(cfg.out) / "plots").is_dir():       # there with matplotlib
         plot_rollouts(data.read_records(run.folder / "rollouts.jsonl"), Path(cfg.out) / "plots" / "ppo.png")
+    with open(Path(cfg.out) / "report.md", "a", encoding="utf-8") as written:
+        written.write(judged)
     say(summary_table(results))
     say(f"report: {cfg.out}/report.md\nnext: {next_command(cfg)}")
 
@@ -1508,21 +1533,22 @@ def measure_mask(run: Run, ladder: dict[str, Path]) -> None:
         plot_mask(list(found.values())[0], path / "plots" / "mask.png")
 
 
-def measure_judge(run: Run) -> None:
-    """Write judge.json: the rewards that were trained on against the exact rules."""
+def measure_judge(run: Run) -> str:
+    """Write judge.json: the rewards that were trained on against the exact rules. Returns it as a section of the report."""
     labels, items, verdicts, truths = {task.name: task.labels for task in run.tasks}, [], [], []
     for record in (c for group in grouped_candidates(run) for c in group):
         items.append({**record, "labels": labels.get(record["task"])})
         verdicts.append(judging.Verdict(record["expected"], record["correct"], record["reward"], record["how"]))
     if any(verdict.how not in judging.VERDICTS for verdict in verdicts):
-        return                                              # plain numbers: nothing to compare with verdicts
+        return ""                                           # plain numbers: nothing to compare with verdicts
     truths = judging.RuleJudge(rouge_threshold=run.cfg.rouge_threshold).judge(items)
     found = judging.confusion(items, verdicts, truths)
     (run.folder / "judge.json").write_text(json.dumps(found, indent=1) + "\n")
     asked = found["asked"]
     if asked["n"]:
         parts = [f"{name} {100 * asked[name]['accuracy']:.0f} %" for name in ("type", "correct") if asked[name]["accuracy"] is not None]
-        say(f"self-judge against exact rules, on {asked['n']} different answers that it was asked about: " + ", ".join(parts))
+        say(f"{run.cfg.judge} judge against exact rules, on {asked['n']} different answers that it was asked about: " + ", ".join(parts))
+    return confusion_report(found, run.cfg.judge)
 
 
 def next_command(cfg: TrainConfig) -> str:
@@ -1560,6 +1586,9 @@ def main(argv=None) -> int:
         (pretrain if cfg.stage == "pretrain" else align)(cfg)
     except ValueError as error:
         return complain(str(error))
+    except judging.JudgeStopped as error:
+        complain(str(error))
+        return 1
     except FloatingPointError as error:
         complain(str(error))
         return 1

@@ -1,0 +1,199 @@
+"""train.py and eval.py with a judge behind HTTP: who is rewarded, what is written, stopping and going on, mistakes."""
+
+import json
+import re
+
+import pytest
+from chatserver import ChatServer, completion
+from test_train import arguments, cat, world  # noqa: F401
+
+import data
+import eval as evaluation
+import train
+from judge import FAILED, RuleJudge
+
+HTTP = ("--judge", "http", "--judge-model", "m", "--judge-tries", "2", "--judge-workers", "4")
+
+
+def shown(text, name):
+    """What stands in a fence of a prompt."""
+    return re.search(rf"<{name} (\w+)>\n(.*)\n</{name} \1>", text, re.S)[2]
+
+
+def truthful(request, number=0):
+    """A judge that reads the fences and knows the truth: a response is of the expected type if it is one word, right if it is the reference."""
+    text = request["messages"][-1]["content"]
+    nonce = re.search(r'VERDICT (\w{8}): X', text)[1]
+    if "<first response" in text:
+        said = "same" if shown(text, "first response")[:3] == shown(text, "second response")[:3] else "contradicted"
+    elif "kind of answer" in text:
+        said = "expected" if len(shown(text, "response").split()) == 1 else "unexpected"
+    elif "nothing to say" in text:
+        said = "Too long.\nVERDICT %s: flawed" % nonce if len(shown(text, "response").split()) > 1 else "VERDICT %s: perfect" % nonce
+        return {"body": completion(said if number % 7 else "I cannot say.")}
+    else:
+        said = "correct" if shown(text, "response").strip() == shown(text, "reference") else "incorrect"
+    return {"body": completion(f"VERDICT {nonce}: {said}")}
+
+
+def http_cat(world, out, url, *more):                               # noqa: F811
+    argv = cat(world, out, *more)
+    argv[argv.index("rule") - 1:argv.index("rule") + 1] = [*HTTP, "--judge-url", url]
+    return argv
+
+
+def test_cat_with_a_judge_behind_http(world, tmp_path, capsys):     # noqa: F811
+    with ChatServer(truthful) as server:
+        train.main(http_cat(world, tmp_path / "run", server.url, "--price-in", "1", "--price-out", "2"))       # a random model may have nothing to rank
+        records, asked = data.read_records(tmp_path / "run/candidates.jsonl"), len(server.requests)
+        assert records and asked
+        for record in records:
+            words = record["response"].split()
+            assert record["how"] in ("judged", "exact", "empty") and record["reward"] in (0, 1, 2)
+            if record["how"] == "judged":
+                letters = any(map(str.isalnum, record["response"]))
+                assert record["reward"] == (0 if not letters or len(words) != 1 else 2 if record["response"].strip() == record["target"] else 1)
+        said = capsys.readouterr().out
+        assert re.search(r"judge m: \d+ requests, \d+ answered, 0 from the cache, 0 retries; \d+ \+ \d+ tokens, cost 0\.\d{4}\.", said)
+        assert (tmp_path / "run/judge.jsonl").exists()
+        train.main(http_cat(world, tmp_path / "run", server.url, "--price-in", "9", "--price-out", "2", "--judge-workers", "2"))     # other prices are the same run
+        assert len(server.requests) == asked
+    (tmp_path / "run/candidates.jsonl").unlink()
+    with ChatServer(truthful) as other:
+        train.main(http_cat(world, tmp_path / "run", server.url))   # no server there, but every answer is on file
+        assert other.requests == [] and data.read_records(tmp_path / "run/candidates.jsonl") == records
+        capsys.readouterr()
+        assert train.main(http_cat(world, tmp_path / "run", other.url)) == 2
+        assert "judge_url was" in capsys.readouterr().err
+
+
+def test_a_run_that_is_stopped_by_a_limit_goes_on(world, tmp_path, capsys):        # noqa: F811
+    with ChatServer(truthful) as server:
+        assert train.main(http_cat(world, tmp_path / "run", server.url, "--max-requests", "5")) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: --max-requests 5 is reached. 5 answers are saved in ") and error.count("\n") == 1
+        assert len(server.requests) == 5 and not (tmp_path / "run/candidates.jsonl").exists()
+        train.main(http_cat(world, tmp_path / "run", server.url))
+        prompts = server.texts()
+        assert len(set(prompts)) == len(prompts) > 5
+
+
+def test_the_report_says_how_far_the_judge_can_be_trusted(world, tmp_path):         # noqa: F811
+    from test_train import planted
+    assert train.main(cat(world, tmp_path / "run", "--candidates", str(planted(world, tmp_path / "candidates.jsonl")))) == 0
+    report = (tmp_path / "run/report.md").read_text()
+    found = json.loads((tmp_path / "run/judge.json").read_text())
+    row = next(line for line in report.splitlines() if line.startswith("| best | all |")).split(" | ")
+    c = found["all"]["best"]
+    assert row[2] == str(c["tp"] + c["fp"] + c["fn"] + c["tn"]) and row[3].startswith(f"{100 * c['accuracy']:.1f} [")
+    assert "## How far to trust the judge" in report and report.index("# Evaluation") < report.index("## How far to trust the judge")
+
+
+def test_wilson_intervals_by_hand():
+    assert evaluation.wilson(0, 0) is None
+    assert evaluation.wilson(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)
+    assert evaluation.wilson(0, 20) == pytest.approx([0.0, 0.1611], abs=1e-4)
+
+
+def test_cut_in_rounds_with_a_critic_behind_http(world, tmp_path, capsys):          # noqa: F811
+    with ChatServer(truthful) as server:
+        argv = ["--stage", "cut", *arguments(world, tmp_path / "run", "--pool-per-task", "4", "--steps", "3", "--sft-steps", "3", "--rounds", "2", "--critic", "http",
+                                             "--judge-model", "m", "--judge-url", server.url, "--downsample", "0")]
+        train.main(argv)
+    records = data.read_records(tmp_path / "run/round1/judged.jsonl")
+    assert records and server.requests
+    for record in records:
+        assert record["judgment"] in ("Too long.", FAILED) if len(record["response"].split()) > 1 else record["judgment"] in (None, FAILED)
+    assert "without a judgment, dropped" in capsys.readouterr().out or all(record["judgment"] != FAILED for record in records)
+
+
+def test_cr_with_a_judge_behind_http(world, tmp_path, capsys):      # noqa: F811
+    argv = ["--model", str(world / "model"), "--tasks", str(world / "tasks"), "--paraphrases", str(world / "paraphrases.json"), "--per-task", "4", "--max-new-tokens", "4",
+            "--out", str(tmp_path / "out")]
+    with ChatServer(truthful) as server:
+        evaluation.main([*argv, *HTTP, "--judge-url", server.url])
+        asked = len(server.requests)
+    found = json.loads((tmp_path / "out/metrics.json").read_text())["model"]
+    rows = [json.loads(line) for line in (tmp_path / "out/questions.jsonl").read_text().splitlines()]
+    assert found["judge"] == "http m" and found["unparsed"] == 0
+    for row in rows:
+        one, two = row["responses"]
+        assert row["cr"] == float(one == two or one[:3] == two[:3] and "" not in (one, two) or one.strip()[:3] == two.strip()[:3])
+    pairs = {(row["input"], *row["responses"]) for row in rows if row["responses"][0] != row["responses"][1]}
+    assert asked <= 2 * len(rows) and asked >= 2 * (len(pairs) > 0) and "judge m:" in capsys.readouterr().out
+
+
+def test_wordings_from_the_command_line(world, tmp_path, capsys):   # noqa: F811
+    def write(request, number):
+        text = request["messages"][-1]["content"]
+        if "VERDICT" in text:
+            return {"body": completion("VERDICT " + re.search(r"VERDICT (\w{8})", text)[1] + ": same")}
+        return {"body": completion(f"please do {number}: {shown(text, 'instruction')}")}
+    with ChatServer(write) as server:
+        evaluation.main(["--paraphrase", "6", "--tasks", str(world / "tasks"), "--judge-model", "m", "--judge-url", server.url, "--out", str(tmp_path)])
+    assert "12 of 12 wordings kept" in capsys.readouterr().out
+    tasks = data.load_tasks(world / "tasks")
+    data.load_paraphrases(tmp_path / "paraphrases.json", tasks)     # what it writes is what --paraphrases reads
+    assert all(sum(map(len, task.wordings.values())) == 6 for task in tasks)
+    rows = data.read_records(tmp_path / "paraphrases.jsonl")
+    assert len(rows) == 12 and all(row["kept"] and row["model"] == "m" and row["original"] for row in rows)
+
+
+def test_mistakes_get_one_sentence_before_anything_happens(world, tmp_path, capsys, monkeypatch):      # noqa: F811
+    def said(*argv):
+        with pytest.raises(SystemExit) as stop:
+            train.main([*arguments(world, tmp_path / "run"), *argv])
+        assert stop.value.code == 2 and not (tmp_path / "run").exists()
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+    assert "--judge-url is for a judge behind HTTP" in said("--stage", "cat", "--judge-url", "http://127.0.0.1:1")
+    assert "the judge's model has no name" in said("--stage", "cat", "--judge", "http")
+    assert "is not one. Expected an address such as" in said("--stage", "cat", *HTTP, "--judge-url", "localhost:8000")
+    assert "needs prices" in said("--stage", "cat", *HTTP, "--budget", "1")
+    assert "--max-unparsed is 7.0" in said("--stage", "cat", *HTTP, "--max-unparsed", "7")
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-secret-secret")
+    assert "over plain http to 10.0.0.5" in said("--stage", "cat", *HTTP, "--judge-url", "http://10.0.0.5/v1")
+    assert "sk-secret" not in said("--stage", "cat", *HTTP, "--judge-key-env", "sk-secret-secret")
+    assert "--critic writes judgments only with --judge self" in said("--stage", "cut", "--critic", str(tmp_path))
+
+
+def test_no_server_ends_with_one_and_one_sentence(world, tmp_path, capsys):         # noqa: F811
+    with ChatServer() as server:
+        url = server.url
+    assert train.main(http_cat(world, tmp_path / "run", url)) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: no judge at http://127.0.0.1:\d+/v1/chat/completions: no connection in 2 tries\. Start the server.*\n", error)
+
+
+def test_the_local_model_as_a_backend(world):                       # noqa: F811
+    """Where a choice is wanted the more probable one is taken, as keyword_logprobs has it; a prompt that does not fit is a failure."""
+    from eval import LocalChat, keyword_logprobs
+    from judge import STRATEGIES, evaluate_pairs, make_question
+    from model import load_model
+    model, tokenizer, template = load_model(world / "model"), data.Tokenizer(world / "model"), data.find_template("plain")
+    chat = LocalChat(model, tokenizer, template)
+    short = make_question("pick", {"x": "red"}, choices=("a", "b"), guard="{nonce}")
+    reply, = chat.ask([short])
+    prompt = template.render("\n\n".join(m["content"] for m in short.messages)).rstrip("\n") + "\n"
+    (a, b), = keyword_logprobs(model, tokenizer, [prompt], [f"VERDICT {short.nonce}:"], [(" a", " b")])
+    assert reply.text == f"VERDICT {short.nonce}: {'ab'[b > a]}" and not reply.failure
+    free, long = make_question("say", {"x": "red"}, guard="{nonce}", max_tokens=5), make_question("pick", {"x": "red " * 900}, choices=("a", "b"))
+    replies = chat.ask([long, free, short])
+    assert replies[0].failure == "prompt longer than the model takes" and replies[2] == reply
+    assert replies[1].failure in ("", "cut at max_tokens", "empty message")
+    row, = evaluate_pairs(chat.ask, [{"input": "red " * 900, "output_1": "x", "output_2": "y"}], STRATEGIES["rules"], reask=0)
+    assert row["winners"] == [None, None] and row["failures"] == ["prompt longer than the model takes"] * 2
+
+
+def test_an_evaluation_by_rules_asks_as_before():
+    """Batching pairs for a server changes nothing for a judge that is asked one by one."""
+    asked = []
+
+    class Counting(RuleJudge):
+        def similar(self, a, b, labels=None):
+            asked.append((a, b))
+            return super().similar(a, b, labels)
+    question = {"task": "t", "input": "i", "targets": ["x"], "wordings": ["w"] * 4, "responses": ["x", "y", "x", "X."]}
+    metrics, rows = evaluation.evaluate_responses([question, {**question, "input": "j"}], judge=Counting())
+    assert len(asked) == 12 and metrics["cr"]["mean"] == 0.5 and rows[0]["mcr"] == 0.75
