@@ -21,6 +21,7 @@ import json
 import math
 import os
 import random
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -1557,17 +1558,25 @@ def next_command(cfg: TrainConfig) -> str:
         inputs = "".join(f" --{name} {getattr(cfg, name)}" for name in ("model", "tasks", "paraphrases", "tokenizer")
                          if f" --{name} " in settings(cfg))
         return f"python train.py --stage cat{inputs} --out {cfg.out}-cat"
+    if cfg.stage == "ppo":
+        return f"python train.py --stage cat{settings(cfg)} --init {cfg.init or cfg.out} --out {cfg.out}-cat"
     records = cfg.candidates or f"{cfg.out}/candidates.jsonl"
-    return f"python train.py --stage cat{settings(cfg)} --init {cfg.init or cfg.out} --candidates {records} --lam 0.1 --out {cfg.out}-lam0.1"
+    other = "--lam 0.1 --out {}-lam0.1" if cfg.stage == "cat" else "--out {}-cat"
+    return f"python train.py --stage cat{settings(cfg)} --init {cfg.init or cfg.out} --candidates {records} {other.format(cfg.out)}"
 
 
 def settings(cfg: TrainConfig) -> str:
-    """The flags in which a run differs from its stage's defaults."""
-    usual, words = dataclasses.asdict(parse_config(["--stage", cfg.stage])), []
+    """The flags in which a run differs from its stage's defaults, as far as stage cat knows them."""
+    usual, argv, words = dataclasses.asdict(parse_config(["--stage", cfg.stage])), ["--stage", cfg.stage], []
+    for name in ("model", "tasks"):                         # other inputs have other defaults
+        if getattr(cfg, name) and getattr(cfg, name) != usual[name]:
+            argv += [f"--{name}", getattr(cfg, name)]
+            words.append(f"--{name} {shlex.quote(getattr(cfg, name))}")
+    usual = dataclasses.asdict(parse_config(argv))
     for item in dataclasses.fields(TrainConfig):
-        value, name = getattr(cfg, item.name), item.name.replace("_", "-")
-        if value != usual[item.name] and item.name not in ("out", "init", "candidates", "records", "lam", "template"):
-            words.append(f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name} {value}")
+        value, name, only = getattr(cfg, item.name), item.name.replace("_", "-"), item.metadata["only"]
+        if value != usual[item.name] and (not only or "cat" in only) and item.name not in ("out", "init", "candidates", "records", "lam", "template"):
+            words.append(f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name} {shlex.quote(str(value))}")
     return "".join(f" {word}" for word in words)
 
 
