@@ -787,7 +787,8 @@ class LocalChat:
         """One judge.Reply per question."""
         from judge import Reply
 
-        prompts = [self.template.render("\n\n".join(message["content"] for message in question.messages)) for question in questions]
+        # the user's message goes where no place holder is looked for: it holds texts under judgment, which must stay as they are
+        prompts = [self.template.render(*(message["content"] for message in question.messages)) for question in questions]
         limit = self.model.config.max_position_embeddings
         fits = [i for i, text in enumerate(prompts) if len(self.tokenizer.encode_prompt(text)) + questions[i].max_tokens <= limit]
         picked = [i for i in fits if questions[i].pick]

@@ -1,15 +1,23 @@
-"""Is a response of the expected type, and is it correct? Prompts, verdicts, the self-judge and the rule judge.
+"""Is a response of the expected type, is it correct, which of two is better? Prompts, verdicts, judges, and the client for a server.
 
 Methods:
     LocalJudge            two questions to a model, answered by the probability of a keyword    CAT, arXiv 2403.14221
-    combine_reward        the two answers as a reward 0, 1, 2                                   its author's code
+    HttpJudge             the same questions to a chat model, answered in words
+    gated_verdicts, combine_reward   the two answers as a reward 0, 1, 2                        its author's code
     RuleJudge             exact match for labels, ROUGE-L for free text: offline, no model
-    RuleCritic, LocalCritic   judgments in words, by rule or by a model                         CUT, arXiv 2312.14591
+    RuleCritic, LocalCritic, HttpCritic   judgments in words                                    CUT, arXiv 2312.14591
     similarity_matrix     which responses to one question agree; feeds CR and MCR               CAT, section on metrics
     confusion             one judge measured against another
+    STRATEGIES, evaluate_pairs   which of two outputs follows the instruction better            LLMBar, arXiv 2310.07641;
+                          several samples (2305.17926), both orders or a draw (2306.05685), majorities
+    paraphrase, new_instructions, refine, constitutional    data from the same client           2403.14221, 2212.10560,
+                          2204.14146, 2212.08073
+    ChatClient            OpenAI-compatible chat completions: retries, limits, and a file of all answers
 
-Strings only: no tensors, no files. The model comes in as the callable `ask`. An item is a dict with `instruction`,
-`input`, `target`, `response` and, for RuleJudge, optionally `targets` and `labels` (lists).
+Strings only: no tensors, and no files but the client's. A local model comes in as the callable `ask` of LocalJudge, or as a
+backend of the chat kind (eval.LocalChat). An item is a dict with `instruction`, `input`, `target`, `response` and, for
+RuleJudge, optionally `targets` and `labels` (lists). Order: rules and rewards; questions and how verdicts are read; client;
+judges behind it; evaluators of pairs; data recipes.
 """
 
 from __future__ import annotations
@@ -38,7 +46,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import requests
-import urllib3
+from requests.packages import urllib3                       # the one that requests itself uses
 from rouge_score.rouge_scorer import RougeScorer
 
 TYPE_WORDS = (" expected", " unexpected")
@@ -676,6 +684,8 @@ def redact(text: str, key: str) -> str:
 
 NO_KEY = "no API key: the environment variable {key_env} is empty, and {address} wants one. Set it, or use --judge self or --judge rule."
 STOPS = {                                                   # by status; the client fills in what it knows
+    200: "the judge at {address} streams its answers, though it was not asked to. Use a server that answers whole (transformers serve does from "
+         "version 5 on).",
     301: "the judge at {address} redirects. Redirects are not followed, since they would carry your prompts elsewhere. If that is right, set "
          "--judge-url to the new address.",
     401: "the judge at {address} refused the key (401). Correct the key in {key_env} and run the same command.",
@@ -693,6 +703,8 @@ def read_response(status: int, headers, data: bytes, *, sent: list[str]) -> tupl
     """
     body = _json(data)
     message, code = _error(body, data)
+    if 200 <= status < 300 and "event-stream" in headers.get("Content-Type", ""):
+        return "stop", STOPS[200], None
     if 200 <= status < 300:
         found = read_completion(body)
         return ("answer" if isinstance(found, dict) else "retry"), found, None
@@ -918,7 +930,7 @@ class ChatClient:
             wait(futures)
             self.answers.sync()
             if isinstance(error, JudgeStopped):
-                raise JudgeStopped(f"{error} {self._saved(len(todo))}") from None
+                raise JudgeStopped(f"{error} {self._saved()}") from None
             raise
         self.answers.sync()
         return [replies[key] for key, _ in wanted]
@@ -931,7 +943,7 @@ class ChatClient:
         said = {"address": self.address, "request": request, "sample": sample, "version": PROMPT_VERSION}
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest(), said
 
-    def _saved(self, total):
+    def _saved(self):
         answered, place = self.counts["answered"] + self.counts["cached"], self.config.cache
         return (f"{answered} answers are saved in {place}; run the same command to go on, nothing is asked twice." if place else
                 f"{answered} answers were got, and are lost without a --judge-cache FILE.")
@@ -971,7 +983,7 @@ class ChatClient:
 
     def _reserve(self, request) -> float:
         """Count a request and hold back what it can cost at most; stops the run where a limit would be passed."""
-        size = sum(len(message["content"].encode()) + 16 for message in request["request"]["messages"])     # no token is less than a byte
+        size = sum(len(message["content"].encode(errors="surrogatepass")) + 16 for message in request["request"]["messages"])     # no token is less than a byte
         most = (size * self.config.price_in + request["request"]["max_tokens"] * self.config.price_out) / 1e6
         with self.lock:
             if not self.stopped and 0 < self.config.max_requests <= self.counts["requests"]:
@@ -1199,6 +1211,17 @@ class HttpJudge:
     def similar(self, a: str, b: str, labels: list[str] | None = None) -> bool | None:
         """Do two responses say the same?"""
         return self.similar_pairs([({}, a, b)])[0]
+
+
+CANARIES = ("Solution", "Solution:", "Thought process:", "Let me think about it step by step.", "The answer is", "Here is my answer.", "\u89e3",
+            "As requested.", "The response is correct.")    # talk without content that is known to please judges (arXiv 2507.08794)
+
+
+def canary_items(items: list[dict], n: int = 8) -> list[dict]:
+    """The first `n` different questions among the items with each of CANARIES as their response: none of them is right."""
+    first = {(item["instruction"], item["input"]): item for item in items}
+    return [{**item, "response": text} for item in list(first.values())[:n] for text in CANARIES
+            if normalize(text) not in map(normalize, item.get("targets") or [item["target"]])]
 
 
 class HttpCritic:
