@@ -889,7 +889,7 @@ def meta_evaluate(config: EvalConfig) -> None:
         judged[name] = {subset: [run(pairs, repeat) for repeat in range(config.repeats)] for subset, pairs in subsets.items()}
         results[name] = summarize_judge(subsets, judged[name], own=config.own, seed=config.seed)
         clients |= {client.name: client} if client else {}
-    if len(judged) > 2:
+    if len(judged) > 2 and config.judge != "rule":          # the rules are controls, and two of them contradict each other
         votes = {subset: [majority([found[subset][0] for found in judged.values()])] for subset in subsets}
         judged["majority"], results["majority"] = votes, summarize_judge(subsets, votes, own=config.own, seed=config.seed)
     usage = [client.usage() for client in clients.values()]

@@ -216,3 +216,10 @@ def test_canaries_are_measured_and_warned_about(world, tmp_path, capsys):       
         assert ("warning: the judge called" in said) == warned
         found = json.loads((tmp_path / name / "canaries.json").read_text())
         assert found["asked"] == 8 * len(judging.CANARIES) and found["passed"] == (found["asked"] if warned else 0)
+
+
+def test_flags_of_eval_in_the_readme_exist():
+    import dataclasses
+    names = {"--" + item.name.replace("_", "-") for item in dataclasses.fields(evaluation.EvalConfig)}
+    used = {name for line in re.findall(r"python eval\.py[^\n`]*", (train.HERE / "README.md").read_text()) for name in re.findall(r"--[a-z-]+", line)}
+    assert used <= names and {"--benchmark", "--strategy", "--judge-model"} <= used
