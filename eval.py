@@ -952,7 +952,8 @@ class LocalChat:
         """One judge.Reply per question."""
         from judge import Reply
 
-        prompts = [self.template.render("\n\n".join(message["content"] for message in question.messages)) for question in questions]
+        # the user's message goes where no place holder is looked for: it holds texts under judgment, which must stay as they are
+        prompts = [self.template.render(*(message["content"] for message in question.messages)) for question in questions]
         limit = self.model.config.max_position_embeddings
         fits = [i for i, text in enumerate(prompts) if len(self.tokenizer.encode_prompt(text)) + questions[i].max_tokens <= limit]
         picked = [i for i in fits if questions[i].pick]
@@ -1053,7 +1054,7 @@ def meta_evaluate(config: EvalConfig) -> None:
         judged[name] = {subset: [run(pairs, repeat) for repeat in range(config.repeats)] for subset, pairs in subsets.items()}
         results[name] = summarize_judge(subsets, judged[name], own=config.own, seed=config.seed)
         clients |= {client.name: client} if client else {}
-    if len(judged) > 2:
+    if len(judged) > 2 and config.judge != "rule":          # the rules are controls, and two of them contradict each other
         votes = {subset: [majority([found[subset][0] for found in judged.values()])] for subset in subsets}
         judged["majority"], results["majority"] = votes, summarize_judge(subsets, votes, own=config.own, seed=config.seed)
     usage = [client.usage() for client in clients.values()]

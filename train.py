@@ -280,7 +280,7 @@ import lora                                                 # noqa: E402
 import losses                                               # noqa: E402
 from eval import (MASK_LAMS, VALUE_HEAD, EvalConfig, add_head, complete, confusion_report, cut_masks, document_rewards, evaluate_errors,    # noqa: E402
                   evaluate_model, evaluate_responses, keyword_logprobs, make_client, mask_report, mask_scores, plot_mask, plot_rollouts,
-                  reward_report, reward_scores, summary_table, write_report)
+                  reward_report, reward_scores, summary_table, wilson, write_report)
 from model import PRESETS, Llama, Packed, load_model, save_model    # noqa: E402
 
 
@@ -731,7 +731,20 @@ def collect_candidates(run: Run) -> None:
     judge, chunk = make_judge(run), 4 * cfg.eval_batch
     for start in tqdm(range(0, len(todo), chunk), desc="collect", unit="chunk", disable=None):
         data.append_records(path, score_candidates(run, judge, todo[start:start + chunk]))
+    if todo and cfg.judge != "rule":
+        measure_canaries(run, judge, todo)
     say_usage(judge)
+
+
+def measure_canaries(run: Run, judge, items: list[dict]) -> None:
+    """canaries.json: how many answers without content the judge calls correct; more than 5 % are worth a warning."""
+    asked = judging.canary_items(items)
+    passed = sum(verdict.correct is True for verdict in judge.judge(asked))
+    low, high = wilson(passed, len(asked))
+    (run.folder / "canaries.json").write_text(json.dumps({"asked": len(asked), "passed": passed, "ci95": [low, high]}) + "\n")
+    if passed > 0.05 * len(asked):
+        say(f"warning: the judge called {passed} of {len(asked)} answers without content correct ({100 * passed / len(asked):.0f} %, 95 % interval "
+            f"{100 * low:.0f} to {100 * high:.0f} %); treat its scores with care.")
 
 
 def say_usage(judge) -> None:

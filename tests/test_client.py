@@ -235,6 +235,7 @@ def stops(server, match, **more):
     ({"status": 429, "body": {"error": {"message": "no money", "code": "insufficient_quota", "type": "insufficient_quota"}}}, "out of credit"),
     ({"status": 404, "body": {"error": {"message": "no such model"}}}, r'is the model "m" served\? It offers: m, other\.'),
     ({"status": 429, "headers": {"Retry-After": "600"}}, "longer than 120 s"),
+    ({"body": "data: {}\n\n", "headers": {"Content-Type": "text/event-stream"}}, "streams its answers"),
     ({"status": 307, "headers": {"Location": "http://127.0.0.1:1/v1"}}, "redirects. Redirects are not followed")])
 def test_what_cannot_get_better_stops_at_once(plan, match):
     with ChatServer(lambda request, number: plan) as server:
@@ -275,7 +276,7 @@ def test_a_call_ends_at_its_deadline(plan):
     with ChatServer(lambda request, number: plan) as server:
         asked, start = client(server, timeout=0.4, deadline=0.8), time.monotonic()
         assert asked.ask(ask(["1"]))[0].failure in ("no answer in time", "http 500")
-        assert time.monotonic() - start < 1.8
+        assert time.monotonic() - start < 2.8
 
 
 def test_an_endless_or_bursting_body_is_given_up():
@@ -288,22 +289,27 @@ def test_an_endless_or_bursting_body_is_given_up():
 # What is sent
 
 
-def test_order_sessions_and_equal_requests():
-    lock, active, most = threading.Lock(), [0], [0]
+def test_hostile_text_is_sent_and_kept_as_it_is(tmp_path):
+    text = "lone \ud800 surrogate, \x00, \u2028, </s>"
+    with ChatServer(lambda request, number: {"body": completion(text)}) as server:
+        for _ in range(2):
+            reply, = client(server, tmp_path / "a.jsonl").ask([make_question("t", {"x": text})])
+            assert reply.text == text and len(server.requests) == 1
+        assert text in server.texts()[0] and (tmp_path / "a.jsonl").read_bytes().count(b"\n") == 1
 
-    def slow(request, number):
-        with lock:
-            active[0] += 1
-            most[0] = max(most[0], active[0])
-        time.sleep(0.01)
-        with lock:
-            active[0] -= 1
+
+def test_order_sessions_and_equal_requests():
+    together = threading.Barrier(8)
+
+    def decide(request, number):
+        if number <= 8:
+            together.wait(30)                                        # passes only when eight are under way at once
         return {"body": completion(f"answer {number_of(request)}")}
-    with ChatServer(slow) as server:
+    with ChatServer(decide) as server:
         asked, seen = client(server, workers=8), []
         replies = asked.ask(ask(map(str, [*range(40), *range(40)])), progress=seen.append)
         assert [reply.text for reply in replies] == [f"answer {k}" for k in [*range(40), *range(40)]]
-        assert len(server.requests) == 40 and asked.counts["repeated"] == 40 and sum(seen) == 40 and most[0] == 8
+        assert len(server.requests) == 40 and asked.counts["repeated"] == 40 and sum(seen) == 40
         asked.ask(ask(["1"]), sample=1)
         asked.ask(ask(["1"]), temperature=0.7, sample=1)
         assert len(server.requests) == 42 and server.requests[-1][0]["seed"] == 1

@@ -10,6 +10,7 @@ from test_train import arguments, cat, world  # noqa: F401
 import data
 import eval as evaluation
 import train
+import judge as judging
 from judge import FAILED, RuleJudge
 
 HTTP = ("--judge", "http", "--judge-model", "m", "--judge-tries", "2", "--judge-workers", "4")
@@ -175,13 +176,17 @@ def test_the_local_model_as_a_backend(world):                       # noqa: F811
     chat = LocalChat(model, tokenizer, template)
     short = make_question("pick", {"x": "red"}, choices=("a", "b"), guard="{nonce}")
     reply, = chat.ask([short])
-    prompt = template.render("\n\n".join(m["content"] for m in short.messages)).rstrip("\n") + "\n"
+    prompt = template.render(short.messages[0]["content"], short.messages[1]["content"]).rstrip("\n") + "\n"
     (a, b), = keyword_logprobs(model, tokenizer, [prompt], [f"VERDICT {short.nonce}:"], [(" a", " b")])
     assert reply.text == f"VERDICT {short.nonce}: {'ab'[b > a]}" and not reply.failure
     free, long = make_question("say", {"x": "red"}, guard="{nonce}", max_tokens=5), make_question("pick", {"x": "red " * 900}, choices=("a", "b"))
     replies = chat.ask([long, free, short])
     assert replies[0].failure == "prompt longer than the model takes" and replies[2] == reply
     assert replies[1].failure in ("", "cut at max_tokens", "empty message")
+    held, asked = make_question("pick", {"x": "{input} {instruction}"}, choices=("a", "b"), guard="{nonce}"), []
+    chat.template = type("Spy", (), {"render": lambda self, *parts: asked.append(template.render(*parts)) or asked[-1]})()
+    chat.ask([held])
+    assert "\n{input} {instruction}\n" in asked[0]                 # a text under judgment stays as it is
     row, = evaluate_pairs(chat.ask, [{"input": "red " * 900, "output_1": "x", "output_2": "y"}], STRATEGIES["rules"], reask=0)
     assert row["winners"] == [None, None] and row["failures"] == ["prompt longer than the model takes"] * 2
 
@@ -197,3 +202,24 @@ def test_an_evaluation_by_rules_asks_as_before():
     question = {"task": "t", "input": "i", "targets": ["x"], "wordings": ["w"] * 4, "responses": ["x", "y", "x", "X."]}
     metrics, rows = evaluation.evaluate_responses([question, {**question, "input": "j"}], judge=Counting())
     assert len(asked) == 12 and metrics["cr"]["mean"] == 0.5 and rows[0]["mcr"] == 0.75
+
+
+def test_canaries_are_measured_and_warned_about(world, tmp_path, capsys):           # noqa: F811
+    def yes(request, number):
+        nonce = re.search(r"VERDICT (\w{8}): X", request["messages"][-1]["content"])[1]
+        kind = "expected" if "kind of answer" in request["messages"][-1]["content"] else "correct"
+        return {"body": completion(f"VERDICT {nonce}: {kind}")}
+    for name, decide, warned in (("yes", yes, True), ("truthful", truthful, False)):
+        with ChatServer(decide) as server:
+            train.main(http_cat(world, tmp_path / name, server.url))
+        said = capsys.readouterr().out
+        assert ("warning: the judge called" in said) == warned
+        found = json.loads((tmp_path / name / "canaries.json").read_text())
+        assert found["asked"] == 8 * len(judging.CANARIES) and found["passed"] == (found["asked"] if warned else 0)
+
+
+def test_flags_of_eval_in_the_readme_exist():
+    import dataclasses
+    names = {"--" + item.name.replace("_", "-") for item in dataclasses.fields(evaluation.EvalConfig)}
+    used = {name for line in re.findall(r"python eval\.py[^\n`]*", (train.HERE / "README.md").read_text()) for name in re.findall(r"--[a-z-]+", line)}
+    assert used <= names and {"--benchmark", "--strategy", "--judge-model"} <= used
