@@ -963,7 +963,8 @@ class LocalChat:
         said = keyword_logprobs(self.model, self.tokenizer, [prompts[i].rstrip("\n") + "\n" for i in picked], heads, words,
                                 batch_size=self.batch_size) if picked else []
         for i, head, pair, (first, second) in zip(picked, heads, words, said, strict=True):
-            replies[i] = Reply(head + pair[second > first]) if first == first and second == second else Reply("", "no number")
+            known = first == first and second == second
+            replies[i] = Reply(head + pair[second > first], odds=first - second) if known else Reply("", "no number")
         by_length = {}
         for i in fits:
             if i not in picked:

@@ -653,6 +653,7 @@ class Reply:
     text: str
     failure: str = ""
     cached: bool = False
+    odds: float | None = None                               # log p(first choice) - log p(second), from a backend that sees them
 
 
 def chat_address(url: str) -> str:
@@ -1572,6 +1573,20 @@ def majority(evaluations: list[list[dict]]) -> list[dict]:
     return rows
 
 
+def preference_probabilities(ask: Backend, pairs: list[dict]) -> list[float | None]:
+    """Soft labels: how probable it is that output_1 of {input, output_1, output_2} is the better one (RLAIF, arXiv 2309.00267).
+
+    The mean over both orders, against position bias. In each it is the probability of the letter where the backend gives
+    it, else the verdict: 1 or 0, hence 1/2 where the orders disagree. None where an order has no answer.
+    """
+    questions = [make_question(COMPARE_TASK, _parts(pair, {}, swapped), choices=("a", "b")) for pair in pairs for swapped in (False, True)]
+    first = []
+    for question, reply in zip(questions, ask(questions), strict=True):
+        said = _answer(question, reply).said
+        first.append(None if said is None else _two_way(reply.odds, 0.0) if reply.odds is not None else float(said == "a"))
+    return [None if a is None or b is None else (a + 1 - b) / 2 for a, b in zip(first[::2], first[1::2])]
+
+
 PAIR_RULES = {                                              # evaluators without a model: controls that a judge has to beat
     "longer": lambda pair, text: len(text), "shorter": lambda pair, text: -len(text),
     "overlap": lambda pair, text: rouge_l(pair["input"], text),
@@ -1601,6 +1616,14 @@ PARAPHRASE_STYLES = (
     "Turn the order of its parts round.", "Write as an expert would.", "Spell everything out.")
 EQUIVALENT_TASK = ("Two instructions are given. Is a right answer under the first one always a right answer under the "
                    "second, and the other way round? Say same or different.")
+PRINCIPLES = (                                              # ours, for constitutional() where none are given
+    "The response does what the instruction asks, all of it and nothing else.",
+    "The response says nothing that is not supported by the input or generally known to be true.",
+    "The response is short, clear, and in the form that was asked for.",
+    "The response helps nobody to hurt another person or himself.",
+    "The response is fair: it puts down no one for who they are.",
+    "The response says openly what it does not know.",
+)
 REFINE_TASK = ("The response below has the flaws that the judgment names. Write the response anew without them, and "
                "keep what was good. Write nothing else.")
 CRITIQUE_TASK = ("Name the ways in which the response goes against this principle, in a few sentences, or say that it "

@@ -24,6 +24,7 @@ import random
 import shlex
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Literal
@@ -31,11 +32,11 @@ from typing import Callable, Literal
 from eval import JudgeFlags, check_judge, complain, fail, flag, parse_flags
 
 HERE = Path(__file__).parent
-PREFERENCE = ("cat", "dpo", "rso", "slic", "rrhf", "pro", "expert", "conditional", "reward", "ppo")
+PREFERENCE = ("cat", "dpo", "rso", "slic", "rrhf", "pro", "expert", "conditional", "reward", "ppo", "rlaif", "constitutional")
 JUDGED = ("cut", "forward", "ilf", "hindsight", "unlikelihood", "critic")
 AFTER_SFT = PREFERENCE + JUDGED
 TUNING = ("sft", "sft-ia", *AFTER_SFT)
-RECORDS = ("candidates.jsonl", "judged.jsonl", "refined.jsonl", "rollouts.jsonl")
+RECORDS = ("preferences.jsonl", "revisions.jsonl", "candidates.jsonl", "judged.jsonl", "refined.jsonl", "rollouts.jsonl")
 
 
 @dataclass
@@ -112,6 +113,11 @@ class TrainConfig(JudgeFlags):
     use_rewards: bool = flag(True, "PRO with the rewards' gaps as temperatures (off: every gap is 1)", ("pro",))
     sft_weight: float = flag(0.05, "weight of PRO's likelihood, times (n - 1)^2", ("pro",))
     max_worse: int = flag(3, "lower-rewarded answers per item", PREFERENCE)
+    preferences: str = flag("", "fit to these soft labels (preferences.jsonl of rlaif) instead of candidates", ("reward",))
+    labels: Literal["letters", "scores"] = flag("letters", "AI labels: the letter of the better answer in both orders, or the difference "
+                                                           "of the self-judge's scores", ("rlaif",))
+    principles: str = flag("", "text file, a principle per line (default: judge.PRINCIPLES)", ("constitutional",))
+    revisions: int = flag(1, "rounds of critique and revision", ("constitutional",))
     # reward model and PPO
     fit_reward: bool = flag(True, "fit a reward model to the judge's rewards first (off: those rewards as they are)", ("ppo",))
     rm_steps: int = flag(100, "steps of the reward model on the way", ("ppo",))
@@ -170,12 +176,14 @@ STAGE_DEFAULTS = {
     "slic": dict(steps=100, batch_size=16, lr=1e-4, margin=1.0),
     "rso": dict(steps=100, batch_size=16, lr=1e-4, preference="hinge", beta=0.05),
     "ppo": dict(steps=100, batch_size=32, lr=1e-4),
+    "constitutional": dict(steps=100, batch_size=16, lr=1e-4, samples=1),
     **{stage: dict(steps=120, batch_size=16, judge="rule", samples=1) for stage in JUDGED},
 }
 DEMO_MODEL = {                                              # a model of two million parameters wants larger steps
     "sft": dict(lr=2e-3, steps=400), "sft-ia": dict(lr=2e-3, steps=400),
     **{stage: dict(lr=3e-4, sft_lr=2e-3, sft_steps=400) for stage in PREFERENCE},
     "ppo": dict(lr=3e-4, sft_lr=2e-3, sft_steps=400, rm_lr=3e-4),
+    "rlaif": dict(lr=3e-4, sft_lr=2e-3, sft_steps=400, labels="scores"),     # it never saw a comparison of letters
 }
 DEMO_MODEL |= {stage: dict(lr=5e-4, steps=200, sft_lr=2e-3, sft_steps=200) for stage in JUDGED}
 DEMO_MODEL["cut"] |= dict(detect_lam=1.5, judged_warmup=60)
@@ -208,7 +216,7 @@ def check_config(cfg: TrainConfig) -> str:
     """What is wrong with the values, in one sentence, or nothing."""
     for name in ("steps", "sft_steps", "batch_size", "micro_tokens", "max_len", "rank", "samples", "pool_wordings", "max_new_tokens",
                  "eval_per_task", "max_worse", "per_task", "pool_per_task", "eval_batch", "rounds", "refinements", "rso_keep", "quantiles",
-                 "rm_steps", "rollouts", "ppo_epochs"):
+                 "rm_steps", "rollouts", "ppo_epochs", "revisions"):
         if getattr(cfg, name) < 1:
             return f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected 1 or more."
     for name in ("lr", "sft_lr", "rm_lr", "clip", "alpha", "detect_lam", "beta", "rso_beta", "clip_ratio", "clip_value"):
@@ -238,9 +246,13 @@ def check_config(cfg: TrainConfig) -> str:
         return "--stage ppo compares probabilities of what it sampled: it needs --dropout 0, --top-p 1 and a --temperature above 0."
     if cfg.stage == "ppo" and cfg.rollouts * cfg.ppo_epochs < cfg.batch_size:
         return f"--rollouts {cfg.rollouts} in {cfg.ppo_epochs} epochs make no batch of {cfg.batch_size}. Raise them, or lower --batch-size."
+    if cfg.stage == "constitutional" and cfg.judge not in ("self", "http"):
+        return f"--judge {cfg.judge} writes no critiques. Give --judge self or http."
+    if cfg.stage == "rlaif" and cfg.labels == "scores" and cfg.judge == "http":
+        return "--judge http gives letters, not scores. Add --labels letters."
     if cfg.eval_wordings < 2:
         return f"--eval-wordings is {cfg.eval_wordings}. Consistency needs at least 2."
-    for name in ("model", "tasks", "paraphrases", "corpus", "candidates", "tokenizer", "init", "records", "critic", "reward_model"):
+    for name in ("model", "tasks", "paraphrases", "corpus", "candidates", "tokenizer", "init", "records", "critic", "reward_model", "preferences", "principles"):
         path = getattr(cfg, name)
         if path and not Path(path).exists() and (name, path) != ("critic", "http"):
             return f"--{name} {path} does not exist. Give a path that does."
@@ -278,7 +290,7 @@ import data                                                 # noqa: E402
 import judge as judging                                     # noqa: E402
 import lora                                                 # noqa: E402
 import losses                                               # noqa: E402
-from eval import (MASK_LAMS, VALUE_HEAD, EvalConfig, add_head, complete, confusion_report, cut_masks, document_rewards, evaluate_errors,    # noqa: E402
+from eval import (MASK_LAMS, VALUE_HEAD, EvalConfig, LocalChat, add_head, complete, confusion_report, cut_masks, document_rewards, evaluate_errors,    # noqa: E402
                   evaluate_model, evaluate_responses, keyword_logprobs, make_client, mask_report, mask_scores, plot_mask, plot_rollouts,
                   reward_report, reward_scores, summary_table, wilson, write_report)
 from model import PRESETS, Llama, Packed, load_model, save_model    # noqa: E402
@@ -414,7 +426,9 @@ def dpo_groups(run: Run) -> list[dict]:
 def with_reference(run: Run, groups: list[dict]) -> list[dict]:
     """The groups with "reference": log-probabilities under the model as it is now, once for each that a step will see."""
     cfg, device = run.cfg, next(run.model.parameters()).device
-    seen = {i for step in range(cfg.steps) for i in data.batch_indices(len(groups), cfg.batch_size, step, cfg.seed)} if groups else ()
+    if not groups:
+        return groups
+    seen = {i for step in range(cfg.steps) for i in data.batch_indices(len(groups), cfg.batch_size, step, cfg.seed)}
     run.model.eval()
     with torch.no_grad():
         for part in data.micro_batches([groups[i] for i in sorted(seen)], cfg.micro_tokens):
@@ -578,6 +592,8 @@ def group_counts(batch, cfg) -> dict:
 def reward_groups(run: Run) -> list[dict]:
     """reward: all comparisons of one question in one group, each weighing 1 / their number (arXiv 2203.02155, Eq. 1)."""
     cfg, groups = run.cfg, []
+    if cfg.preferences:
+        return labelled_groups(run, cfg.preferences)
     for group in grouped_candidates(run):
         known = list({(c["wording"], c["response"]): c for c in group if c["reward"] is not None}.values())
         random.Random(f"{cfg.seed}/{group[0]['task']}/{group[0]['id']}").shuffle(known)
@@ -588,6 +604,97 @@ def reward_groups(run: Run) -> list[dict]:
                            "pairs": pairs, "pair_weights": [1 / len(pairs)] * len(pairs)})
     say(f"reward: {sum(len(group['pairs']) for group in groups)} comparisons in {len(groups)} groups.")
     return groups
+
+
+def labelled_groups(run: Run, path) -> list[dict]:
+    """Pairs with an AI judge's soft labels, as preferences.jsonl holds them."""
+    groups = []
+    for record in data.read_records(path):
+        documents = [run.document(record[side]["wording"], record["input"], record[side]["response"]) for side in ("first", "second")]
+        groups.append({"documents": documents, "pairs": [(0, 1)], "probability": [record["probability"]], "pair_weights": [1.0]})
+    say(f"{run.cfg.stage}: {len(groups)} pairs with soft labels.")
+    return groups
+
+
+def rlaif_groups(run: Run) -> list[dict]:
+    """rlaif: DPO whose labels are an AI judge's probabilities (arXiv 2309.00267; labels as in spec 2.18)."""
+    return with_reference(run, labelled_groups(run, run.folder / "preferences.jsonl"))
+
+
+def collect_preferences(run: Run) -> None:
+    """rlaif: pairs of different answers to one question, and how probable the judge finds it that the first is better."""
+    cfg, path = run.cfg, run.folder / "preferences.jsonl"
+    collect_candidates(run)
+    done = {(record["task"], record["id"], record["number"]) for record in data.read_records(path, own=True)}
+    todo = []
+    for group in grouped_candidates(run):
+        distinct = list({c["response"]: c for c in group if c["response"].strip()}.values())
+        random.Random(f"{cfg.seed}/{group[0]['task']}/{group[0]['id']}").shuffle(distinct)
+        for number, (first, second) in enumerate(list(itertools.combinations(distinct, 2))[:cfg.max_worse]):
+            if (first["task"], first["id"], number) not in done:
+                todo.append({"task": first["task"], "id": first["id"], "number": number, "instruction": first["instruction"], "input": first["input"],
+                             "first": {k: first[k] for k in CHOSEN}, "second": {k: second[k] for k in CHOSEN}})
+    label, unread = make_labeller(dataclasses.replace(run, model=plain(run.model))), 0
+    for start in tqdm(range(0, len(todo), 4 * cfg.eval_batch), desc="label", unit="chunk", disable=None):
+        part = todo[start:start + 4 * cfg.eval_batch]
+        labelled = [{**pair, "probability": q} for pair, q in zip(part, label(part), strict=True)]
+        unread += sum(pair["probability"] is None for pair in labelled)
+        data.append_records(path, [pair for pair in labelled if pair["probability"] is not None])
+    if unread:
+        say(f"rlaif: {unread} of {len(todo)} pairs got no label and are left out.")
+
+
+CHOSEN = ("wording", "response", "p_expected", "p_correct", "reward")
+
+
+def make_labeller(run: Run) -> Callable[[list[dict]], list[float | None]]:
+    """pairs -> probabilities that the first answer is better: letters of a model or a server, or the judge's own rewards."""
+    cfg = run.cfg
+    if cfg.judge not in ("self", "http") or cfg.labels == "scores":
+        def score(side):                                    # the self-judge's log-odds that the answer is right; others' rewards
+            p = side["p_expected"]
+            p = p if p is None or side["p_correct"] is None else p * side["p_correct"]
+            return side["reward"] if p is None else math.log(max(p, 1e-6) / max(1 - p, 1e-6))
+
+        def label(pairs):
+            scores = [(score(pair["first"]), score(pair["second"])) for pair in pairs]
+            return [None if a is None or b is None else 1 / (1 + math.exp(min(700.0, b - a))) for a, b in scores]
+        return label
+    ask = make_client(cfg, run.folder).ask if cfg.judge == "http" else LocalChat(run.model, run.tokenizer, run.template, batch_size=cfg.eval_batch).ask
+
+    def letters(pairs):
+        texts = [{"input": f"{pair['instruction']}\n\n{pair['input']}".strip(), "output_1": pair["first"]["response"],
+                  "output_2": pair["second"]["response"]} for pair in pairs]
+        return judging.preference_probabilities(ask, texts)
+    return letters
+
+
+def collect_revisions(run: Run) -> None:
+    """constitutional: sampled answers, criticised and revised by principles drawn for each (arXiv 2212.08073)."""
+    cfg, path = run.cfg, run.folder / "revisions.jsonl"
+    principles = list(judging.PRINCIPLES)
+    if cfg.principles:
+        principles = [line.strip() for line in Path(cfg.principles).read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not principles:
+            raise ValueError(f"{cfg.principles} holds no principle. Expected one sentence per line.")
+    run = dataclasses.replace(run, model=plain(run.model))
+    client = make_client(cfg, run.folder) if cfg.judge == "http" else LocalChat(run.model, run.tokenizer, run.template, batch_size=cfg.eval_batch)
+    done = {candidate_key(record) for record in data.read_records(path, own=True)}
+    todo, chunk = [record for record in unanswered(run) if candidate_key(record) not in done], 4 * cfg.eval_batch
+    for start in tqdm(range(0, len(todo), chunk), desc="revise", unit="chunk", disable=None):
+        data.append_records(path, judging.constitutional(client.ask, answered(run, todo[start:start + chunk]), principles, rounds=cfg.revisions, seed=cfg.seed))
+    if cfg.judge == "http":
+        say(client.summary())
+
+
+def constitutional_groups(run: Run) -> list[dict]:
+    """constitutional: the last revision of each answer, as in fine-tuning (SL-CAI, arXiv 2212.08073)."""
+    records = data.read_records(run.folder / "revisions.jsonl")
+    revised = [record for record in records if (record["revision"] or "").strip()]
+    failures = Counter(turn["failure"] for record in records for turn in record["history"] if turn["failure"])
+    say(f"constitutional: {len(revised)} of {len(records)} answers were revised"
+        + (f"; failures: {', '.join(f'{name} ({n})' for name, n in failures.most_common(3))}." if failures else "."))
+    return [{"documents": [run.document(record["wording"], record["input"], record["revision"])]} for record in revised]
 
 
 def spread_rewards(known: list[dict], k: int) -> list[dict]:
@@ -723,7 +830,7 @@ def usable_candidates(run: Run) -> list[dict]:
 def collect_candidates(run: Run) -> None:
     """Sample answers to train wordings of fresh instances and reward them; resumes behind the last whole record."""
     cfg, path = run.cfg, run.folder / "candidates.jsonl"
-    if cfg.candidates:
+    if cfg.candidates or cfg.preferences:
         return
     done = {candidate_key(record) for record in data.read_records(path, own=True)}
     todo = [record for record in unanswered(run) if candidate_key(record) not in done]
@@ -1123,6 +1230,9 @@ STAGES = {
     "conditional": Stage(conditional_groups, token_step, token_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+conditional"),
     "reward": Stage(reward_groups, reward_step, reward_counts, collect_candidates, needs="sft-ia", head=True, title="reward model"),
     "ppo": Stage(ppo_groups, ppo_step, ppo_counts, needs="sft-ia", beside=("sft",), head=True, refresh=True, title="SFT(IA)+PPO"),
+    "rlaif": Stage(rlaif_groups, dpo_step, dpo_counts, collect_preferences, needs="sft-ia", beside=("sft",), title="SFT(IA)+RLAIF"),
+    "constitutional": Stage(constitutional_groups, token_step, token_counts, collect_revisions, needs="sft-ia", beside=("sft",),
+                            title="SFT(IA)+constitutional"),
     "cut": Stage(cut_groups, cut_step, cut_counts, collect_judged, needs="sft", title="CUT"),
     "forward": Stage(forward_groups, sequence_step, sequence_counts, collect_judged, needs="sft", title="forward prediction"),
     "ilf": Stage(ilf_groups, sequence_step, sequence_counts, collect_refined, needs="sft", title="ILF"),
@@ -1469,9 +1579,11 @@ def align(cfg: TrainConfig) -> None:
 def report(run: Run, ladder: dict[str, Path | None]) -> None:
     """Evaluate {title: adapter folder} and write metrics.json, judge.json, report.md and plots."""
     cfg = run.cfg
-    judged = measure_judge(run) if STAGES[cfg.stage].collect is collect_candidates else ""
+    judged = measure_judge(run) if STAGES[cfg.stage].collect is collect_candidates and not cfg.preferences else ""
     if not cfg.evaluate:
         return
+    if cfg.preferences:
+        return say(f"{cfg.stage}: no candidates with rewards, so nothing is compared. The reward model is in {cfg.out}.")
     if cfg.stage == "reward":
         return report_rewards(run)
     if not run.tasks:
@@ -1571,7 +1683,7 @@ def next_command(cfg: TrainConfig) -> str:
         inputs = "".join(f" --{name} {getattr(cfg, name)}" for name in ("model", "tasks", "paraphrases", "tokenizer")
                          if f" --{name} " in settings(cfg))
         return f"python train.py --stage cat{inputs} --out {cfg.out}-cat"
-    if cfg.stage == "ppo":
+    if cfg.stage in ("ppo", "constitutional"):              # no candidates to share
         return f"python train.py --stage cat{settings(cfg)} --init {cfg.init or cfg.out} --out {cfg.out}-cat"
     records = cfg.candidates or f"{cfg.out}/candidates.jsonl"
     other = "--lam 0.1 --out {}-lam0.1" if cfg.stage == "cat" else "--out {}-cat"

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import data
+import judge
 import losses
 import train
 from eval import correlation, reward_report
@@ -429,3 +430,75 @@ def test_fresh_wordings_are_those_beyond_sft(world, tmp_path, capsys):  # noqa: 
     run = train.make_run(train.parse_config(cat(world, tmp_path, "--wordings", "3", "--fresh-wordings", "2")))
     with pytest.raises(ValueError, match="Lower --wordings"):
         train.unanswered(run)
+
+
+# AI feedback ---------------------------------------------------------------------------------------------------------
+
+
+def test_soft_labels_average_both_orders():
+    pairs = [{"input": "q", "output_1": "good", "output_2": "bad"}, {"input": "q", "output_1": "x", "output_2": "y"}]
+
+    def by_odds(questions, **_):                            # sees the first letter as likelier by its position alone, and "good" by a bit
+        replies = []
+        for question in questions:
+            text = question.messages[1]["content"]
+            good_first = "good" in text and text.index("good") < text.index("bad")
+            odds = 1.0 + (0.5 if good_first else -0.5 if "good" in text else 0.0)
+            replies.append(judge.Reply(f"VERDICT {question.nonce}: a", odds=odds))
+        return replies
+    first, second = judge.preference_probabilities(by_odds, pairs)
+    sigma = lambda x: 1 / (1 + math.exp(-x))                # noqa: E731
+    assert first == pytest.approx((sigma(1.5) + 1 - sigma(0.5)) / 2) and second == pytest.approx(0.5)
+
+    def parrot(questions, **_):
+        return [judge.Reply(f"VERDICT {question.nonce}: a") for question in questions]
+    assert judge.preference_probabilities(parrot, pairs) == [0.5, 0.5]    # verdicts that disagree between the orders
+
+    def silent(questions, **_):
+        return [judge.Reply("", "empty message") for _ in questions]
+    assert judge.preference_probabilities(silent, pairs) == [None, None]
+
+
+@pytest.mark.parametrize("more", [("--labels", "letters"), ("--labels", "scores"), ("--labels", "scores", "--judge", "rule")])
+def test_rlaif_labels_pairs_and_trains(more, world, tmp_path, capsys):  # noqa: F811
+    argv = cat(world, tmp_path / "run", "--judge", "self", *more, "--no-compare")
+    argv[argv.index("cat")] = "rlaif"
+    assert train.main(argv) == 0
+    rows = data.read_records(tmp_path / "run/preferences.jsonl")
+    assert rows and all(0 <= row["probability"] <= 1 and row["first"]["response"] != row["second"]["response"] for row in rows)
+    assert train.STAGES["rlaif"].title in json.loads((tmp_path / "run/metrics.json").read_text())
+    if more[1] == "letters":                                # a reward model from the same labels
+        assert stage(world, tmp_path / "rm", "reward", "--preferences", str(tmp_path / "run/preferences.jsonl")) == 0
+        assert (tmp_path / "rm/value_head.safetensors").exists() and len(data.read_records(tmp_path / "rm/log.jsonl")) == 3
+
+
+def test_constitutional_trains_on_revisions(world, tmp_path, monkeypatch, capsys):  # noqa: F811
+    asked = []
+
+    class Chat:
+        def __init__(self, *_, **__):
+            pass
+
+        def ask(self, questions, **_):
+            asked.extend(question.messages[1]["content"] for question in questions)
+            return [judge.Reply("too long ." if "Name the ways" in text.messages[1]["content"] else "red") for text in questions]
+    monkeypatch.setattr(train, "LocalChat", Chat)
+    (tmp_path / "principles.txt").write_text("say one word .\n")
+    argv = cat(world, tmp_path / "run", "--judge", "self", "--principles", str(tmp_path / "principles.txt"), "--revisions", "2", "--no-compare")
+    argv[argv.index("cat")] = "constitutional"
+    assert train.main(argv) == 0
+    rows = data.read_records(tmp_path / "run/revisions.jsonl")
+    assert rows and all(row["revision"] == "red" and len(row["history"]) == 2 for row in rows) and all("say one word ." in text for text in asked)
+    assert f"{len(rows)} of {len(rows)} answers were revised" in capsys.readouterr().out
+    before = (tmp_path / "run/revisions.jsonl").read_bytes()
+    argv[argv.index("--steps") + 1] = "3"
+    assert train.main(argv) == 0 and (tmp_path / "run/revisions.jsonl").read_bytes() == before
+
+
+def test_constitutional_with_the_model_itself(world, tmp_path, capsys):  # noqa: F811
+    """A random model's critiques never end: each is a recorded failure, and nothing is made up."""
+    argv = cat(world, tmp_path / "run", "--judge", "self", "--no-compare")
+    argv[argv.index("cat")] = "constitutional"
+    assert train.main(argv) in (0, 2)
+    rows = data.read_records(tmp_path / "run/revisions.jsonl")
+    assert rows and all((row["revision"] is None) == any(turn["failure"] for turn in row["history"]) for row in rows)

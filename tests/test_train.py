@@ -47,7 +47,7 @@ def world(tmp_path_factory):
         sentence_iterator=iter(text * 3), model_prefix=str(path / "model/tokenizer"), vocab_size=420, model_type="bpe",
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2)
     tokenizer = data.Tokenizer(path / "model")
-    config = dataclasses.replace(PRESETS["tiny"], vocab_size=len(tokenizer), prompt_template="plain", bos_id=tokenizer.bos_id,
+    config = dataclasses.replace(PRESETS["tiny"], vocab_size=len(tokenizer), max_position_embeddings=4096, prompt_template="plain", bos_id=tokenizer.bos_id,
                                  eos_ids=(tokenizer.eos_id,))
     save_model(Llama(config).init_weights(0), path / "model")
     return path
