@@ -486,3 +486,29 @@ def test_preference_gradients_against_finite_differences():
         assert torch.autograd.gradcheck(lambda s: losses.dpo_loss(losses.preference_logits(s, REFERENCE, *pairs), kind=kind, label_smoothing=0.1)[0], scores)
     assert torch.autograd.gradcheck(lambda s: losses.pro_loss(s / SIZES, rewards), scores)
     assert torch.autograd.gradcheck(lambda s: sum(t for t, _ in losses.slic_loss(s, *pairs, torch.tensor([1, 2])).values()), scores)
+
+
+# Quirks of published codes, reproduced here and nowhere else -----------------------------------------------------------
+
+
+def test_rrhf_as_its_code_computes_it():
+    """It divides every score by the padded length of 8, prompt included, and takes the likelihood's mean over that, too."""
+    scores = SUMS / 8
+    better, worse = losses.best_vs_lower_pairs([1, 3, 2, 0], rule="all")
+    rank = losses.pairwise_ranking_loss(scores, torch.tensor(better), torch.tensor(worse))[0]
+    assert rank.item() == near(3.2523486933) and -scores[1].item() == near(1.0981361734)
+
+
+def test_pro_as_its_code_computes_it():
+    """It also scores the first padding token (id 2) of every candidate that is shorter than the longest."""
+    scores, best = [], None
+    for i in range(4):
+        logits, ids, labels = golden_row(i)
+        terms = [logits[t - 1].log_softmax(-1)[ids[t]] for t in range(PROMPT, LENGTHS[i])]
+        if LENGTHS[i] < max(LENGTHS):
+            terms.append(logits[-1].log_softmax(-1)[2])
+        scores.append(torch.stack(terms).mean())
+        best = torch.stack(terms).sum() if best is None else best
+    rank, likelihood = losses.pro_loss(torch.stack(scores), torch.tensor([3.0, 2.0, 1.0, 0.0])), -0.05 * 9 * best
+    assert rank.item() == near(2.3352446248 + 4.1170372823 + 0.6393939482) and likelihood.item() == near(4.0233530016)
+    assert (rank + likelihood).item() == near(11.1150288567)
