@@ -50,6 +50,7 @@ class TrainConfig:
     seed: int = flag(0, "seeds examples, order, adapters and sampling")
     device: str = flag("auto", "cpu, cuda, cuda:1, ... (auto: cuda where there is one)")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "type of the base weights (auto: bfloat16 on a GPU, else float32)")
+    quantize: Literal["none", "int8", "nf4"] = flag("none", "keep the base's linears in 8 or 4 bits while adapters train", TUNING)
     # examples
     wordings: int = flag(10, "training wordings per task beside the original instruction", ("sft-ia", *PREFERENCE))
     augment: Literal["assign", "product"] = flag("assign", "give each instance one wording, or all of them", ("sft-ia", *PREFERENCE))
@@ -190,6 +191,8 @@ def check_config(cfg: TrainConfig) -> str:
         return "--critic writes judgments only with --judge self. Add that, or leave --critic out."
     if cfg.stage in JUDGED and cfg.model and not cfg.tasks and not cfg.records:
         return f"--stage {cfg.stage} with --model needs --tasks DIR to sample answers to, or --records FILE of judged responses."
+    if cfg.quantize != "none" and cfg.full:
+        return f"--quantize {cfg.quantize} keeps the base frozen under adapters. Leave out --full, or --quantize."
     if cfg.eval_wordings < 2:
         return f"--eval-wordings is {cfg.eval_wordings}. Consistency needs at least 2."
     for name in ("model", "tasks", "paraphrases", "corpus", "candidates", "tokenizer", "init", "records", "critic"):
@@ -1023,13 +1026,13 @@ def load_trained(cfg: TrainConfig, folder: Path | None, *, trainable: bool = Fal
     device, dtype = pick_device(cfg)
     if folder and (folder / "model").is_dir():
         return load_model(folder / "model", dtype=dtype, device=device)
-    model = load_model(cfg.model, dtype=dtype, device=device)
+    model = load_model(cfg.model, dtype=dtype, device=device, quantize=cfg.quantize.removeprefix("none"))
     return lora.load_adapter(model, folder, trainable=trainable) if folder else model
 
 
 def plain(model: torch.nn.Module) -> torch.nn.Module:
-    """For sampling and judging: adapters merged into a copy; the model itself where it has none."""
-    return lora.merge_lora(model) if lora.lora_modules(model) else model
+    """For sampling and judging: adapters merged into a copy; the model itself where it has none or is quantised."""
+    return lora.merge_lora(model) if lora.mergeable(model) else model.eval()
 
 
 def trainable(cfg: TrainConfig, folder: Path | None) -> torch.nn.Module:
