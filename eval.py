@@ -107,18 +107,18 @@ def complete(model, tokenizer, prompts: list[str], *, max_new_tokens: int, tempe
     `seed` is one number, or one per prompt. Prompt and answer share max_len tokens (default: what the model takes); a
     longer prompt loses its left, as in training. `progress(k)` is called when k more rows are done.
     """
-    from data import cut_left
+    from data import cut_left, stop_ids
     from model import generate
 
     asked = list(dict.fromkeys(prompts)) if temperature == 0 else prompts
-    room = min(max_len or sys.maxsize, model.config.max_position_embeddings) - max_new_tokens
+    room, stop = min(max_len or sys.maxsize, model.config.context) - max_new_tokens, (*stop_ids(tokenizer, asked), *model.config.eos_ids)
     if room < 2:
         raise ValueError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: prompt and answer share "
                          f"{room + max_new_tokens} tokens. Lower it.")
     token_ids = generate(model, [cut_left(tokenizer.encode_prompt(text), room) for text in asked], max_new_tokens=max_new_tokens,
-                         temperature=temperature, top_p=top_p, top_k=top_k, eos_ids=(tokenizer.eos_id,),
+                         temperature=temperature, top_p=top_p, top_k=top_k, eos_ids=stop,
                          seed=0 if temperature == 0 else seed, batch_size=batch_size, progress=progress)
-    made = [Completion(tokenizer.decode(ids), ids, ids[-1:] == [tokenizer.eos_id]) for ids in token_ids]
+    made = [Completion(tokenizer.decode(ids), ids, ids[-1] in stop) for ids in token_ids]
     if temperature == 0:
         by_prompt = dict(zip(asked, made, strict=True))
         made = [by_prompt[text] for text in prompts]
@@ -157,7 +157,7 @@ def _read_prefixes(model, prefixes: list[list[int]], room: int, max_len: int | N
     from data import cut_left
     from model import KVCache
 
-    limit = min(max_len or sys.maxsize, model.config.max_position_embeddings) - room
+    limit = min(max_len or sys.maxsize, model.config.context) - room
     if limit < 2:
         raise ValueError(f"an answer to judge has about {room} tokens and leaves no room for its question within "
                          f"{limit + room}. Lower --max-new-tokens, or raise --max-len.")
@@ -537,9 +537,13 @@ def response_logprobs(model, tokenizer, template, records: list[dict], judgments
 
 
 def surface(tokenizer, token: int) -> bytes:
-    """The bytes that a token adds to the text; none for EOS."""
-    piece = "" if token == tokenizer.eos_id else tokenizer.model.id_to_piece(token)
-    return bytes([int(piece[3:-1], 16)]) if piece and tokenizer.model.is_byte(token) else piece.replace("\u2581", " ").encode()
+    """The bytes that a token adds to the text; none for EOS and other control tokens."""
+    if token == tokenizer.eos_id or token in tokenizer.control:
+        return b""
+    if token in tokenizer.text_of:
+        return tokenizer.text_of[token].encode()
+    piece = tokenizer.model.id_to_piece(token)
+    return bytes([int(piece[3:-1], 16)]) if tokenizer.model.is_byte(token) else piece.replace("\u2581", " ").encode()
 
 
 def token_words(tokenizer, ids: list[int]) -> list[int | None]:
@@ -883,7 +887,7 @@ def show_masks(config: EvalConfig) -> None:
     for name, model, tokenizer in load_models(config):
         template = find_template(config.template or model.config.prompt_template or "alpaca")
         lams = sorted({*MASK_LAMS, config.detect_lam})
-        masks = cut_masks(model, tokenizer, template, records, lams=lams, max_len=config.max_len or model.config.max_position_embeddings)
+        masks = cut_masks(model, tokenizer, template, records, lams=lams, max_len=config.max_len or model.config.context)
         parts.append(mask_report(name, records, masks, tokenizer, config.detect_lam))
         if len(parts) == 1:
             parts.insert(0, worked_example(name, records[0], masks[0], template, tokenizer, config.detect_lam))
