@@ -166,6 +166,31 @@ def check_template(tokenizer, template: Template, name: str) -> None:
                          "Use the template that the model was made for.")
 
 
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "chat_template.jinja")
+
+
+def copy_tokenizer(tokenizer, model_folder, target) -> None:
+    """Put every tokenizer file, and the model folder's generation_config.json, into `target`, whichever of them exist.
+
+    A tokenizer.model that stands alone gets a tokenizer_config.json, without which transformers would not know its kind.
+    """
+    target, folder = Path(target), tokenizer.path.parent
+    found = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    found["tokenizer.model"] = tokenizer.path.read_bytes()
+    if model_folder and (Path(model_folder) / "generation_config.json").is_file():
+        found["generation_config.json"] = (Path(model_folder) / "generation_config.json").read_bytes()
+    if "tokenizer_config.json" not in found:
+        pieces = {name: tokenizer.model.id_to_piece(i) for name, i in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id),
+                                                                       ("unk_token", tokenizer.model.unk_id()))}
+        config = {"tokenizer_class": "LlamaTokenizer", "legacy": tokenizer.legacy, "add_bos_token": tokenizer.add_bos, "add_eos_token": False,
+                  "clean_up_tokenization_spaces": False, **pieces}
+        found["tokenizer_config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    target.mkdir(parents=True, exist_ok=True)
+    for name, blob in found.items():
+        (target / name).write_bytes(blob)
+
+
 def _beside(file: Path, name: str) -> dict:
     """The JSON object in a file beside `file`; {} where there is none."""
     path = file.parent / name
