@@ -735,7 +735,8 @@ class Answer:
 
 def generate(model: Llama, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 0.0,
              top_p: float = 1.0, top_k: int = 0, eos_ids: tuple[int, ...] | None = None, seed: int | list[int] = 0,
-             batch_size: int = 64, progress: Callable[[int], None] | None = None, return_logprobs: bool = False):
+             batch_size: int = 64, progress: Callable[[int], None] | None = None,
+             watch: Callable[[list[int]], None] | None = None, return_logprobs: bool = False):
     """Continue prompts until an EOS id (kept as the last element) or max_new_tokens.
 
     A row's answer depends on its own prompt and seed only: not on its neighbours, nor on batch_size.
@@ -746,6 +747,7 @@ def generate(model: Llama, prompts: list[list[int]], *, max_new_tokens: int, tem
         eos_ids: by default those of the model's config.
         seed: one int for all (row i draws from (seed, i)), or one int per row.
         progress: called as progress(k) when k more rows are done, so that a tqdm bar's `update` fits.
+        watch: called with the tokens of an answer so far whenever it has got one more.
     Returns:
         new token ids per prompt; with return_logprobs a pair (ids, logprobs), the latter of the full distribution at
         temperature 1, as teacher forcing gives them.
@@ -768,7 +770,7 @@ def generate(model: Llama, prompts: list[list[int]], *, max_new_tokens: int, tem
     model.eval()
     try:
         stop = set(model.config.eos_ids if eos_ids is None else eos_ids)
-        decode(model, answers, max_new_tokens, (temperature, top_k, top_p), stop, batch_size, progress)
+        decode(model, answers, max_new_tokens, (temperature, top_k, top_p), stop, batch_size, progress, watch)
     finally:
         model.train(was_training)
     tokens = [answer.tokens for answer in answers]
@@ -782,7 +784,7 @@ def uniform(stream: str, step: int) -> float:
 
 @torch.inference_mode()
 def decode(model: Llama, answers: list[Answer], max_new_tokens: int, how: tuple, eos_ids: set[int], batch_size: int,
-           progress: Callable[[int], None] | None) -> None:
+           progress: Callable[[int], None] | None, watch: Callable[[list[int]], None] | None) -> None:
     """Fill in the answers. Live rows stay in front of a static cache; a quarter of free slots is refilled at once."""
     if not answers:
         return
@@ -810,6 +812,8 @@ def decode(model: Llama, answers: list[Answer], max_new_tokens: int, how: tuple,
         for answer, token, logprob in zip(moving, chosen.tolist(), logprobs.tolist()):
             answer.tokens.append(token)
             answer.logprobs.append(logprob)
+            if watch is not None:
+                watch(answer.tokens)
         was_live = len(live)
         for slot in reversed(range(begin, was_live)):
             if live[slot].tokens[-1] in eos_ids or len(live[slot].tokens) == max_new_tokens:

@@ -66,6 +66,7 @@ class TrainConfig:
     sft_steps: int = flag(200, "steps of the SFT stages on the way", AFTER_SFT)
     sft_lr: float = flag(2e-4, "learning rate of the SFT stages on the way", AFTER_SFT)
     micro_tokens: int = flag(8192, "most tokens per forward pass; bounds memory, changes no result (but of --combine half --reduction token)")
+    checkpointing: bool = flag(False, "keep each block's input only and compute it again in the backward pass: less memory, a third slower, same result")
     lr: float = flag(2e-4, "peak learning rate")
     warmup_ratio: float = flag(0.05, "share of the steps that warm up")
     min_lr_ratio: float = flag(0.1, "final learning rate as a share of the peak (cosine)")
@@ -1023,7 +1024,8 @@ def activation_bytes(config, cfg: TrainConfig, dtype: torch.dtype, tokens: int) 
         x, cos = torch.empty(tokens, config.dim, dtype=dtype, requires_grad=True), torch.empty(tokens, 1, config.head_dim, dtype=dtype)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             model.model.layers[0](x, lambda layer, q, k, v: _Attention.apply(q, k, v), cos, cos)
-    return config.n_layers * sum(bytes for bytes, _ in kept.values())
+    block = sum(bytes for bytes, _ in kept.values())
+    return config.n_layers * tokens * config.dim * dtype.itemsize + block if cfg.checkpointing else config.n_layers * block
 
 
 def estimate(cfg: TrainConfig) -> list[tuple[str, float, str]]:
@@ -1140,7 +1142,7 @@ def finished(folder: Path, cfg: TrainConfig) -> bool:
     done = (folder / "adapter_config.json").exists() or (folder / "model/config.json").exists()
     if not done and not any((folder / name).exists() for name in RECORDS):
         return False
-    old, ignore = json.loads((folder / "config.json").read_text()), {"out", "device", "evaluate", "compare", "split", "micro_tokens", "dry_run"}
+    old, ignore = json.loads((folder / "config.json").read_text()), {"out", "device", "evaluate", "compare", "split", "micro_tokens", "checkpointing", "dry_run"}
     if folder != Path(cfg.out):
         ignore.add("init")
     if cfg.stage in ("sft", "sft-ia"):
@@ -1171,6 +1173,7 @@ def plain(model: torch.nn.Module) -> torch.nn.Module:
 def trainable(cfg: TrainConfig, folder: Path | None) -> torch.nn.Module:
     """A model to train: all weights with --full, else an adapter, fresh or continued from a finished stage."""
     model = load_trained(cfg, folder, trainable=True)
+    model.checkpointing = cfg.checkpointing
     if cfg.full:
         model.float()                                       # float32 masters; autocast makes the products cheap
     elif not folder:
