@@ -419,7 +419,7 @@ class QuantLinear(nn.Module):
 
     def encode_rows(self, rows: slice, weight: Tensor) -> None:
         """Quantise `weight` (n, in) into the given rows."""
-        self.codes[rows], self.scales[rows] = QUANTIZERS[self.kind][0](weight, self.scales.dtype)
+        self.codes[rows], self.scales[rows] = QUANTIZERS[self.kind][0](weight.to(self.codes.device), self.scales.dtype)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight, (out, in)."""
