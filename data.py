@@ -17,7 +17,7 @@ import json
 import os
 import random
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import sentencepiece
@@ -30,10 +30,33 @@ IGNORE_INDEX = -100
 # Tokenizer and templates
 
 
-class Tokenizer:
-    """A sentencepiece model in LLaMA's manner: BOS is added once, by `encode_prompt`; text never yields control ids.
+class Prompt(str):
+    """The text of a prompt, and who says what in it: `parts` are (text, trusted) pairs that make up the text.
 
-    `path` is a tokenizer.model or a folder that holds one. Raises ValueError where it is absent or of another kind.
+    What a template says is trusted: where it names a control token, that token is meant. What a user says is not: there
+    `</s>` is four characters. `end` is what ends a response to this prompt.
+    """
+
+    parts: tuple[tuple[str, bool], ...]
+    end: str
+
+    @classmethod
+    def of(cls, parts, end: str = "</s>") -> Prompt:
+        prompt = cls("".join(text for text, _ in parts))
+        prompt.parts, prompt.end = tuple(parts), end
+        return prompt
+
+
+class Tokenizer:
+    """A sentencepiece model in LLaMA's manner: BOS is added once, by `encode_prompt`; users' text never yields control ids.
+
+    `path` is a tokenizer.model or a folder that holds one. What stands beside it is read along: tokenizer_config.json
+    (`legacy`, `add_bos_token`, added tokens) and added_tokens.json. Added tokens that are not special are found in any text.
+
+    `legacy` is about text behind a control token: true (the default where the key is absent, as in transformers 4) gives
+    it sentencepiece's blank in front, false does not.
+
+    Raises ValueError where the file is absent or of another kind.
     """
 
     def __init__(self, path):
@@ -45,27 +68,164 @@ class Tokenizer:
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"{file} defines no BOS or no EOS piece (ids {self.bos_id}, {self.eos_id}). "
                              "Use the tokenizer of a LLaMA-family checkpoint.")
+        config = _beside(file, "tokenizer_config.json")
+        self.legacy, self.add_bos = config.get("legacy") is not False, config.get("add_bos_token") is not False
+        self.special = {self.model.id_to_piece(i): i for i in range(len(self.model)) if self.model.is_control(i)}
+        self.special |= {"<s>": self.bos_id, "</s>": self.eos_id}                       # however this tokenizer calls them
+        added, special = _added_tokens(file, config)
+        self.special |= {text: token for text, token in added.items() if text in special}
+        self.added = {text: token for text, token in added.items() if text not in special and token >= len(self.model)}
+        self.text_of = {token: text for text, token in self.added.items()}
+        self.control = set(self.special.values())
 
     def __len__(self) -> int:
-        return len(self.model)
+        """One more than the highest id that this can give."""
+        return max(len(self.model), 1 + max([*self.special.values(), *self.added.values()]))
 
     def encode_prompt(self, text: str) -> list[int]:
-        """BOS and the ids of `text`."""
-        return [self.bos_id] + self.model.encode(text)
+        """BOS, once, and the ids of `text`."""
+        runs = self._runs(getattr(text, "parts", ((text, False),)))
+        ids = self.model.encode(runs[0]) + self._rest(runs)
+        return ids if not self.add_bos or ids[:1] == [self.bos_id] else [self.bos_id] + ids
 
     def encode_continuation(self, text: str, tail: str = "\n") -> list[int]:
-        """The ids of `text` as they stand behind a prompt that ends in `tail` (spec 1b: equal to the joint encoding's).
+        """The ids of `text` as they stand behind a prompt that ends in `tail` (equal to the joint encoding's).
 
-        sentencepiece puts a space before whatever it encodes; so `tail` is encoded along and its ids are dropped.
+        sentencepiece puts a space before whatever it encodes; so `tail` is encoded along and its ids are dropped. Where
+        the two would fuse into one piece, as ":" and ")" do, a tail is taken that nothing fuses with.
         """
-        head = self.model.encode(tail)
-        ids = self.model.encode(tail + text)
-        assert ids[:len(head)] == head, f"the template's tail {tail!r} fuses with the response {text[:20]!r}"
-        return ids[len(head):]
+        runs = self._runs(getattr(text, "parts", ((text, False),)))
+        for head_text in (tail, "\n", "\x01"):
+            head, ids = self.model.encode(head_text), self.model.encode(head_text + runs[0])
+            if ids[:len(head)] == head:
+                return ids[len(head):] + self._rest(runs)
+        raise ValueError(f"{self.path} makes one piece of a line break and {text[:20]!r}. Use a LLaMA-family tokenizer.")
+
+    def encode_turn(self, text: str) -> list[int]:
+        """The ids of `text` behind a control token."""
+        return self._rest(["", None, *self._runs(getattr(text, "parts", ((text, False),)))])
+
+    def _runs(self, parts) -> list:
+        """[text, id, text, id, ..., text]: the ids of added tokens, and of control tokens where the part is trusted."""
+        runs = [""]
+        for text, trusted in parts:
+            names = self.special | self.added if trusted else self.added
+            pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+            for k, piece in enumerate(re.split(f"({pattern})", text) if names else [text]):
+                if k % 2:
+                    runs += [names[piece], ""]
+                else:
+                    runs[-1] += piece
+        return runs
+
+    def _rest(self, runs: list) -> list[int]:
+        """The ids of all runs but the first; None stands for a token that is there already."""
+        ids = []
+        for token, text in zip(runs[1::2], runs[2::2]):
+            ids += [token] if token is not None else []
+            if text:
+                ids += self.model.encode(text) if self.legacy else self.encode_continuation(text)
+        return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids`, control pieces dropped, without surrounding blanks."""
-        return self.model.decode([i for i in ids if not self.model.is_control(i)]).strip()
+        """The text of `ids`, control tokens and ids without a text dropped, without surrounding blanks."""
+        texts, run = [], []
+        for token in [*ids, None]:
+            if token is None or token in self.text_of:
+                texts += [self.model.decode(run), self.text_of.get(token, "")]
+                run = []
+            elif token < len(self.model) and token not in self.control:
+                run.append(token)
+        return "".join(texts).strip()
+
+
+def stop_ids(tokenizer, prompts: list[str]) -> tuple[int, ...]:
+    """The ids that end an answer to these prompts: EOS, and what their template ends a response with."""
+    ends = {tokenizer.encode_turn(Prompt.of([(prompt.end, True)]))[-1] for prompt in prompts if isinstance(prompt, Prompt)}
+    return tuple(dict.fromkeys([tokenizer.eos_id, *sorted(ends & tokenizer.control if ends else ())]))
+
+
+def check_vocabulary(tokenizer, vocab_size: int, bos_id: int | None, eos_ids: tuple[int, ...], where) -> str:
+    """A warning where config.json and the tokenizer name other BOS and EOS ids, or nothing; the tokenizer is believed.
+
+    Raises ValueError where the tokenizer has ids that the embedding has no rows for.
+    """
+    if len(tokenizer) > vocab_size:
+        raise ValueError(f"tokenizer has {len(tokenizer)} pieces but the embedding has {vocab_size} rows "
+                         f"({where}). Use the tokenizer that came with this checkpoint.")
+    if tokenizer.eos_id in eos_ids and bos_id in (None, tokenizer.bos_id):
+        return ""
+    return (f"warning: config.json of {where} says BOS {bos_id} and EOS {', '.join(map(str, eos_ids)) or 'none'}, its tokenizer says "
+            f"{tokenizer.bos_id} and {tokenizer.eos_id}; the tokenizer is believed.")
+
+
+def check_template(tokenizer, template: Template, name: str) -> None:
+    """Raise ValueError where the template ends responses with a token that the tokenizer does not have."""
+    if tokenizer.encode_turn(Prompt.of([(template.end, True)]))[-1] not in tokenizer.control:
+        raise ValueError(f"template {name} ends responses with {template.end.strip()!r}, which is no token of {tokenizer.path}. "
+                         "Use the template that the model was made for.")
+
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "chat_template.jinja")
+
+
+def copy_tokenizer(tokenizer, model_folder, target) -> None:
+    """Put every tokenizer file, and the model folder's generation_config.json, into `target`, whichever of them exist.
+
+    A tokenizer.model that stands alone gets a tokenizer_config.json, without which transformers would not know its kind.
+    """
+    target, folder = Path(target), tokenizer.path.parent
+    found = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    found["tokenizer.model"] = tokenizer.path.read_bytes()
+    if model_folder and (Path(model_folder) / "generation_config.json").is_file():
+        found["generation_config.json"] = (Path(model_folder) / "generation_config.json").read_bytes()
+    if "tokenizer_config.json" not in found:
+        pieces = {name: tokenizer.model.id_to_piece(i) for name, i in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id),
+                                                                       ("unk_token", tokenizer.model.unk_id()))}
+        config = {"tokenizer_class": "LlamaTokenizer", "legacy": tokenizer.legacy, "add_bos_token": tokenizer.add_bos, "add_eos_token": False,
+                  "clean_up_tokenization_spaces": False, **pieces}
+        found["tokenizer_config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    target.mkdir(parents=True, exist_ok=True)
+    for name, blob in found.items():
+        (target / name).write_bytes(blob)
+
+
+def _beside(file: Path, name: str) -> dict:
+    """The JSON object in a file beside `file`; {} where there is none."""
+    path = file.parent / name
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > 10**8:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, which is no {name}.")
+    found = _read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}. Expected a JSON object.")
+    return found
+
+
+def _added_tokens(file: Path, config: dict) -> tuple[dict[str, int], set[str]]:
+    """{text: id} of the tokens that were added to the sentencepiece model, and which of them are special.
+
+    In added_tokens_decoder of tokenizer_config.json (new), or in added_tokens.json (old), where those are special that
+    special_tokens_map.json or tokenizer_config.json name.
+    """
+    added, special = {}, set()
+    for token, entry in (config.get("added_tokens_decoder") or {}).items():
+        entry = entry if isinstance(entry, dict) else {}
+        added[entry.get("content")] = int(token) if token.isdecimal() and len(token) < 9 else None
+        special |= {entry.get("content")} if entry.get("special") is True else set()
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        for value in (config if name == "tokenizer_config.json" else _beside(file, name)).values():
+            for item in value if isinstance(value, list) else [value]:
+                text = item.get("content") if isinstance(item, dict) else item
+                special |= {text} if isinstance(text, str) else set()
+    for text, token in _beside(file, "added_tokens.json").items():
+        added.setdefault(text, token)
+    for text, token in added.items():
+        if not isinstance(text, str) or not text or type(token) is not int or not 0 <= token < 2**24:
+            raise ValueError(f"{file.parent}: added token {text!r:.60} has the id {token!r:.20}. Expected a text and a number from 0 to {2**24}.")
+    return added, special
 
 
 def _sentencepiece_bytes(file: Path) -> bytes:
@@ -92,20 +252,30 @@ def _sentencepiece_bytes(file: Path) -> bytes:
 
 @dataclass(frozen=True)
 class Template:
-    """How an instruction and an input become a prompt; `separator` stands before the response and belongs to it."""
+    """How an instruction and an input become a prompt; `separator` stands before the response and belongs to it.
+
+    `<s>` and `</s>` stand for BOS and EOS, but a prompt's first BOS is the tokenizer's to add. Conversations: `turn` with
+    {opening} and {user}, where the opening, with {system}, stands in the first turn only; `between` follows a response.
+    """
 
     with_input: str
     without_input: str
     judged_with_input: str                                  # the same, with a judgment that the response should match
     judged_without_input: str
     separator: str = ""
+    end: str = "</s>"                                       # ends a response and is learnt with it
+    turn: str = ""
+    opening: str = ""
+    system: str = ""                                        # the system message where the data has none
+    between: str = ""
+    strip: bool = False                                     # what users and models say loses its surrounding blanks
 
     @property
     def tail(self) -> str:
-        """What every prompt of this template ends in; responses are encoded behind it."""
-        return self.with_input[-1]
+        """What every prompt of this template ends in; responses are encoded behind it. A line break where that is open."""
+        return "\n" if self.with_input.endswith("}") else self.with_input[-1]
 
-    def render(self, instruction: str, input: str = "", judgment: str | None = None) -> str:
+    def render(self, instruction: str, input: str = "", judgment: str | None = None) -> Prompt:
         """The prompt. A wording with the placeholder {input} places the input itself. Substitutes once, in one pass."""
         if "{input}" in instruction:
             instruction, input = instruction.replace("{input}", input), ""
@@ -113,34 +283,123 @@ class Template:
             text = self.with_input if input else self.without_input
         else:
             text = self.judged_with_input if input else self.judged_without_input
-        values = {"instruction": instruction, "input": input, "judgment": judgment}
-        return re.sub(r"\{(instruction|input|judgment)\}", lambda match: values[match[1]], text)
+        return self._fill(text, {"instruction": instruction, "input": input, "judgment": judgment})
+
+    def render_turn(self, user: str, *, system: str | None = None, first: bool = True) -> Prompt:
+        """What stands before the response of one turn of a conversation."""
+        system = (self.system if system is None else system) if first else ""
+        text = self.turn.replace("{opening}", self.opening if system else "")
+        return self._fill(text if first else self.between + text, {"user": user, "system": system})
+
+    def render_conversation(self, messages: list[dict]) -> Prompt:
+        """A prompt of a whole conversation: [{"role": "system"}, ] then user and assistant in turns, the user last."""
+        parts, system = [], None
+        for message in messages:
+            if message["role"] == "system":
+                system = message["content"]
+            elif message["role"] == "user":
+                parts += self.render_turn(message["content"], system=system, first=not parts).parts
+            else:
+                answer = message["content"].strip() if self.strip else message["content"]
+                parts += [(self.separator + answer, False), (self.end, True)]
+        return Prompt.of(parts, self.end)
+
+    def _fill(self, text: str, values: dict) -> Prompt:
+        """The template's own text is trusted, the values are not."""
+        pieces = re.split(r"\{(%s)\}" % "|".join(values), text)
+        said = {name: value.strip() if self.strip and isinstance(value, str) else value for name, value in values.items()}
+        return Prompt.of([(said[piece], False) if k % 2 else (piece, True) for k, piece in enumerate(pieces)], self.end)
+
+
+def _chat(turn: str, **more) -> Template:
+    """A template of conversations, with its forms for one instruction: the input on the line behind it."""
+    template = Template("", "", "", "", turn=turn, **more)
+    ask = turn.replace("{opening}", template.opening.replace("{system}", template.system) if template.system else "")
+    said = ("{instruction}\n{input}", "{instruction}", "{instruction}\n{input}\n\nJudgment of the response: {judgment}",
+            "{instruction}\n\nJudgment of the response: {judgment}")
+    return Template(*(ask.replace("{user}", text) for text in said), turn=turn, **more)
+
+
+ALPACA = ("Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+          "response that appropriately completes the request.\n\n",
+          "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n")
+ALPACA_JUDGED = ("Below is an instruction that describes a task, paired with an input that provides further context. Write a "   # CUT, Fig. 5
+                 "response to the instruction and the response should match the corresponding judgment.\n\n",
+                 "Below is an instruction that describes a task. Write a response to the instruction and the response should match "
+                 "the corresponding judgment.\n\n")
+
+
+def _alpaca(tail: str) -> Template:
+    """Stanford's wording (2023); `tail` follows "### Response:"."""
+    instruction, input, judgment = "### Instruction:\n{instruction}\n\n", "### Input:\n{input}\n\n", "### Judgment:\n{judgment}\n\n"
+    response = "### Response:" + tail
+    return Template(ALPACA[0] + instruction + input + response, ALPACA[1] + instruction + response,
+                    ALPACA_JUDGED[0] + instruction + input + judgment + response, ALPACA_JUDGED[1] + instruction + judgment + response,
+                    turn="{opening}### Instruction:\n{user}\n\n" + response, opening="{system}", system=ALPACA[1], between="\n\n")
 
 
 TEMPLATES = {
-    "alpaca": Template(                                     # Stanford's wording with alpaca-lora's final newline
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}"
-        "\n\n### Response:\n",
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n{instruction}\n\n### Response:\n",
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "      # CUT, Fig. 5
-        "response to the instruction and the response should match the corresponding judgment.\n\n### Instruction:\n"
-        "{instruction}\n\n### Input:\n{input}\n\n### Judgment:\n{judgment}\n\n### Response:\n",
-        "Below is an instruction that describes a task. Write a response to the instruction and the response should match "
-        "the corresponding judgment.\n\n### Instruction:\n{instruction}\n\n### Judgment:\n{judgment}\n\n### Response:\n"),
+    "alpaca": _alpaca("\n"),                                # alpaca-lora's and CUT's: a line break behind the colon
+    "alpaca-stanford": _alpaca(""),
     "plain": Template("### Instruction: {instruction}\n### Input: {input}\n### Response:",
                       "### Instruction: {instruction}\n### Response:",
                       "### Instruction: {instruction}\n### Input: {input}\n### Judgment: {judgment}\n### Response:",
-                      "### Instruction: {instruction}\n### Judgment: {judgment}\n### Response:", separator=" "),
+                      "### Instruction: {instruction}\n### Judgment: {judgment}\n### Response:", separator=" ",
+                      turn="{opening}### Instruction: {user}\n### Response:", opening="{system}\n", between="\n"),
+    "vicuna": _chat("{opening}USER: {user} ASSISTANT:", opening="{system} ", separator=" ",     # v1.1 and later
+                    system="A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+                           "and polite answers to the user's questions."),
+    "llama2": _chat("[INST] {opening}{user} [/INST]", opening="<<SYS>>\n{system}\n<</SYS>>\n\n", separator=" ", end=" </s>",
+                    between="<s>", strip=True),
+    "chatml": _chat("{opening}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n",
+                    opening="<|im_start|>system\n{system}<|im_end|>\n", end="<|im_end|>", between="\n"),
+    "zephyr": _chat("{opening}<|user|>\n{user}</s>\n<|assistant|>\n", opening="<|system|>\n{system}</s>\n", between="\n"),  # TinyLlama's, too
+    "raw": _chat("{opening}{user}", opening="{system}\n", separator=" ", between="\n"),
 }
 
 
 def find_template(name: str) -> Template:
-    """TEMPLATES[name], or a ValueError that lists the names."""
-    if name not in TEMPLATES:
-        raise ValueError(f"unknown template {name!r}. Templates: {', '.join(TEMPLATES)}.")
-    return TEMPLATES[name]
+    """TEMPLATES[name], or the template in a user's JSON file; a ValueError that lists the names."""
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if name.endswith(".json"):
+        return _template_from_file(Path(name))
+    raise ValueError(f"unknown template {name!r}. Templates: {', '.join(TEMPLATES)}, or a JSON file of your own.")
+
+
+def _template_from_file(path: Path) -> Template:
+    """A template from JSON: the fields of Template, of which `turn` alone suffices, or alpaca-lora's prompt_input and prompt_no_input."""
+    if not path.is_file():
+        raise ValueError(f"there is no template file {path}. Templates: {', '.join(TEMPLATES)}, or a JSON file that exists.")
+    given = _read_json(path)
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} holds a {type(given).__name__}. Expected a JSON object.")
+    given = {{"prompt_input": "with_input", "prompt_no_input": "without_input"}.get(name, name): value for name, value in given.items()
+             if name not in ("description", "response_split")}                          # alpaca-lora's, without a use here
+    kinds = {item.name: bool if item.name == "strip" else str for item in fields(Template)}
+    for name, value in given.items():
+        if name not in kinds or type(value) is not kinds[name]:
+            raise ValueError(f"{path}: {name} is {json.dumps(value)[:60]}. Expected texts under {', '.join(kinds)} (strip: true or false).")
+    if "turn" in given and "with_input" not in given and "without_input" not in given:
+        made = _chat(**given)
+    else:
+        for name, other in (("with_input", "without_input"), ("without_input", "with_input")):
+            if name not in given:
+                given[name] = given.get(other, "").replace("{instruction}", "{instruction}\n{input}" if name == "with_input" else "{instruction}")
+        told = "{instruction}\n\nJudgment of the response: {judgment}"
+        given = {"judged_" + name: given[name].replace("{instruction}", told) for name in ("with_input", "without_input")} | given
+        made = Template(**({"turn": "{opening}" + given["without_input"].replace("{instruction}", "{user}"), "between": "\n"} | given))
+    prompts = {"with_input": ("instruction", "input"), "without_input": ("instruction",), "turn": ("user",)}
+    for name, wanted in prompts.items():
+        missing = [word for word in wanted if "{%s}" % word not in getattr(made, name)]
+        if missing or getattr(made, name).startswith("<s>"):
+            raise ValueError(f"{path}: {name} {'lacks {%s}' % missing[0] if missing else 'begins with <s>, and BOS is added anyway'}. "
+                             "Give it, so that every prompt has it once.")
+    tails = {text[-1] for text in (made.with_input, made.without_input, made.judged_with_input, made.judged_without_input, made.turn)}
+    if len(tails) > 1:
+        raise ValueError(f"{path}: its prompts end in {' and '.join(map(repr, sorted(tails)))}. Let them all end alike, so that a "
+                         "response has the same tokens behind each.")
+    return made
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -453,6 +712,79 @@ def answer_candidates(target: str, *, same_task: list[str], same_input: list[str
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Outside instruction data
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "bard": "assistant",
+         "bing": "assistant", "model": "assistant", "system": "system"}
+
+
+def load_examples(path) -> tuple[list[dict], dict[str, int]]:
+    """Instruction data: {"instruction", "input", "output"} or {"messages": [{"role", "content"}]}, and how many were left out, and why.
+
+    A JSON list or JSON Lines of Alpaca's rows (instruction, input, output), of ShareGPT's (conversations: from, value), or
+    of messages (messages: role, content). A conversation begins with at most one system message, then user and assistant
+    take turns; what an assistant says first, and a user says last, is cut off. Left out are rows with an empty or missing
+    answer, and conversations whose turns do not alternate. Raises ValueError for a row of another shape.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist. Give a file of instruction data.")
+    with open(path, "rb") as file:
+        is_list = file.read(100).lstrip().startswith(b"[")
+    rows = _read_json(path) if is_list else read_records(path)
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path} holds no list of records. Expected a JSON list or JSON Lines of Alpaca, ShareGPT or messages rows.")
+    found, left_out = [], {}
+    for number, row in enumerate(rows):
+        where = f"{path}, record {number}"
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is a {type(row).__name__}. Expected an object.")
+        turns = row.get("messages", row.get("conversations"))
+        example, problem = _alpaca_row(row, where) if turns is None else _conversation(turns, where)
+        if problem:
+            left_out[problem] = left_out.get(problem, 0) + 1
+        else:
+            found.append(example)
+    if not found:
+        raise ValueError(f"{path}: none of its {len(rows)} records can be used ({', '.join(f'{n} {why}' for why, n in left_out.items())}).")
+    return found, left_out
+
+
+def _alpaca_row(row: dict, where: str) -> tuple[dict, str]:
+    """A row of Alpaca's, and what is wrong with it, if anything."""
+    example = {"instruction": row.get("instruction"), "input": row.get("input") or "", "output": row.get("output")}
+    for name, value in example.items():
+        if not isinstance(value, str):
+            raise ValueError(f'{where}: field "{name}" is {json.dumps(value)[:60]}. Expected a text; rows are Alpaca\'s (instruction, input, '
+                             "output), ShareGPT's (conversations) or messages.")
+    return example, "" if example["output"].strip() and example["instruction"].strip() else "with an empty instruction or output"
+
+
+def _conversation(turns, where: str) -> tuple[dict, str]:
+    """ShareGPT's or plain messages as checked messages, and what is wrong with them, if anything."""
+    if not isinstance(turns, list):
+        raise ValueError(f"{where}: its conversation is a {type(turns).__name__}. Expected a list of turns.")
+    messages = []
+    for number, turn in enumerate(turns):
+        role, text = (turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) if isinstance(turn, dict) else (None, None)
+        if role not in ROLES or not isinstance(text, str):
+            raise ValueError(f"{where}, turn {number} is {json.dumps(turn)[:80]}. Expected role (or from) of {', '.join(sorted(ROLES))}, and content "
+                             "(or value) as text.")
+        messages.append({"role": ROLES[role], "content": text})
+    system = messages[:1] if messages and messages[0]["role"] == "system" else []
+    rest = messages[len(system):]
+    rest = rest[1:] if rest and rest[0]["role"] == "assistant" else rest
+    rest = rest[:-1] if rest and rest[-1]["role"] == "user" else rest
+    if not rest:
+        return {}, "without an answer"
+    if [message["role"] for message in rest] != ["user", "assistant"] * (len(rest) // 2):
+        return {}, "whose turns do not alternate"
+    if not all(message["content"].strip() for message in rest):
+        return {}, "with an empty turn"
+    return {"messages": system + rest}, ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Judged responses
 
 ERROR_JUDGMENT = "$ERROR$"                                  # in the CUT authors' files: the judge gave no answer
@@ -687,7 +1019,8 @@ def encode_document(tokenizer, segments, *, max_len: int) -> dict:
 
     The first segment is the prompt (BOS is added). Used for documents with several labelled places; see encode_example.
     """
-    ids, labels, tail = [tokenizer.bos_id], [IGNORE_INDEX], ""
+    ids = [tokenizer.bos_id] if tokenizer.add_bos else []
+    labels, tail = [IGNORE_INDEX] * len(ids), ""
     for text, is_label in segments:
         piece = tokenizer.encode_continuation(text, tail) if tail else tokenizer.model.encode(text)
         ids += piece
@@ -698,7 +1031,9 @@ def encode_document(tokenizer, segments, *, max_len: int) -> dict:
 
 def encode_response(tokenizer, template: Template, response: str) -> list[int]:
     """Response ids with EOS, as they stand behind any prompt of this template; N in every loss counts these."""
-    return tokenizer.encode_continuation(template.separator + response, template.tail) + [tokenizer.eos_id]
+    said = response.strip() if template.strip else response
+    ids = tokenizer.encode_continuation(Prompt.of([(template.separator + said, False), (template.end, True)]), template.tail)
+    return ids if ids[-1:] and ids[-1] in tokenizer.control else ids + [tokenizer.eos_id]
 
 
 def encode_example(tokenizer, template: Template, prompt: str, response, *, max_len: int) -> dict:
@@ -715,6 +1050,37 @@ def encode_example(tokenizer, template: Template, prompt: str, response, *, max_
                          f"raise --max-len to at least {len(tokens) + len(ids)}.")
     kept = cut_left(ids, room)
     return {"input_ids": kept + tokens, "labels": [IGNORE_INDEX] * len(kept) + tokens, "cut": int(len(ids) > room)}
+
+
+def encode_conversation(tokenizer, template: Template, example: dict, *, max_len: int) -> dict | None:
+    """An example of `load_examples` -> {"input_ids", "labels", "cut"}: labels on what the assistant says and its ends only.
+
+    Of a conversation that is too long the last turns are dropped, of a single turn the left of its prompt. None where
+    not even the first response fits.
+    """
+    if "messages" not in example:
+        turns = [(template.render(example["instruction"], example["input"]), example["output"])]
+    else:
+        turns, system = [], None
+        for message in example["messages"]:
+            if message["role"] == "system":
+                system = message["content"]
+            elif message["role"] == "user":
+                asked = template.render_turn(message["content"], system=system, first=not turns)
+            else:
+                turns.append((asked, message["content"]))
+    ids, labels, cut = [], [], 0
+    for asked, answer in turns:
+        response = encode_response(tokenizer, template, answer)
+        prompt = tokenizer.encode_turn(asked) if ids else tokenizer.encode_prompt(asked)
+        if len(ids) + len(prompt) + len(response) > max_len:
+            cut = 1
+            if ids or len(response) > max_len - 2:
+                break
+            prompt = cut_left(prompt, max_len - len(response))
+        ids += prompt + response
+        labels += [IGNORE_INDEX] * len(prompt) + response
+    return {"input_ids": ids, "labels": labels, "cut": cut} if ids else None
 
 
 def cut_left(ids: list[int], room: int) -> list[int]:

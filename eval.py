@@ -4,6 +4,9 @@
     python eval.py --model DIR --adapter runs/sft runs/cat  ... and with each adapter, side by side
     python eval.py --benchmark llmbar --data DIR --judge http --judge-model NAME --strategy rules metrics_reference
     python eval.py --paraphrase 8 --tasks DIR --judge-model NAME --out DIR      wordings of the tasks' instructions
+    python eval.py --model DIR --adapter runs/cat --chat    talk to it; /help lists what else you can type
+    python eval.py --model DIR --adapter runs/cat --merge OUT          write one folder for other programs
+    python eval.py --model DIR --instructions FILE          answer them, in the form that alpaca_eval reads
 
 Metrics: CR and MCR of arXiv 2403.14221; ROUGE of Lin 2004; exact match as Super-NaturalInstructions defines it; and of a
 judge against people's labels, accuracy, agreement of both orders, kappa, and its biases (LLMBar, arXiv 2310.07641).
@@ -23,9 +26,11 @@ import os
 import re
 import string
 import sys
+import time
 import unicodedata
 from argparse import SUPPRESS
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
 from itertools import accumulate, chain, combinations, permutations
@@ -92,7 +97,7 @@ class EvalConfig(JudgeFlags):
     split: Literal["dev", "test"] = flag("dev", "which held-out wordings and inputs")
     wordings: int = flag(10, "wordings per question, at most")
     per_task: int = flag(20, "questions per task, at most")
-    template: str = flag("", "prompt template (default: the checkpoint's own, else alpaca)")
+    template: str = flag("", "prompt template: alpaca, alpaca-stanford, plain, vicuna, llama2, chatml, zephyr, raw, or a JSON file (default: the checkpoint's own, else alpaca)")
     prefix: str = flag("", "words before every instruction, e.g. the best mark of a conditional model")
     max_new_tokens: int = flag(128, "longest response in tokens")
     max_len: int = flag(0, "most tokens of prompt and response together (0: what the model takes)")
@@ -116,6 +121,12 @@ class EvalConfig(JudgeFlags):
     own: str = flag("", "... with this as the judge's own family among the outputs' sources (source_1, source_2)")
     instances: int = flag(0, "... with so many instances per subset, at most (0: all)")
     paraphrase: int = flag(0, "write this many wordings of each task's instruction with the judge's model, instead of evaluating")
+    quantize: Literal["none", "int8", "nf4"] = flag("none", "keep the model's linears in 8 or 4 bits")
+    chat: bool = flag(False, "talk to the model, or to its first adapter, at the terminal, instead of evaluating")
+    temperature: float = flag(0.7, "... with this sampling temperature (0: the most probable token)")
+    instructions: str = flag("", "JSON file of instructions: write OUT/NAME-outputs.json in alpaca_eval's form, instead of evaluating")
+    merge: str = flag("", "folder for the model with its one adapter merged in, at full precision, instead of evaluating")
+    layout: Literal["hf", "meta"] = flag("hf", "... in Hugging Face's layout or in Meta's")
     show_mask: str = flag("", "file of judged responses: show what CUT's mask flags in them, instead of evaluating")
     detect_lam: float = flag(1.1, "... with tokens flagged where p(token | judgment) > this * p(token)")
     out: str = flag("runs/eval", "folder for metrics.json, questions.jsonl, report.md and plots")
@@ -145,15 +156,22 @@ def complete(model, tokenizer, prompts: list[str], *, max_new_tokens: int, tempe
     `seed` is one number, or one per prompt. Prompt and answer share max_len tokens (default: what the model takes); a
     longer prompt loses its left, as in training. `progress(k)` is called when k more rows are done.
     """
-    from data import cut_left
+    from data import cut_left, stop_ids
     from model import generate
 
     asked = list(dict.fromkeys(prompts)) if temperature == 0 else prompts
-    room = prompt_room(model, max_new_tokens, max_len)
+    room, stop = prompt_room(model, max_new_tokens, max_len), (*stop_ids(tokenizer, asked), *model.config.eos_ids)
+    bar = None
+    if progress is None:                                    # shown at a terminal only
+        from tqdm import tqdm
+        bar = tqdm(total=len(asked), desc="answers", disable=None, leave=False)
+        progress = bar.update
     token_ids = generate(model, [cut_left(tokenizer.encode_prompt(text), room) for text in asked], max_new_tokens=max_new_tokens,
-                         temperature=temperature, top_p=top_p, top_k=top_k, eos_ids=(tokenizer.eos_id,),
+                         temperature=temperature, top_p=top_p, top_k=top_k, eos_ids=stop,
                          seed=0 if temperature == 0 else seed, batch_size=batch_size, progress=progress)
-    made = [Completion(tokenizer.decode(ids), ids, ids[-1:] == [tokenizer.eos_id]) for ids in token_ids]
+    if bar is not None:
+        bar.close()
+    made = [Completion(tokenizer.decode(ids), ids, ids[-1] in stop) for ids in token_ids]
     if temperature == 0:
         by_prompt = dict(zip(asked, made, strict=True))
         made = [by_prompt[text] for text in prompts]
@@ -162,7 +180,7 @@ def complete(model, tokenizer, prompts: list[str], *, max_new_tokens: int, tempe
 
 def prompt_room(model, max_new_tokens: int, max_len: int | None) -> int:
     """How many tokens a prompt may have, or a ValueError."""
-    room = min(max_len or sys.maxsize, model.config.max_position_embeddings) - max_new_tokens
+    room = min(max_len or sys.maxsize, model.config.context) - max_new_tokens
     if room < 2:
         raise ValueError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: prompt and answer share "
                          f"{room + max_new_tokens} tokens. Lower it.")
@@ -201,7 +219,7 @@ def _read_prefixes(model, prefixes: list[list[int]], room: int, max_len: int | N
     from data import cut_left
     from model import KVCache
 
-    limit = min(max_len or sys.maxsize, model.config.max_position_embeddings) - room
+    limit = min(max_len or sys.maxsize, model.config.context) - room
     if limit < 2:
         raise ValueError(f"an answer to judge has about {room} tokens and leaves no room for its question within "
                          f"{limit + room}. Lower --max-new-tokens, or raise --max-len.")
@@ -753,9 +771,13 @@ def response_logprobs(model, tokenizer, template, records: list[dict], judgments
 
 
 def surface(tokenizer, token: int) -> bytes:
-    """The bytes that a token adds to the text; none for EOS."""
-    piece = "" if token == tokenizer.eos_id else tokenizer.model.id_to_piece(token)
-    return bytes([int(piece[3:-1], 16)]) if piece and tokenizer.model.is_byte(token) else piece.replace("\u2581", " ").encode()
+    """The bytes that a token adds to the text; none for EOS and other control tokens."""
+    if token == tokenizer.eos_id or token in tokenizer.control:
+        return b""
+    if token in tokenizer.text_of:
+        return tokenizer.text_of[token].encode()
+    piece = tokenizer.model.id_to_piece(token)
+    return bytes([int(piece[3:-1], 16)]) if tokenizer.model.is_byte(token) else piece.replace("\u2581", " ").encode()
 
 
 def token_words(tokenizer, ids: list[int]) -> list[int | None]:
@@ -954,7 +976,7 @@ class LocalChat:
 
         # the user's message goes where no place holder is looked for: it holds texts under judgment, which must stay as they are
         prompts = [self.template.render(*(message["content"] for message in question.messages)) for question in questions]
-        limit = self.model.config.max_position_embeddings
+        limit = self.model.config.context
         fits = [i for i, text in enumerate(prompts) if len(self.tokenizer.encode_prompt(text)) + questions[i].max_tokens <= limit]
         picked = [i for i in fits if questions[i].pick]
         replies = {i: Reply("", "prompt longer than the model takes") for i in range(len(questions))}
@@ -1438,13 +1460,20 @@ def check_config(config: EvalConfig) -> None:
     for name in ("wordings", "per_task", "max_new_tokens", "batch_size", "repeats"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small. Give 1 or more.")
+    if config.merge and (len(config.adapter) > 1 or config.quantize != "none"):
+        raise ValueError(f"--merge takes one --adapter at most and a model in full precision; got {len(config.adapter)} and --quantize "
+                         f"{config.quantize}. Merge each adapter into a folder of its own.")
+    if config.merge and Path(config.merge).resolve() == Path(config.model).resolve():
+        raise ValueError(f"--merge {config.merge} is the folder of the model itself. Give another.")
+    if not config.temperature >= 0:
+        raise ValueError(f"--temperature {config.temperature} is below 0. Give 0 or more.")
     if config.judge == "self" and not config.benchmark:
         raise ValueError("--judge self judges only --benchmark. For CR and MCR give --judge rule or --judge http.")
     if config.benchmark and not config.data:
         raise ValueError(f"--benchmark {config.benchmark} needs --data DIR, the folder with its instances.")
     check_judge(config, asked=config.judge == "http" or config.paraphrase > 0)
-    given = [("--model", config.model), ("--tasks", config.tasks), ("--paraphrases", config.paraphrases), ("--show-mask", config.show_mask),
-             ("--data", config.data)]
+    given = [("--model", config.model), ("--tasks", config.tasks), ("--paraphrases", config.paraphrases),
+             ("--show-mask", config.show_mask), ("--data", config.data), ("--instructions", config.instructions)]
     for flag, path in given + [("--adapter", path) for path in config.adapter]:
         if path and not Path(path).exists():
             raise ValueError(f"{flag} {path} does not exist. Give the path of a file or folder that does.")
@@ -1478,7 +1507,7 @@ def show_masks(config: EvalConfig) -> None:
     for name, model, tokenizer in load_models(config):
         template = find_template(config.template or model.config.prompt_template or "alpaca")
         lams = sorted({*MASK_LAMS, config.detect_lam})
-        masks = cut_masks(model, tokenizer, template, records, lams=lams, max_len=config.max_len or model.config.max_position_embeddings)
+        masks = cut_masks(model, tokenizer, template, records, lams=lams, max_len=config.max_len or model.config.context)
         parts.append(mask_report(name, records, masks, tokenizer, config.detect_lam))
         if len(parts) == 1:
             parts.insert(0, worked_example(name, records[0], masks[0], template, tokenizer, config.detect_lam))
@@ -1554,27 +1583,178 @@ def load_models(config: EvalConfig, adapters: list[str] | None = None):
     from safetensors.torch import load_file
 
     from data import Tokenizer
-    from lora import load_adapter, merge_lora
+    from lora import load_adapter, merge_lora, mergeable
     from model import load_model
 
     tokenizer = Tokenizer(config.tokenizer or config.model)
     for adapter in ["", *config.adapter] if adapters is None else adapters:
-        model = load_model(config.model, dtype=getattr(torch, config.dtype), device=config.device)
+        model = load_model(config.model, dtype=getattr(torch, config.dtype), device=config.device, quantize=config.quantize.removeprefix("none"))
+        check_tokenizer(config, model, tokenizer, quiet=bool(adapter))
         if adapter:
-            model = merge_lora(load_adapter(model, adapter))
+            load_adapter(model, adapter)
+            model = merge_lora(model, in_place=True) if mergeable(model) else model.eval()
             if Path(adapter, VALUE_HEAD).exists():
                 add_head(model).load_state_dict(load_file(Path(adapter, VALUE_HEAD)))
         yield adapter or Path(config.model).name, model, tokenizer
 
 
+def check_tokenizer(config: EvalConfig, model, tokenizer, *, quiet: bool = False) -> None:
+    """The tokenizer and the template against the model; prints a warning where their BOS and EOS differ."""
+    from data import check_template, check_vocabulary, find_template
+
+    warning = check_vocabulary(tokenizer, model.config.vocab_size, model.config.bos_id, model.config.eos_ids, config.model)
+    if warning and not quiet:
+        print(warning)
+    name = config.template or model.config.prompt_template or "alpaca"
+    check_template(tokenizer, find_template(name), name)
+
+
+def merge(config: EvalConfig, dtype: str | None) -> None:
+    """Write the model, with its adapter merged in, and all tokenizer files. The dtype is the stored one unless given."""
+    import torch
+
+    from data import Tokenizer, copy_tokenizer
+    from lora import load_adapter, merge_lora
+    from model import load_model, save_meta, save_model
+
+    tokenizer, target = Tokenizer(config.tokenizer or config.model), Path(config.merge)
+    model = load_model(config.model, dtype=getattr(torch, dtype) if dtype else None, device=config.device).eval()
+    check_tokenizer(config, model, tokenizer)
+    if config.adapter:
+        ids = torch.tensor(tokenizer.encode_prompt("The quick brown fox jumps over the lazy dog."), device=config.device)
+        with torch.no_grad():
+            before = load_adapter(model, config.adapter[0])(ids).float()
+            after = merge_lora(model, in_place=True)(ids).float()
+        print(f"merged {config.adapter[0]}: logits differ from the unmerged ones by at most {(before - after).abs().max():.1e} "
+              f"(largest logit {before.abs().max():.1f}).")
+    if config.template and not config.template.endswith(".json"):
+        model.config.prompt_template = config.template
+    if config.layout == "meta":
+        save_meta(model, target)
+        (target / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+    else:
+        save_model(model, target)
+        copy_tokenizer(tokenizer, config.model, target)
+    print(f"wrote {target}: {', '.join(sorted(path.name for path in target.iterdir()))}")
+
+
+def answer_instructions(config: EvalConfig) -> None:
+    """For each model a JSON list of {instruction, output, generator, ...}, as alpaca_eval's --model_outputs reads it."""
+    from data import _read_json, find_template, read_records
+
+    path = Path(config.instructions)
+    rows = _read_json(path) if path.read_bytes().lstrip().startswith(b"[") else read_records(path)
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get("instruction"), str) or not row["instruction"].strip():
+            raise ValueError(f"{path}, record {number}, has no text under instruction. Expected objects with instruction and, if there is one, input.")
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, model, tokenizer in load_models(config):
+        template = find_template(config.template or model.config.prompt_template or "alpaca")
+        made = complete(model, tokenizer, [template.render(row["instruction"], row.get("input") or "") for row in rows], batch_size=config.batch_size,
+                        max_new_tokens=config.max_new_tokens, max_len=config.max_len or None)
+        generator = re.sub(r"[^\w.-]+", "-", name).strip("-")
+        found = [{"dataset": row["dataset"]} if isinstance(row.get("dataset"), str) else {} for row in rows]
+        found = [{"instruction": "\n".join(filter(None, (row["instruction"], row.get("input")))), "output": answer.text, "generator": generator, **more}
+                 for row, answer, more in zip(rows, made, found, strict=True)]
+        (out / f"{generator}-outputs.json").write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        cut = sum(not answer.finished for answer in made)
+        print(f"{name}: {len(found)} answers, {cut} of them cut at --max-new-tokens {config.max_new_tokens}: {out / f'{generator}-outputs.json'}")
+
+
+CHAT_HELP = """/reset            begin a new conversation
+/system TEXT      begin a new one under this system message
+/adapter on|off   with the adapter, or the base model alone
+/temperature X    0 takes the most probable token
+/quit             leave, as the end of the input does"""
+
+
+def chat(config: EvalConfig) -> None:
+    """Read lines, print answers as they come. The adapter stays apart, so that it can be switched off."""
+    import torch
+
+    from data import Tokenizer, find_template
+    from lora import disabled, load_adapter
+    from model import load_model
+
+    tokenizer = Tokenizer(config.tokenizer or config.model)
+    model = load_model(config.model, dtype=getattr(torch, config.dtype), device=config.device, quantize=config.quantize.removeprefix("none")).eval()
+    check_tokenizer(config, model, tokenizer)
+    if config.adapter:
+        load_adapter(model, config.adapter[0])
+    name = config.template or model.config.prompt_template or "alpaca"
+    print(f"{config.model}{' with ' + config.adapter[0] if config.adapter else ''}, template {name}. /help lists the commands.")
+    messages, on, temperature = [], bool(config.adapter), config.temperature
+    for line in iter(lambda: _ask("> "), None):
+        command, _, rest = line.strip().partition(" ")
+        if command == "/quit":
+            break
+        if command in ("/reset", "/system"):
+            messages = [{"role": "system", "content": rest.strip()}] if rest.strip() else []
+        elif command == "/adapter" and rest in ("on", "off") and config.adapter:
+            on = rest == "on"
+        elif command == "/temperature" and re.fullmatch(r"\d+(\.\d*)?", rest):
+            temperature = float(rest)
+        elif command.startswith("/"):
+            print(CHAT_HELP if config.adapter else CHAT_HELP.replace("/adapter on|off   with", "(no --adapter)    with"))
+        elif line.strip():
+            messages.append({"role": "user", "content": line})
+            with disabled(model) if not on else nullcontext():
+                answer = _say_answer(model, tokenizer, find_template(name), messages, config, temperature)
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _ask(mark: str) -> str | None:
+    """A line from the terminal; None at its end."""
+    try:
+        return input(mark)
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+
+
+def _say_answer(model, tokenizer, template, messages: list[dict], config: EvalConfig, temperature: float) -> str:
+    """Print the answer while it is made, and how fast it came; the oldest turns are forgotten where they no longer fit."""
+    from data import cut_left, stop_ids
+    from model import generate
+
+    room = min(config.max_len or sys.maxsize, model.config.context) - config.max_new_tokens
+    if room < 2:
+        raise ValueError(f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt. Lower it.")
+    first = sum(message["role"] == "system" for message in messages[:1])
+    prompt = template.render_conversation(messages)
+    while len(tokenizer.encode_prompt(prompt)) > room and len(messages) > first + 2:
+        del messages[first:first + 2]
+        prompt = template.render_conversation(messages)
+        print("(the oldest turn is forgotten: the conversation is longer than the model takes)")
+    shown, started, stop = [""], time.time(), (*stop_ids(tokenizer, [prompt]), *model.config.eos_ids)
+
+    def watch(ids: list[int]) -> None:
+        text = "\n".join(map(printable, tokenizer.decode(ids).split("\n")))
+        if text.startswith(shown[0]) and not text.endswith("\ufffd"):                   # half of a character comes later
+            print(text[len(shown[0]):], end="", flush=True)
+            shown[0] = text
+    ids = generate(model, [cut_left(tokenizer.encode_prompt(prompt), room)], max_new_tokens=config.max_new_tokens, temperature=temperature,
+                   eos_ids=stop, seed=config.seed + len(messages), watch=watch)[0]
+    print(f"\n({len(ids)} tokens, {len(ids) / (time.time() - started):.1f} a second{'' if ids[-1] in stop else ', cut at --max-new-tokens'})")
+    return tokenizer.decode(ids)
+
+
 def main(argv=None) -> None:
     """Evaluate a model and its adapters; print the table and write the report."""
     given = parse_flags(EvalConfig, argv)
-    config = EvalConfig(**({} if given.get("tasks") else DEMO_DEFAULTS) | given)
+    other = any(given.get(name) for name in ("tasks", "chat", "instructions", "merge"))
+    config = EvalConfig(**({} if other else DEMO_DEFAULTS) | given)
     try:
         check_config(config)
         from judge import JudgeStopped
 
+        if config.merge:
+            return merge(config, given.get("dtype"))
+        if config.chat:
+            return chat(config)
+        if config.instructions:
+            return answer_instructions(config)
         if config.show_mask:
             return show_masks(config)
         if config.benchmark:

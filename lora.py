@@ -1,8 +1,11 @@
-"""Low-rank adapters over any `nn.Linear`: inject, disable, merge, save and load in PEFT's format.
+"""Low-rank adapters over any linear layer: inject, disable, merge, save and load in PEFT's format.
 
 Hu et al. 2021 (arXiv 2106.09685), Section 4.1:   h = W x + (alpha / r) * B A x,   A random, B = 0 at the start.
 W stays frozen; A and B are float32 whatever the type of W, and are cast to x's type in the forward pass (never x to
 float32), so a bfloat16 model keeps its speed while the optimizer sees float32 masters.
+
+A linear layer is an `nn.Linear`, or a frozen one of another make, such as a quantised one, that has in_features,
+out_features and dequantize(dtype) -> (out, in). Adapters train over both and merge into the first only.
 
 Shapes: in/out features of the Linear, R rank.
 
@@ -11,6 +14,7 @@ Shapes: in/out features of the Linear, R rank.
     save_adapter(model, "runs/x"); load_adapter(fresh_model, "runs/x"); merged = merge_lora(model)
 """
 import copy
+import itertools
 import json
 import math
 import os
@@ -56,12 +60,12 @@ class LoraConfig:
 
 
 class LoRALinear(nn.Module):
-    """A frozen Linear and its update. (..., in) -> (..., out), in the type of x."""
+    """A frozen linear layer and its update. (..., in) -> (..., out), in the type of x."""
 
-    def __init__(self, base: nn.Linear, config: LoraConfig):
+    def __init__(self, base: nn.Module, config: LoraConfig):
         super().__init__()
         self.base, self.config, self.enabled = base.requires_grad_(False), config, True
-        device = base.weight.device
+        device = next(itertools.chain(base.parameters(), base.buffers())).device
         self.lora_A = nn.Parameter(torch.empty(config.rank, base.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, dtype=torch.float32, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -78,6 +82,9 @@ class LoRALinear(nn.Module):
 
     def merged(self) -> nn.Linear:
         """The base, its weight now W + (alpha / r) B A: summed in float32, rounded once to the base's type."""
+        if not isinstance(self.base, nn.Linear):
+            raise ValueError("the base is quantised, and merging would round the update away; load the model in full "
+                             "precision, and merge the adapter into that.")
         scale, weight = self.config.alpha / self.config.rank, self.base.weight           # (out, in)
         with torch.no_grad():
             weight.copy_(torch.addmm(weight.float(), self.lora_B, self.lora_A, alpha=scale))
@@ -112,11 +119,11 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
     return model
 
 
-def plain_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linears of a model without adapters, by name. Raises ValueError if it has some."""
+def plain_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a model without adapters, by name. Raises ValueError if it has some."""
     if lora_modules(model):
         raise ValueError("the model already has LoRA adapters; merge them first (merge_lora), or start from the base.")
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) or hasattr(module, "dequantize")}
 
 
 def matches(name: str, targets) -> bool:
@@ -147,9 +154,19 @@ def disabled(model: nn.Module) -> Iterator[None]:
             module.enabled = enabled
 
 
-def merge_lora(model: nn.Module) -> nn.Module:
-    """A deep copy whose adapters are folded into plain linears; the model itself is left as it is."""
-    merged = copy.deepcopy(model)
+def mergeable(model: nn.Module) -> bool:
+    """Whether there are adapters, and all of them lie over weights in full precision."""
+    modules = lora_modules(model).values()
+    return bool(modules) and all(isinstance(module.base, nn.Linear) for module in modules)
+
+
+def merge_lora(model: nn.Module, *, in_place: bool = False) -> nn.Module:
+    """A deep copy whose adapters are folded into plain linears; the model itself is left as it is, unless `in_place`.
+
+    Raises:
+        ValueError: the base is quantised.
+    """
+    merged = model if in_place else copy.deepcopy(model)
     for name, module in lora_modules(merged).items():
         replace(merged, name, module.merged())
     return merged

@@ -3,6 +3,7 @@
 Touvron et al. 2023 (arXiv 2302.13971, 2307.09288): pre-norm decoder with
     RMSNorm     y = w * x / sqrt(mean(x^2) + eps)                       Zhang & Sennrich 2019
     RoPE        position t turns the pair (x_i, x_{i + Dh/2}) by the angle t * theta^(-2i/Dh)      Su et al. 2021
+                and its scalings to longer texts: linear, dynamic, llama3, yarn (`rope_frequencies`)
     GQA         H query heads share K key/value heads                   Ainslie et al. 2023
     SwiGLU      down(silu(gate(x)) * up(x))                             Shazeer 2020
 Module names are those of Hugging Face's LlamaForCausalLM, so its weights load without a table.
@@ -17,8 +18,10 @@ Dh head dim, F ffn dim, V vocab, L layers, M rows of logits asked for.
     model = load_model("runs/base", dtype=torch.bfloat16, device="cuda")
     answers = generate(model, [[1, 15043], [1, 1724, 338]], max_new_tokens=64)
 """
+import functools
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -36,6 +39,8 @@ from torch.utils.checkpoint import checkpoint
 
 MAX_SHARD_BYTES = 5 * 10**9
 MAX_CONFIG_BYTES = 10**6
+SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CHUNK_NUMBERS = 2**20      # weights are converted, checked and quantised so many at a time
 PREFILL_TOKENS = 8192      # prompts enter the cache in calls of about this many tokens, which bounds memory
 
 
@@ -53,7 +58,7 @@ class ModelConfig:
     """Shape of a model; the defaults are those of Hugging Face's LlamaConfig.
 
     Raises:
-        ValueError: sizes that cannot be, or a RoPE that is scaled.
+        ValueError: sizes that cannot be, or a RoPE scaling that is unknown or incomplete.
     """
 
     vocab_size: int = option(32000, "rows of the embedding", "vocab_size", 1, 2**24)
@@ -65,8 +70,9 @@ class ModelConfig:
     hidden_dim: int = option(11008, "width of the feed-forward layer", "intermediate_size", 1, 2**20)
     norm_eps: float = option(1e-6, "epsilon inside RMSNorm", "rms_norm_eps", 0.0, 1.0)
     rope_theta: float = option(10000.0, "base of the rotary frequencies")
-    rope_scaling: dict | None = option(None, "only None, plain RoPE, is implemented")
-    max_position_embeddings: int = option(2048, "longest sequence", "max_position_embeddings", 1, 2**24)
+    rope_scaling: dict | None = option(None, "None, or rope_type linear, dynamic, llama3 or yarn with its values")
+    max_position_embeddings: int = option(2048, "longest sequence before scaling", "max_position_embeddings", 1, 2**24)
+    sliding_window: int | None = option(None, "Mistral's window; sequences are kept within it, where it changes nothing")
     tie_embeddings: bool = option(False, "the head is the embedding", "tie_word_embeddings", False, True)
     attention_bias: bool = option(False, "biases on q, k, v and o", "attention_bias", False, True)
     mlp_bias: bool = option(False, "biases on gate, up and down", "mlp_bias", False, True)
@@ -81,8 +87,20 @@ class ModelConfig:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}.")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; RoPE turns pairs, so it must be even and at least 2.")
-        if (self.rope_scaling or {}).get("rope_type", "default") != "default":
-            raise ValueError(f"RoPE scaling {self.rope_scaling} is not implemented; only default (none) is.")
+        self.rope_scaling = checked_scaling(self.rope_scaling, self.max_position_embeddings)
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a sequence: max_position_embeddings, times the factor where config.json leaves that out.
+
+        Under linear and dynamic scaling config.json keeps the unscaled length; under yarn either length is found.
+        """
+        scaling, longest = self.rope_scaling or {}, self.max_position_embeddings
+        if scaling.get("rope_type") in ("linear", "dynamic"):
+            longest = int(longest * scaling["factor"])
+        if scaling.get("rope_type") == "yarn":
+            longest = max(longest, int(scaling["original_max_position_embeddings"] * scaling["factor"]))
+        return min(longest, self.sliding_window or longest)
 
     @classmethod
     def from_hf(cls, raw: dict) -> "ModelConfig":
@@ -96,21 +114,25 @@ class ModelConfig:
                              "implemented.")
         if raw.get("hidden_act", "silu") != "silu":
             raise ValueError(f"config.json: hidden_act is {raw['hidden_act']!r:.60}; only silu is implemented.")
+        if raw.get("quantization_config"):
+            raise ValueError("config.json: quantization_config is given, and such weights are not read; take the "
+                             "full-precision checkpoint (--quantize makes int8 or 4 bits of it).")
         values = {item.name: checked(raw, default=item.default, **item.metadata) for item in hf_fields()}
-        window, longest = raw.get("sliding_window"), values["max_position_embeddings"]
-        if raw["model_type"] == "mistral" and window is not None and not (type(window) is int and window >= longest):
-            raise ValueError(f"config.json: sliding_window is {window!r:.60}; only null, or at least "
-                             f"max_position_embeddings ({longest}), is implemented.")
+        theta, scaling = rope_parameters(raw)
+        if raw["model_type"] == "mistral" and raw.get("sliding_window", 4096) is not None:     # absent means 4096 there
+            values["sliding_window"] = checked(raw, "sliding_window", 4096, 1, 2**24)
         template = raw.get("prompt_template")
-        return cls(**values, rope_theta=plain_rope_theta(raw), prompt_template=template and str(template),
+        return cls(**values, rope_theta=theta, rope_scaling=scaling, prompt_template=template and str(template),
                    bos_id=next(iter(token_ids(raw, "bos_token_id", 1)), None),
                    eos_ids=token_ids(raw, "eos_token_id", 2))
 
     def to_hf(self, dtype: str = "float32") -> dict:
         """The keys of a config.json that transformers 4 and 5 both read."""
         raw = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": dtype, "hidden_act": "silu"}
+        if self.sliding_window:
+            raw |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": self.sliding_window}
         raw |= {item.metadata["hf"]: getattr(self, item.name) for item in hf_fields()}
-        raw |= {"rope_theta": self.rope_theta, "rope_scaling": None, "bos_token_id": self.bos_id}
+        raw |= {"rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling, "bos_token_id": self.bos_id}
         raw["eos_token_id"] = self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids) or None
         return raw | ({"prompt_template": self.prompt_template} if self.prompt_template else {})
 
@@ -140,18 +162,52 @@ def token_ids(raw: dict, key: str, default: int) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def plain_rope_theta(raw: dict) -> float:
-    """The base of the rotary frequencies: in `rope_theta` (transformers 4) or in `rope_parameters` (transformers 5)."""
+ROPE_NEEDS = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+ROPE_RANGES = {"factor": (1.0, 1e4), "low_freq_factor": (1e-3, 1e4), "high_freq_factor": (1e-3, 1e4),
+               "beta_fast": (1e-3, 1e4), "beta_slow": (1e-3, 1e4), "mscale": (0.0, 1e4), "mscale_all_dim": (0.0, 1e4),
+               "attention_factor": (1e-3, 1e4), "original_max_position_embeddings": (1, 2**24), "truncate": (False, True)}
+
+
+def rope_parameters(raw: dict) -> tuple[float, dict | None]:
+    """Base and scaling of the rotary frequencies, in any of config.json's spellings.
+
+    `rope_scaling` (transformers 4) wins over `rope_parameters` (5) as a whole; a rope_theta inside wins over one outside,
+    rope_type over the older `type`, but an original_max_position_embeddings outside over one inside.
+    """
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError("config.json: the RoPE parameters are malformed or differ by layer; only plain RoPE is "
+        raise ValueError("config.json: the RoPE parameters are malformed or differ by layer; one set for all layers is "
                          "implemented.")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"config.json: RoPE scaling {kind!r:.60} is not implemented; only default (none) is.")
     if not all(place.get("partial_rotary_factor") in (None, 1) for place in (raw, rope)):
         raise ValueError("config.json: a partial_rotary_factor other than 1 is not implemented.")
-    return checked({"rope_theta": raw.get("rope_theta")} | rope, "rope_theta", 10000.0, 1.0, 1e12)
+    theta = checked({"rope_theta": raw.get("rope_theta")} | rope, "rope_theta", 10000.0, 1.0, 1e12)
+    kind, original = rope.get("rope_type", rope.get("type", "default")), "original_max_position_embeddings"
+    known = {name: value for name, value in rope.items() if name not in ("rope_theta", "type", "partial_rotary_factor",
+                                                                         "finetuned") and value is not None}
+    if raw.get(original) is not None and kind in ("llama3", "yarn"):
+        known[original] = raw[original]
+    return theta, None if kind == "default" else known | {"rope_type": kind}
+
+
+def checked_scaling(scaling: dict | None, longest: int) -> dict | None:
+    """The scaling with every value in range and its original length filled in; None for plain RoPE."""
+    kind = (scaling or {}).get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind not in ROPE_NEEDS:
+        raise ValueError(f"RoPE scaling {kind!r:.60} is not implemented; {', '.join(ROPE_NEEDS)} are.")
+    unknown = [name for name in scaling if name not in ROPE_RANGES and name != "rope_type"]
+    missing = [name for name in ROPE_NEEDS[kind] if scaling.get(name) is None]
+    if unknown or missing:
+        raise ValueError(f"RoPE scaling {kind!r} {'has the unknown value' if unknown else 'lacks'} "
+                         f"{(unknown or missing)[0]!r:.60}. Take the config.json that came with the weights.")
+    values = {name: checked(scaling, name, None, *ROPE_RANGES[name]) for name in scaling if name != "rope_type"}
+    if kind in ("llama3", "yarn"):
+        values.setdefault("original_max_position_embeddings", longest)
+    if kind == "llama3" and not values["low_freq_factor"] < values["high_freq_factor"]:
+        raise ValueError("RoPE scaling 'llama3': low_freq_factor must be below high_freq_factor.")
+    return {"rope_type": kind} | values
 
 
 PRESETS = {
@@ -182,12 +238,64 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
 
 
-def rope_tables(config: ModelConfig, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, both (N, 1, Dh), of positions (N,); computed in float32, then cast."""
-    powers = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim    # (Dh/2,)
-    angles = position_ids.float()[:, None] * (1.0 / config.rope_theta**powers)                            # (N, Dh/2)
+def rope_frequencies(config: ModelConfig, spans: Tensor) -> tuple[Tensor, float]:
+    """Angles per position, (Dh/2,) or per token (N, Dh/2), and what cos and sin are multiplied by.
+
+    spans: (N,), how long each token's document is by now; only dynamic scaling depends on it, and only past
+    max_position_embeddings.
+    """
+    scaling, Dh, theta = config.rope_scaling or {}, config.head_dim, config.rope_theta
+    powers = torch.arange(0, Dh, 2, device=spans.device).float() / Dh                                     # (Dh/2,)
+    plain, kind, factor = 1.0 / theta**powers, scaling.get("rope_type"), scaling.get("factor", 1.0)       # (Dh/2,)
+    if kind == "linear":                                               # positions pressed together
+        return plain / factor, 1.0
+    if kind == "dynamic":                                              # the base grows with the text (NTK-aware)
+        grown = spans.float().clamp(min=config.max_position_embeddings) / config.max_position_embeddings  # (N,)
+        bases = theta * (factor * grown - (factor - 1)) ** (Dh / max(Dh - 2, 1))                          # (N,)
+        return 1.0 / bases[:, None] ** powers, 1.0                                                        # (N, Dh/2)
+    if kind == "llama3":                                               # slow frequencies pressed, fast ones kept
+        turns = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)                       # (Dh/2,)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)                                                 # (Dh/2,)
+        return (1 - keep) * plain / factor + keep * plain, 1.0
+    if kind == "yarn":                                                 # Peng et al. 2023, arXiv 2309.00071, Section 3
+        keep = 1 - yarn_ramp(config).to(spans.device)                                                     # (Dh/2,)
+        return (1 - keep) * plain / factor + keep * plain, yarn_strength(scaling)
+    return plain, 1.0
+
+
+def yarn_ramp(config: ModelConfig) -> Tensor:
+    """(Dh/2,): 0 for frequencies that turn beta_fast times and more within the original length, 1 below beta_slow."""
+    scaling, Dh = config.rope_scaling, config.head_dim
+
+    def place(turns):                                                  # the index whose frequency makes so many turns
+        length = scaling["original_max_position_embeddings"]
+        return Dh * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+    low, high = place(scaling.get("beta_fast") or 32), place(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, Dh - 1)
+    high += 0.001 if low == high else 0
+    return ((torch.arange(Dh // 2).float() - low) / (high - low)).clamp(0, 1)
+
+
+def yarn_strength(scaling: dict) -> float:
+    """YaRN's factor on cos and sin, which sharpens attention over longer texts: 0.1 ln(factor) + 1 unless given."""
+    def strength(weight):
+        return 0.1 * weight * math.log(scaling["factor"]) + 1.0
+    if scaling.get("attention_factor") is not None:
+        return scaling["attention_factor"]
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return strength(scaling["mscale"]) / strength(scaling["mscale_all_dim"])
+    return strength(1.0)
+
+
+def rope_tables(config: ModelConfig, position_ids: Tensor, spans: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, both (N, 1, Dh), of positions (N,) in documents of lengths spans (N,); in float32, then cast."""
+    frequencies, strength = rope_frequencies(config, spans)
+    angles = position_ids.float()[:, None] * frequencies                                                  # (N, Dh/2)
     angles = torch.cat([angles, angles], dim=-1)[:, None]                                                 # (N, 1, Dh)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return (angles.cos() * strength).to(dtype), (angles.sin() * strength).to(dtype)
 
 
 def rotate(x: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
@@ -239,6 +347,103 @@ class Block(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Weights in 8 and 4 bits
+
+
+def to_int8(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows as 127ths of their largest number: (n, in) -> int8 codes (n, in), scales (n, 1) in `dtype`."""
+    scales = (weight.float().abs().amax(1, keepdim=True) / 127).to(dtype)                # rounded before it is used
+    return (weight.float() / scales.float()).nan_to_num().round().clamp(-127, 127).to(torch.int8), scales
+
+
+def from_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `to_int8`, (n, in) in `dtype`."""
+    return codes.to(dtype) * scales.to(dtype)
+
+
+NF4_BLOCK = 64
+
+
+@functools.cache
+def nf4_levels(device: torch.device | str = "cpu") -> Tensor:
+    """The 16 numbers of NF4, (16,): quantiles of a normal distribution scaled to [-1, 1], with an exact 0.
+
+    Dettmers et al. 2023 (arXiv 2305.14314), Section 3: 8 levels from below, 9 from above, 0 counted once; the outermost
+    quantile is midway between those of 16 and 15 equal shares of the distribution.
+    """
+    outer = 1 - (1 / 30 + 1 / 32) / 2
+    above = torch.special.ndtri(torch.linspace(outer, 0.5, 9, dtype=torch.float64)[:-1])                 # (8,)
+    below = -torch.special.ndtri(torch.linspace(outer, 0.5, 8, dtype=torch.float64)[:-1])                # (7,)
+    levels = torch.cat([below, torch.zeros(1, dtype=torch.float64), above]).sort().values                # (16,)
+    return (levels / levels.max()).float().to(device)
+
+
+def to_nf4(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Blocks of 64 as levels of their largest number: (n, in) -> codes (n, ceil(in / 64) * 32), two a byte, scales (n, blocks)."""
+    levels = nf4_levels(weight.device)
+    blocks = F.pad(weight.float(), (0, -weight.shape[1] % NF4_BLOCK)).unflatten(1, (-1, NF4_BLOCK))       # (n, blocks, 64)
+    scales = blocks.abs().amax(-1).to(dtype)                                                             # (n, blocks)
+    share = (blocks / scales.float()[..., None]).nan_to_num()                                            # a block of zeros
+    codes = torch.bucketize(share, (levels[1:] + levels[:-1]) / 2).flatten(1).to(torch.uint8)            # (n, in): nearest
+    return codes[:, ::2] << 4 | codes[:, 1::2], scales
+
+
+def from_nf4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `to_nf4`, (n, blocks * 64) in `dtype`."""
+    levels = nf4_levels(codes.device).to(dtype)
+    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)                        # (256, 2) by byte
+    values = F.embedding(codes.int(), pairs)                                                             # (n, bytes, 2)
+    return (values.view(len(codes), -1, NF4_BLOCK) * scales.to(dtype)[..., None]).flatten(1)
+
+
+# name: (encode, decode, type of a code, codes per row, scales per row)
+QUANTIZERS = {
+    "int8": (to_int8, from_int8, torch.int8, lambda width: width, lambda width: 1),
+    "nf4": (to_nf4, from_nf4, torch.uint8, lambda width: -(-width // NF4_BLOCK) * NF4_BLOCK // 2, lambda width: -(-width // NF4_BLOCK)),
+}
+
+
+class QuantLinear(nn.Module):
+    """A frozen linear whose weight is kept in int8 or NF4 and made anew for each product. (..., in) -> (..., out).
+
+    The backward pass makes it once more, so that no full-precision weight outlives its layer: a LoRALinear around this
+    trains in the memory of the codes. The error is that of the weight; products run in x's type.
+    """
+
+    def __init__(self, in_features: int, out_features: int, kind: str, dtype: torch.dtype, device: torch.device | str):
+        super().__init__()
+        _, _, code_type, n_codes, n_scales = QUANTIZERS[kind]
+        self.in_features, self.out_features, self.kind, self.bias = in_features, out_features, kind, None
+        self.register_buffer("codes", torch.empty(out_features, n_codes(in_features), dtype=code_type, device=device))
+        self.register_buffer("scales", torch.empty(out_features, n_scales(in_features), dtype=dtype, device=device))
+
+    def encode_rows(self, rows: slice, weight: Tensor) -> None:
+        """Quantise `weight` (n, in) into the given rows."""
+        self.codes[rows], self.scales[rows] = QUANTIZERS[self.kind][0](weight.to(self.codes.device), self.scales.dtype)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight, (out, in)."""
+        return QUANTIZERS[self.kind][1](self.codes, self.scales, dtype)[:, :self.in_features]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = FrozenProduct.apply(x, self)
+        return out if self.bias is None else out + self.bias
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x W^T for a W that gets no gradient and is not kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, linear: QuantLinear) -> Tensor:
+        ctx.linear = linear
+        return F.linear(x, linear.dequantize(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.linear.dequantize(grad.dtype), None
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Who attends to whom
 
 
@@ -278,6 +483,7 @@ class Packed:
             raise ValueError(f"document lengths must be at least 1, found {int(size.min())}.")
         starts = size.cumsum(0) - size                                                   # (B,)
         position_ids = torch.arange(int(size.sum())) - starts.repeat_interleave(size)    # (N,)
+        self.spans = size.repeat_interleave(size).to(device)                             # (N,) length of its document
         inverse, offset, self.groups = torch.empty_like(position_ids), 0, []
         for group in similar_lengths(size):
             index, real = right_padded(starts[group], size[group])                       # (B, T)
@@ -355,6 +561,7 @@ class Cached:
         rows = torch.arange(len(size)).repeat_interleave(size)                           # (N,)
         positions = torch.arange(len(rows)) - starts[rows] + before[rows]                # (N,)
         self.cache, self.rows, self.position_ids = kv_cache, rows.to(device), positions.to(device)
+        self.spans = (before + size)[rows].to(device)                                    # (N,) length by now
         used = size > 0
         self.packed = None if before[used].any() else Packed(size[used].tolist(), device)
         if self.packed is None:
@@ -426,11 +633,15 @@ class Llama(nn.Module):
         """Final hidden states, normed, (N, D) of flat input_ids (N,); lm_head turns them into logits.
 
         attend: `Packed`, `Cached`, or any callable (layer, q (N, H, Dh), k, v (N, K, Dh)) -> (N, H, Dh).
-        position_ids: (N,); by default those of `attend`.
+        position_ids: (N,); by default those of `attend`. Where they are given, all tokens count as one text as long
+            as the highest of them, for the sake of dynamic RoPE.
         """
-        position_ids = attend.position_ids if position_ids is None else position_ids
+        if position_ids is None or not len(position_ids):
+            position_ids, spans = attend.position_ids, attend.spans
+        else:
+            spans = (position_ids.max() + 1).expand_as(position_ids)
         x = self.model.embed_tokens(input_ids)                                           # (N, D)
-        rope_cos, rope_sin = rope_tables(self.config, position_ids, x.dtype)             # (N, 1, Dh) each
+        rope_cos, rope_sin = rope_tables(self.config, position_ids, spans, x.dtype)      # (N, 1, Dh) each
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, attend, rope_cos, rope_sin, use_reentrant=False)
@@ -524,7 +735,8 @@ class Answer:
 
 def generate(model: Llama, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 0.0,
              top_p: float = 1.0, top_k: int = 0, eos_ids: tuple[int, ...] | None = None, seed: int | list[int] = 0,
-             batch_size: int = 64, progress: Callable[[int], None] | None = None, return_logprobs: bool = False):
+             batch_size: int = 64, progress: Callable[[int], None] | None = None,
+             watch: Callable[[list[int]], None] | None = None, return_logprobs: bool = False):
     """Continue prompts until an EOS id (kept as the last element) or max_new_tokens.
 
     A row's answer depends on its own prompt and seed only: not on its neighbours, nor on batch_size.
@@ -535,6 +747,7 @@ def generate(model: Llama, prompts: list[list[int]], *, max_new_tokens: int, tem
         eos_ids: by default those of the model's config.
         seed: one int for all (row i draws from (seed, i)), or one int per row.
         progress: called as progress(k) when k more rows are done, so that a tqdm bar's `update` fits.
+        watch: called with the tokens of an answer so far whenever it has got one more.
     Returns:
         new token ids per prompt; with return_logprobs a pair (ids, logprobs), the latter of the full distribution at
         temperature 1, as teacher forcing gives them.
@@ -544,11 +757,11 @@ def generate(model: Llama, prompts: list[list[int]], *, max_new_tokens: int, tem
     if not (max_new_tokens >= 1 and batch_size >= 1 and temperature >= 0 and 0 < top_p <= 1 and top_k >= 0):
         raise ValueError(f"max_new_tokens {max_new_tokens}, batch_size {batch_size}, temperature {temperature}, top_p "
                          f"{top_p}, top_k {top_k}: expected >= 1, >= 1, >= 0, in (0, 1] and >= 0.")
-    room = model.config.max_position_embeddings - max_new_tokens
+    room = model.config.context - max_new_tokens
     for index, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= room:
             raise ValueError(f"prompt {index} has {len(prompt)} tokens; expected 1 to {room}, since the model takes "
-                             f"{model.config.max_position_embeddings} positions, max_new_tokens {max_new_tokens}.")
+                             f"{model.config.context} positions, max_new_tokens {max_new_tokens}.")
     streams = [f"{seed},{index}" for index in range(len(prompts))] if isinstance(seed, int) else list(map(str, seed))
     if len(streams) != len(prompts):
         raise ValueError(f"{len(streams)} seeds for {len(prompts)} prompts; give one int, or one per prompt.")
@@ -557,7 +770,7 @@ def generate(model: Llama, prompts: list[list[int]], *, max_new_tokens: int, tem
     model.eval()
     try:
         stop = set(model.config.eos_ids if eos_ids is None else eos_ids)
-        decode(model, answers, max_new_tokens, (temperature, top_k, top_p), stop, batch_size, progress)
+        decode(model, answers, max_new_tokens, (temperature, top_k, top_p), stop, batch_size, progress, watch)
     finally:
         model.train(was_training)
     tokens = [answer.tokens for answer in answers]
@@ -571,7 +784,7 @@ def uniform(stream: str, step: int) -> float:
 
 @torch.inference_mode()
 def decode(model: Llama, answers: list[Answer], max_new_tokens: int, how: tuple, eos_ids: set[int], batch_size: int,
-           progress: Callable[[int], None] | None) -> None:
+           progress: Callable[[int], None] | None, watch: Callable[[list[int]], None] | None) -> None:
     """Fill in the answers. Live rows stay in front of a static cache; a quarter of free slots is refilled at once."""
     if not answers:
         return
@@ -599,6 +812,8 @@ def decode(model: Llama, answers: list[Answer], max_new_tokens: int, how: tuple,
         for answer, token, logprob in zip(moving, chosen.tolist(), logprobs.tolist()):
             answer.tokens.append(token)
             answer.logprobs.append(logprob)
+            if watch is not None:
+                watch(answer.tokens)
         was_live = len(live)
         for slot in reversed(range(begin, was_live)):
             if live[slot].tokens[-1] in eos_ids or len(live[slot].tokens) == max_new_tokens:
@@ -633,43 +848,74 @@ def sample(logits: Tensor, draws: Tensor, temperature: float, top_k: int, top_p:
 # Checkpoints
 
 
-def load_model(path: str | os.PathLike, *, dtype: torch.dtype = torch.float32,
-               device: torch.device | str = "cpu") -> Llama:
-    """Read a folder in Hugging Face format: config.json and *.safetensors, or the older pytorch_model*.bin.
+def load_model(path: str | os.PathLike, *, dtype: torch.dtype | None = torch.float32,
+               device: torch.device | str = "cpu", quantize: str = "") -> Llama:
+    """Read a folder in Hugging Face format (config.json and *.safetensors, or the older pytorch_model*.bin), or in Meta's
+    (params.json and consolidated.*).
 
-    Names and shapes are derived from config.json and compared with the files' before anything is allocated; nothing is
-    ever unpickled beyond plain tensors; each tensor goes straight into `dtype` on `device`.
+    Names and shapes are derived from the config and compared with the files' before anything is allocated; nothing is
+    ever unpickled beyond plain tensors; each tensor goes row by row straight into `dtype` on `device`, and its file is let
+    go again, so that memory never exceeds the finished model by more than about one tensor.
 
+    Args:
+        dtype: of the weights; None leaves each as it is stored.
+        quantize: "int8" or "nf4" for the linears of the blocks (QuantLinear), "" for none.
     Raises:
         ValueError: one sentence that says what is wrong with which file.
     """
+    if quantize and quantize not in QUANTIZERS:
+        raise ValueError(f"quantize is {quantize!r:.60}; expected {' or '.join(QUANTIZERS)}.")
     folder = Path(path)
     config = read_config(folder)
     with torch.device("meta"):
         model = Llama(config)
-    sources = find_tensors(folder, {name: tuple(weight.shape) for name, weight in model.named_parameters()})
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    find = find_tensors if (folder / "config.json").is_file() else find_meta_tensors
     state = {}
-    for name, (file, get) in sources.items():
-        tensor = get(name).to(device, dtype, copy=True)
-        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
-            raise ValueError(f"tensor {name} has {int((~tensor.isfinite()).sum())} non-finite values ({file}). The "
-                             f"checkpoint is broken{', or too large for float16' * (dtype == torch.float16)}.")
-        state[name] = tensor
+    for name, (file, open_tensor) in find(folder, config, shapes).items():
+        shape, (stored, read), module = shapes[name], open_tensor(), name.removesuffix(".weight")
+        if quantize and ".layers." in name and len(shape) == 2:
+            linear = QuantLinear(shape[1], shape[0], quantize, dtype or stored, device)
+            linear.bias = model.get_submodule(module).bias           # still without storage; loaded like any other
+            model.set_submodule(module, linear)
+            fill(linear.encode_rows, read, shape, dtype or stored, name, file, config.head_dim)
+        else:
+            state[name] = torch.empty(shape, dtype=dtype or stored, device=device)
+            fill(state[name].__setitem__, read, shape, dtype or stored, name, file, config.head_dim)
     model.load_state_dict(state, strict=False, assign=True)          # complete by now, but for a tied head
     model.tie_weights()
     return model
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The ModelConfig of a Hugging Face folder. Raises ValueError where config.json is missing or unreadable."""
-    file = folder / "config.json"
-    if not file.is_file():
-        meta = " Meta's own format (params.json) must be converted first." if (folder / "params.json").is_file() else ""
+def fill(place: Callable[[slice, Tensor], None], read: Callable[[slice], Tensor], shape: tuple, dtype: torch.dtype, name: str,
+         file: Path, multiple: int) -> None:
+    """place(rows, read(rows)) for all rows, a multiple of `multiple` at a time; all numbers must be finite in `dtype`."""
+    step = multiple * max(1, CHUNK_NUMBERS // (multiple * math.prod(shape[1:])))
+    broken, limit = 0, torch.finfo(dtype).max
+    for begin in range(0, shape[0], step):
+        rows = slice(begin, min(begin + step, shape[0]))
+        part = read(rows)
+        low, high = part.aminmax()                                   # NaN where there is one, and it makes no copy
+        if not (low >= -limit and high <= limit):
+            broken += int((~(part.abs() <= limit)).sum())
+        place(rows, part)
+    if broken:
+        raise ValueError(f"tensor {name} has {broken} non-finite values ({file}). The checkpoint is "
+                         f"broken{', or too large for float16' * (dtype == torch.float16)}.")
+
+
+def read_config(path: str | os.PathLike) -> ModelConfig:
+    """The ModelConfig of a model folder, or of its config.json alone. Raises ValueError where it is missing or unreadable."""
+    folder = Path(path)
+    file = folder if folder.is_file() else folder / "config.json"
+    meta = folder / "params.json"
+    if not file.is_file() and not meta.is_file():
         raise ValueError(f"no model at {folder} (no config.json). Give a folder in Hugging Face format: config.json, "
-                         f"*.safetensors, tokenizer.model.{meta}")
+                         "*.safetensors, tokenizer.model; or in Meta's: params.json, consolidated.*.")
+    file = file if file.is_file() else meta
     if file.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{file} has {file.stat().st_size:,} bytes, which is no config.json.")
-    return ModelConfig.from_hf(read_json(file))
+        raise ValueError(f"{file} has {file.stat().st_size:,} bytes, which is no {file.name}.")
+    return ModelConfig.from_hf(read_json(file)) if file != meta else read_meta_config(folder)
 
 
 def one_line(error: Exception) -> str:
@@ -711,11 +957,15 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def find_tensors(folder: Path, expected: dict[str, tuple]) -> dict[str, tuple[Path, Callable[[str], Tensor]]]:
-    """Where each expected tensor is: name -> (file, reader). Raises unless names and shapes are just the expected."""
+Rows = Callable[[slice], Tensor]                     # reads some rows of a tensor, valid until the next are read
+Source = tuple[Path, Callable[[], tuple[torch.dtype, Rows]]]         # a file, and a function that opens a tensor in it
+
+
+def find_tensors(folder: Path, config: ModelConfig, expected: dict[str, tuple]) -> dict[str, Source]:
+    """Where each expected tensor is. Raises ValueError unless names and shapes are just the expected."""
     sources = {}
     for file in weight_files(folder):
-        shapes, get = open_weights(file)
+        shapes, open_tensor = open_weights(file)
         for name, shape in shapes.items():
             if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in expected):
                 continue                                             # a buffer of old files; a head that is tied
@@ -726,7 +976,7 @@ def find_tensors(folder: Path, expected: dict[str, tuple]) -> dict[str, tuple[Pa
             if shape != expected[name]:
                 raise ValueError(f"tensor {name} is {shape} in {file}, config.json says {expected[name]}. The weights "
                                  "and config.json are from different models.")
-            sources[name] = file, get
+            sources[name] = file, functools.partial(open_tensor, name)
     missing = [name for name in expected if name not in sources]
     if missing:
         raise ValueError(f"tensor {missing[0]} is missing from {folder} ({len(missing)} of {len(expected)} are). The "
@@ -734,26 +984,59 @@ def find_tensors(folder: Path, expected: dict[str, tuple]) -> dict[str, tuple[Pa
     return sources
 
 
-def open_weights(file: Path) -> tuple[dict[str, tuple], Callable[[str], Tensor]]:
-    """Shapes by name of a weight file, and a function that reads one tensor."""
+def open_weights(file: Path) -> tuple[dict[str, tuple], Callable[[str], tuple[torch.dtype, Rows]]]:
+    """Shapes by name of a weight file, and a function that opens a tensor: name -> type and reader of rows.
+
+    What is read goes through one small buffer, or, of a .bin, through a mapping of its own for each tensor, since what
+    has been read of a mapping counts as used memory until the mapping is gone.
+    """
     size = file.stat().st_size
     with open(file, "rb") as stream:
         if stream.read(40).startswith(b"version https://git-lfs"):
             raise ValueError(f'{file} is a Git LFS pointer of {size} bytes, not weights. Run "git lfs pull" in that '
                              "folder.")
     try:
-        if file.suffix == ".bin":
-            tensors = read_bin(file)
-            return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__
+        if file.suffix != ".safetensors":
+            return {name: tuple(tensor.shape) for name, tensor in read_bin(file).items()}, functools.partial(open_bin_tensor, file)
         handle = safe_open(file, "pt")
         slices = {name: handle.get_slice(name) for name in handle.keys()}
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ValueError(f"{file} is damaged or incomplete: {one_line(error)}. Download it again (found {size:,} "
                          "bytes).") from None
     for name, piece in slices.items():
-        if piece.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+        if piece.get_dtype() not in SAFETENSORS_TYPES:
             raise ValueError(f"tensor {name!r:.200} in {file} is {piece.get_dtype()}, expected F32, F16 or BF16.")
-    return {name: tuple(piece.get_shape()) for name, piece in slices.items()}, handle.get_tensor
+    shapes = {name: tuple(piece.get_shape()) for name, piece in slices.items()}
+    return shapes, functools.partial(open_safetensor, file, shapes)
+
+
+def open_bin_tensor(file: Path, name: str) -> tuple[torch.dtype, Rows]:
+    """Type and rows of a tensor in a .bin or .pth."""
+    tensor = read_bin(file)[name]
+    return tensor.dtype, tensor.__getitem__
+
+
+def open_safetensor(file: Path, shapes: dict[str, tuple], name: str) -> tuple[torch.dtype, Rows]:
+    """Type and rows of a tensor in a safetensors file: 8 bytes of length, that much JSON, then data at the offsets it gives.
+
+    `open_weights` has had the whole header checked by the safetensors library before.
+    """
+    with open(file, "rb") as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little")
+        entry = json.loads(stream.read(start - 8))[name]
+    dtype, (begin, end) = SAFETENSORS_TYPES[entry["dtype"]], entry["data_offsets"]
+    width, buffer = (end - begin) // shapes[name][0], bytearray()
+
+    def read(rows: slice) -> Tensor:
+        if len(buffer) < (rows.stop - rows.start) * width:
+            buffer.extend(bytes((rows.stop - rows.start) * width - len(buffer)))
+        view = memoryview(buffer)[:(rows.stop - rows.start) * width]
+        with open(file, "rb") as stream:
+            stream.seek(start + begin + rows.start * width)
+            if stream.readinto(view) != len(view):
+                raise ValueError(f"{file} ended while tensor {name} was read. Download it again.")
+        return torch.frombuffer(view, dtype=dtype).view(-1, *shapes[name][1:])
+    return dtype, read
 
 
 def read_bin(file: Path) -> dict[str, Tensor]:
@@ -778,6 +1061,169 @@ def read_bin(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
+# Meta's own layout. Its q and k pair neighbours (x_2i, x_2i+1) where Hugging Face's pair halves (x_i, x_{i + Dh/2}), so
+# their rows are in another order; everything else differs in name only. A model of n files is cut for n GPUs: some
+# matrices by rows, some by columns, norms not at all.
+META_NAMES = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output",
+              "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+              "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
+              "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+META_KEYS = {"dim": "dim", "n_layers": "n_layers", "n_heads": "n_heads", "n_kv_heads": "n_kv_heads", "head_dim": "head_dim",
+             "hidden_dim": "hidden_dim", "norm_eps": "norm_eps"}     # of params.json; the last but one is Mistral's
+
+
+def meta_name(name: str) -> str:
+    """What Meta calls the weight that Hugging Face calls `name`."""
+    head, _, layer = name.removesuffix(".weight").partition(".layers.")
+    number, _, part = layer.partition(".")
+    return f"layers.{number}.{META_NAMES[part]}.weight" if layer else f"{META_NAMES[head]}.weight"
+
+
+def pairs_to_halves(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of a q or k (heads * Dh, D) from Meta's order into Hugging Face's."""
+    return weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def halves_to_pairs(weight: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `pairs_to_halves`."""
+    return weight.view(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def meta_files(folder: Path) -> list[Path]:
+    """consolidated.00.pth, 01, ... or Mistral's consolidated.safetensors; all there, none beside."""
+    single = folder / "consolidated.safetensors"
+    files = [single] if single.is_file() else sorted(folder.glob("consolidated.*.pth"))
+    wanted = [folder / f"consolidated.{number:02}.pth" for number in range(len(files))]
+    if not files or files not in ([single], wanted):
+        raise ValueError(f"{folder} has params.json, but {len(files)} files consolidated.*.pth, numbered with gaps or not at "
+                         "all; expected consolidated.00.pth and those that follow. Download the missing ones.")
+    return files
+
+
+def read_meta_config(folder: Path) -> ModelConfig:
+    """A ModelConfig from Meta's or Mistral's params.json.
+
+    The vocabulary is often given as -1, so it is read off the weights' shapes. The longest sequence is not given at all:
+    4096 where norm_eps is 1e-5 (LLaMA-2), 2048 where it is 1e-6 (LLaMA-1), 16384 with a rope_theta (CodeLlama).
+    """
+    raw, file = read_json(folder / "params.json"), folder / "params.json"
+    ranges = {item.name: (item.default, item.metadata["low"], item.metadata["high"]) for item in hf_fields()}
+    try:
+        values = {ours: checked(raw, theirs, *ranges[ours]) for theirs, ours in META_KEYS.items()}
+        for name in ("dim", "n_layers", "n_heads"):
+            if name not in raw:
+                raise ValueError(f"{name} is missing")
+        if raw.get("moe") or raw.get("use_scaled_rope") or raw.get("quantization_args"):
+            raise ValueError("moe, use_scaled_rope and quantization_args are not implemented")
+        if "hidden_dim" not in raw:                                  # two thirds of 4 dim, rounded up to a multiple
+            multiple = checked(raw, "multiple_of", 256, 1, 2**20)
+            wide = int(2 * 4 * values["dim"] / 3)
+            wide = int(checked(raw, "ffn_dim_multiplier", 1.0, 1e-3, 1e3) * wide)
+            values["hidden_dim"] = multiple * -(-wide // multiple)
+        theta = checked(raw, "rope_theta", 10000.0, 1.0, 1e12)
+        window = checked(raw, "sliding_window", None, 1, 2**24)
+        vocab_size = checked(raw, "vocab_size", -1, -1, 2**24)
+    except ValueError as error:
+        raise ValueError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
+    if vocab_size < 1:
+        rows = [open_weights(part)[0].get("output.weight", (0,))[0] for part in meta_files(folder)]
+        vocab_size = sum(rows)
+        if not 1 <= vocab_size <= 2**24:
+            raise ValueError(f"{folder}: no output.weight says how large the vocabulary is, and {file.name} does not either.")
+    longest = 16384 if "rope_theta" in raw else 4096 if values["norm_eps"] > 5e-6 else 2048
+    longest = checked(raw, "max_seq_len", longest, 1, 2**24)
+    return ModelConfig(**values, vocab_size=vocab_size, rope_theta=theta, sliding_window=window, max_position_embeddings=longest)
+
+
+def find_meta_tensors(folder: Path, config: ModelConfig, expected: dict[str, tuple]) -> dict[str, Source]:
+    """Where each expected tensor is, and how its parts are put together. Raises ValueError for anything unexpected."""
+    files = meta_files(folder)
+    parts = [open_weights(file) for file in files]
+    ours = {meta_name(name): name for name in expected}
+    for (shapes, _), file in zip(parts, files):
+        strange = [name for name in shapes if name not in ours and not name.endswith("rope.freqs")]
+        missing = [name for name in ours if name not in shapes]
+        if strange or missing:
+            raise ValueError(f"tensor {(strange or missing)[0]!r:.200} {'has no place in' if strange else 'is missing from'} "
+                             f"{file}, going by params.json. The weights and params.json are from different models.")
+    sources = {}
+    for theirs, name in ours.items():
+        shape, pieces = expected[name], [shapes[theirs] for shapes, _ in parts]
+        cut = [dim for dim in range(len(shape)) if fits(pieces, shape, dim)]
+        if not cut and not (len(shape) == 1 and set(pieces) == {shape}):
+            raise ValueError(f"tensor {theirs} is {pieces[0]} in each of {len(files)} files, starting with {files[0]}; params.json says "
+                             f"{shape} in all. The weights and params.json are from different models.")
+        openers = [functools.partial(open_tensor, theirs) for _, open_tensor in parts]
+        turned = config.head_dim if name.endswith(("q_proj.weight", "k_proj.weight")) else 0
+        sources[name] = files[0], functools.partial(open_joined, openers, pieces, cut[0] if cut else None, turned)
+    return sources
+
+
+def fits(pieces: list[tuple], shape: tuple, dim: int) -> bool:
+    """Whether the pieces, side by side along `dim`, have this shape."""
+    others = all(len(piece) == len(shape) and piece[:dim] + piece[dim + 1:] == shape[:dim] + shape[dim + 1:] for piece in pieces)
+    return others and sum(piece[dim] for piece in pieces) == shape[dim]
+
+
+def open_joined(openers: list[Callable], pieces: list[tuple], dim: int | None, turned: int) -> tuple[torch.dtype, Rows]:
+    """Type and rows of a tensor cut along `dim` (None: the same in all files), reordered in heads of `turned` rows (0: not)."""
+    opened = [opener() for opener in (openers if dim is not None else openers[:1])]
+
+    def read(rows: slice) -> Tensor:
+        if dim == 1:
+            part = torch.cat([read_part(rows) for _, read_part in opened], 1)
+        else:
+            found, before = [], 0                                    # rows.start and .stop counted from each file's first row
+            for (_, read_part), piece in zip(opened, pieces):
+                low, high = max(rows.start - before, 0), min(rows.stop - before, piece[0])
+                found += [read_part(slice(low, high))] if low < high else []
+                before += piece[0]
+            part = torch.cat(found) if len(found) > 1 else found[0]
+        return pairs_to_halves(part, turned) if turned else part
+    return opened[0][0], read
+
+
+def save_meta(model: Llama, path: str | os.PathLike) -> None:
+    """Write params.json and consolidated.00.pth, as Meta's own code reads them, in the dtype of the weights.
+
+    Raises:
+        ValueError: something that Meta's layout cannot say, such as biases or scaled RoPE.
+    """
+    config, folder = model.config, Path(path)
+    if config.attention_bias or config.mlp_bias or config.rope_scaling or config.sliding_window:
+        raise ValueError("Meta's layout has no biases, no RoPE scaling and no sliding window; write Hugging Face's instead.")
+    if config.head_dim * config.n_heads != config.dim:
+        raise ValueError(f"Meta's layout takes head_dim to be dim / n_heads, and here it is {config.head_dim}; write Hugging Face's.")
+    wide = int(2 * 4 * config.dim / 3)                               # multiple_of, or a multiplier of it, gives hidden_dim
+    raw = {"dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads,
+           "norm_eps": config.norm_eps, "vocab_size": config.vocab_size, "multiple_of": 256}
+    if config.hidden_dim != 256 * -(-wide // 256):
+        raw |= {"multiple_of": 1, "ffn_dim_multiplier": (config.hidden_dim + 0.5) / wide}
+    if config.rope_theta != 10000.0:
+        raw["rope_theta"] = config.rope_theta
+    tensors = {}
+    for name, weight in (*plain_weights(model).items(), *([("lm_head.weight", model.lm_head.weight)] if config.tie_embeddings else [])):
+        weight = weight.detach().cpu()
+        turned = name.endswith(("q_proj.weight", "k_proj.weight"))
+        tensors[meta_name(name)] = halves_to_pairs(weight, config.head_dim) if turned else weight.clone()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "consolidated.00.pth", lambda target: torch.save(tensors, target))
+    write_file(folder / "params.json", lambda target: target.write_text(json.dumps(raw, indent=2)))
+
+
+def plain_weights(model: Llama) -> dict[str, Tensor]:
+    """The weights by name; a tied head is not among them. Raises ValueError for a model that is more or less than plain."""
+    with torch.device("meta"):
+        names = [name for name, _ in Llama(model.config).named_parameters()]
+    weights = dict(model.named_parameters())
+    if any(isinstance(module, QuantLinear) for module in model.modules()):
+        raise ValueError("the model is quantised, and quantised weights are not written; load it in full precision first.")
+    if weights.keys() != set(names):
+        raise ValueError(f"{sorted(weights.keys() ^ set(names))[0]} is not a weight of a plain model; merge adapters "
+                         "with merge_lora before saving.")
+    return {name: weights[name] for name in names}
+
+
 def save_model(model: Llama, path: str | os.PathLike, *, dtype: torch.dtype | None = None,
                max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write config.json and model.safetensors, or shards and their index, as transformers reads and writes them.
@@ -788,14 +1234,9 @@ def save_model(model: Llama, path: str | os.PathLike, *, dtype: torch.dtype | No
     Raises:
         ValueError: the model has weights of its own, such as adapters that are not merged.
     """
-    folder = Path(path)
+    folder, weights = Path(path), plain_weights(model)
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.device("meta"):
-        names = [name for name, _ in Llama(model.config).named_parameters()]             # a tied head is not among them
-    weights = dict(model.named_parameters())
-    if weights.keys() != set(names):
-        raise ValueError(f"{sorted(weights.keys() ^ set(names))[0]} is not a weight of a plain model; merge adapters "
-                         "with merge_lora before saving.")
+    names = list(weights)
     dtype = dtype or weights[names[0]].dtype
     shards, room = [], 0
     for name in names:

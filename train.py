@@ -21,6 +21,7 @@ import json
 import math
 import os
 import random
+import resource
 import shlex
 import sys
 import time
@@ -46,14 +47,17 @@ class TrainConfig(JudgeFlags):
     stage: str = flag("cat", "what to train")
     model: str = flag("", "Hugging Face folder of the base model (default: demo/base)")
     tokenizer: str = flag("", "tokenizer.model, where the model folder has none")
-    template: str = flag("", "prompt template: alpaca or plain (default: the checkpoint's own, else alpaca)")
+    template: str = flag("", "prompt template: alpaca, alpaca-stanford, plain, vicuna, llama2, chatml, zephyr, raw, or a JSON file (default: the checkpoint's own, else alpaca)")
     tasks: str = flag("", "task file or folder (default: demo/tasks; for judgments demo/records)", TUNING)
+    examples: str = flag("", "instruction data to learn from instead of tasks: Alpaca, ShareGPT or messages, JSON or JSON Lines", ("sft",))
     paraphrases: str = flag("", "JSON file of wordings per task (default for the demo's tasks: demo/paraphrases.json)", TUNING)
     out: str = flag("", "run folder (default: runs/STAGE)")
     init: str = flag("", "run folder in which finished earlier stages are looked for (default: --out)", AFTER_SFT)
+    dry_run: bool = flag(False, "print parameters, memory and steps, and stop; --model may be a config.json or a preset's name, needs no weights")
     seed: int = flag(0, "seeds examples, order, adapters and sampling")
     device: str = flag("auto", "cpu, cuda, cuda:1, ... (auto: cuda where there is one)")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "type of the base weights (auto: bfloat16 on a GPU, else float32)")
+    quantize: Literal["none", "int8", "nf4"] = flag("none", "keep the base's linears in 8 or 4 bits while adapters train", TUNING)
     # examples
     wordings: int = flag(10, "training wordings per task beside the original instruction", ("sft-ia", *PREFERENCE))
     augment: Literal["assign", "product"] = flag("assign", "give each instance one wording, or all of them", ("sft-ia", *PREFERENCE))
@@ -66,6 +70,7 @@ class TrainConfig(JudgeFlags):
     sft_steps: int = flag(200, "steps of the SFT stages on the way", AFTER_SFT)
     sft_lr: float = flag(2e-4, "learning rate of the SFT stages on the way", AFTER_SFT)
     micro_tokens: int = flag(8192, "most tokens per forward pass; bounds memory, changes no result (but of --combine half --reduction token)")
+    checkpointing: bool = flag(False, "keep each block's input only and compute it again in the backward pass: less memory, a third slower, same result")
     lr: float = flag(2e-4, "peak learning rate")
     warmup_ratio: float = flag(0.05, "share of the steps that warm up")
     min_lr_ratio: float = flag(0.1, "final learning rate as a share of the peak (cosine)")
@@ -204,7 +209,7 @@ def parse_config(argv=None) -> TrainConfig:
             fail(f'--{item.name.replace("_", "-")} means nothing to stage "{stage}", only to '
                  f'{", ".join(item.metadata["only"])}. Leave it out.')
     demo_model = {} if given.get("model") or stage == "pretrain" else DEMO_MODEL[stage]
-    demo_tasks = {} if given.get("tasks") or stage == "pretrain" else DEMO_RECORDS if stage in JUDGED else DEMO_TASKS
+    demo_tasks = {} if given.get("tasks") or given.get("examples") or stage == "pretrain" else DEMO_RECORDS if stage in JUDGED else DEMO_TASKS
     cfg = TrainConfig(**{**STAGE_DEFAULTS[stage], **demo_model, **demo_tasks, **given})
     problem = check_config(cfg)
     if problem:
@@ -250,11 +255,16 @@ def check_config(cfg: TrainConfig) -> str:
         return f"--judge {cfg.judge} writes no critiques. Give --judge self or http."
     if cfg.stage == "rlaif" and cfg.labels == "scores" and cfg.judge == "http":
         return "--judge http gives letters, not scores. Add --labels letters."
+    if cfg.quantize != "none" and cfg.full:
+        return f"--quantize {cfg.quantize} keeps the base frozen under adapters. Leave out --full, or --quantize."
     if cfg.eval_wordings < 2:
         return f"--eval-wordings is {cfg.eval_wordings}. Consistency needs at least 2."
-    for name in ("model", "tasks", "paraphrases", "corpus", "candidates", "tokenizer", "init", "records", "critic", "reward_model", "preferences", "principles"):
+    if cfg.examples and cfg.judge_share:
+        return f"--judge-share {cfg.judge_share} wants --tasks, not --examples. Leave one of them out."
+    for name in ("model", "tasks", "paraphrases", "corpus", "candidates", "tokenizer", "init", "records", "critic", "examples", "reward_model",
+                 "preferences", "principles"):
         path = getattr(cfg, name)
-        if path and not Path(path).exists() and (name, path) != ("critic", "http"):
+        if path and (name, path) != ("critic", "http") and not (cfg.dry_run and name == "model") and not Path(path).exists():
             return f"--{name} {path} does not exist. Give a path that does."
     if cfg.stage == "pretrain" and not (cfg.corpus and cfg.tokenizer):
         return "stage pretrain needs --corpus FILE and --tokenizer FILE; demo/make_base.py makes both."
@@ -265,6 +275,8 @@ def fill_paths(cfg: TrainConfig) -> TrainConfig:
     """The paths that were left out: the demo's, and runs/STAGE."""
     if cfg.model and not cfg.tasks and (cfg.stage in JUDGED or cfg.candidates):     # another model and a file of records: no tasks, no SFT stage
         return dataclasses.replace(cfg, out=cfg.out or f"runs/{cfg.stage}")
+    if cfg.examples:
+        return dataclasses.replace(cfg, model=cfg.model or str(HERE / "demo/base"), out=cfg.out or f"runs/{cfg.stage}")
     demo_tasks, folder = not cfg.tasks, "demo/records" if cfg.stage in JUDGED else "demo/tasks"
     paraphrases = cfg.paraphrases or (str(HERE / "demo/paraphrases.json") if demo_tasks and cfg.stage not in JUDGED else "")
     model = cfg.model or ("" if cfg.stage == "pretrain" else str(HERE / "demo/base"))
@@ -293,7 +305,7 @@ import losses                                               # noqa: E402
 from eval import (MASK_LAMS, VALUE_HEAD, EvalConfig, LocalChat, add_head, complete, confusion_report, cut_masks, document_rewards, evaluate_errors,    # noqa: E402
                   evaluate_model, evaluate_responses, keyword_logprobs, make_client, mask_report, mask_scores, plot_mask, plot_rollouts,
                   reward_report, reward_scores, summary_table, wilson, write_report)
-from model import PRESETS, Llama, Packed, load_model, save_model    # noqa: E402
+from model import PRESETS, Llama, Packed, QuantLinear, load_model, read_config, save_model    # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,11 +347,24 @@ def corpus_groups(run: Run) -> list[dict]:
 def sft_groups(run: Run, wordings: int) -> list[dict]:
     """sft, sft-ia: one document per instruction example, and judge_share of documents that teach judging."""
     cfg = run.cfg
+    if cfg.examples:
+        return example_groups(run)
     examples = data.instruction_examples(run.tasks, wordings=wordings, augment=cfg.augment, per_task=cfg.per_task,
                                          seed=cfg.seed)
     documents = [run.document(x["wording"], x["input"], x["output"]) for x in examples]
     documents += judge_documents(run, round(len(documents) * cfg.judge_share / (1 - cfg.judge_share)))
     return [{"documents": [document]} for document in documents]
+
+
+def example_groups(run: Run) -> list[dict]:
+    """sft on outside data: one document per Alpaca row or conversation; what was left out is said."""
+    examples, left_out = data.load_examples(run.cfg.examples)
+    documents = [data.encode_conversation(run.tokenizer, run.template, x, max_len=run.cfg.max_len) for x in examples]
+    if None in documents:
+        left_out[f"whose first answer is longer than --max-len {run.cfg.max_len}"] = documents.count(None)
+    say(f"{run.cfg.stage}: {len(documents) - documents.count(None)} examples"
+        + "".join(f"; left out {n} {why}" for why, n in left_out.items()) + ".")
+    return [{"documents": [document]} for document in documents if document]
 
 
 def judge_documents(run: Run, n: int) -> list[dict]:
@@ -1373,6 +1398,7 @@ def train(run: Run, stage: Stage, groups: list[dict], log_path: Path) -> None:
         if rank == 0:
             log_step(log_path, cfg, step, means, norm=norm, tokens=seen, seconds=seconds)
     run.model.eval()
+    say(f"{cfg.stage}: {seen:,} tokens in {spoken(time.time() - started)}, {seen / (time.time() - started):,.0f} tok/s; {peak_memory(device)[1]}.")
 
 
 def log_step(path: Path, cfg: TrainConfig, step: int, means: dict, *, norm: float, tokens: int, seconds: float) -> None:
@@ -1383,6 +1409,116 @@ def log_step(path: Path, cfg: TrainConfig, step: int, means: dict, *, norm: floa
     if (step + 1) % max(1, cfg.steps // 10) == 0:
         text = " | ".join(f"{name} {value:.3f}" for name, value in means.items())
         tqdm.write(f"{cfg.stage} step {step + 1}/{cfg.steps} | {text} | {tokens / seconds / 1000:.1f}k tok/s")
+
+
+def spoken(seconds: float) -> str:
+    """3 h 12 min, 4 min 10 s, 12 s."""
+    hours, minutes, rest = int(seconds // 3600), int(seconds // 60 % 60), int(seconds % 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"
+
+
+def peak_memory(device) -> tuple[dict, str]:
+    """The most memory that this process has used so far, as bytes by place and in words."""
+    found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
+    if torch.device(device).type == "cuda":
+        found["gpu"] = torch.cuda.max_memory_allocated(device)
+    return found, "peak memory " + ", ".join(f"{bytes / 1e9:.2f} GB ({place})" for place, bytes in found.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before a run: what it will take, by arithmetic
+
+
+class _Attention(torch.autograd.Function):
+    """Stands in for attention on the meta device: keeps what a fused kernel keeps (q, k, v, output), computes nothing."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
+
+
+def activation_bytes(config, cfg: TrainConfig, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes that a forward pass of `tokens` keeps for the backward pass, without logits: counted on a model without storage."""
+    small = dataclasses.replace(config, n_layers=1)
+    with torch.device("meta"):
+        model = Llama(small).to(dtype)
+        for name, module in list(model.named_modules()):
+            if cfg.quantize != "none" and ".layers." in name and isinstance(module, torch.nn.Linear):
+                model.set_submodule(name, QuantLinear(module.in_features, module.out_features, cfg.quantize, dtype, "meta"))
+        if not cfg.full:
+            lora.apply_lora(model, lora.LoraConfig(rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout))
+        weights, kept = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}, {}
+
+        def count(tensor):
+            if tensor.untyped_storage()._cdata not in weights:
+                kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes(), tensor      # held, so that no id comes twice
+            return tensor
+        x, cos = torch.empty(tokens, config.dim, dtype=dtype, requires_grad=True), torch.empty(tokens, 1, config.head_dim, dtype=dtype)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            model.model.layers[0](x, lambda layer, q, k, v: _Attention.apply(q, k, v), cos, cos)
+    block = sum(bytes for bytes, _ in kept.values())
+    return config.n_layers * tokens * config.dim * dtype.itemsize + block if cfg.checkpointing else config.n_layers * block
+
+
+def estimate(cfg: TrainConfig) -> list[tuple[str, float, str]]:
+    """(what, bytes or number, remark) of a run, from its flags and the shape of its model alone."""
+    if not Path(cfg.model).exists() and cfg.model not in PRESETS and cfg.stage != "pretrain":
+        raise ValueError(f"--model {cfg.model} is no folder, no config.json and no preset. Presets: {', '.join(PRESETS)}.")
+    config = PRESETS[cfg.preset] if cfg.stage == "pretrain" and not cfg.model else PRESETS[cfg.model] if cfg.model in PRESETS else read_config(cfg.model)
+    with torch.device("meta"):
+        model = Llama(config)
+    _, dtype = pick_device(cfg)
+    dtype = torch.float32 if cfg.full else dtype
+    linears = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
+    parameters, inside = sum(p.numel() for p in model.parameters()), sum(module.weight.numel() for module in linears)
+    base = parameters * dtype.itemsize
+    if cfg.quantize != "none":
+        with torch.device("meta"):
+            codes = [QuantLinear(m.in_features, m.out_features, cfg.quantize, dtype, "meta") for m in linears]
+        base += sum(x.nbytes for module in codes for x in module.buffers()) - inside * dtype.itemsize
+    trained = parameters if cfg.full else sum(cfg.rank * (m.in_features + m.out_features) for m in linears)
+    state = 12 if cfg.full else 16
+    logits = cfg.micro_tokens * config.vocab_size * (dtype.itemsize + (4 if dtype.itemsize == 4 else 8))
+    cache = 2 * cfg.eval_batch * min(cfg.max_len, config.context) * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
+    merged = 0 if cfg.full or cfg.quantize != "none" else base
+    training = base + state * trained + activation_bytes(config, cfg, dtype, cfg.micro_tokens) + logits
+    rows = [("parameters", parameters, f"{config.n_layers} layers, width {config.dim}, {config.vocab_size} pieces, {config.context} positions"),
+            ("trained parameters", trained, "all" if cfg.full else f"adapters of rank {cfg.rank}, {100 * trained / parameters:.2f} %"),
+            ("weights", base, cfg.quantize if cfg.quantize != "none" else str(dtype).removeprefix("torch.")),
+            ("gradients and AdamW", state * trained, f"float32, {state} bytes for each trained parameter" + ("" if cfg.full else ", itself included")),
+            ("activations", training - base - state * trained - logits, f"of one micro-batch, --micro-tokens {cfg.micro_tokens}"),
+            ("logits", logits, "if each of its tokens is a target; usually a fraction"),
+            ("training, at most", training, "the four above"),
+            ("merged copy", merged, "while sampling and evaluating"),
+            ("cache", cache, f"of --eval-batch {cfg.eval_batch} rows of --max-len {cfg.max_len} tokens"),
+            ("sampling, at most", base + merged + cache, "weights, copy, cache")]
+    tokens = cfg.steps * cfg.batch_size * cfg.max_len
+    return rows + [("steps", cfg.steps, f"of {cfg.batch_size} examples (cat and its kin: groups), after {cfg.sft_steps} of SFT on the way"
+                    if cfg.stage in AFTER_SFT else f"of {cfg.batch_size} examples"),
+                   ("tokens, at most", tokens, f"{cfg.steps} x {cfg.batch_size} x --max-len {cfg.max_len}"),
+                   ("operations, at most", (6 if cfg.full else 4) * parameters * tokens,
+                    f"{6 if cfg.full else 4} x parameters x tokens: {spoken((6 if cfg.full else 4) * parameters * tokens / 4e14)} at 400 TFLOP/s, "
+                    f"{spoken((6 if cfg.full else 4) * parameters * tokens / 5e13)} at 50 (arithmetic, not measured)")]
+
+
+def dry_run(cfg: TrainConfig) -> None:
+    """Print the estimate, and how many examples the tasks give."""
+    for what, number, remark in estimate(cfg):
+        counted = what.endswith("parameters") or what.startswith(("steps", "tokens", "operations"))
+        shown = f"{number:,.0f}" if counted and number < 1e12 else f"{number:.2e}" if counted else f"{number / 1e9:,.2f} GB"
+        say(f"{what:20s} {shown:>16s}   {remark}")
+    if cfg.tasks and cfg.stage not in JUDGED:
+        tasks = data.load_tasks(cfg.tasks)
+        if cfg.paraphrases:
+            data.load_paraphrases(cfg.paraphrases, tasks)
+        examples = data.instruction_examples(tasks, wordings=0 if cfg.stage == "sft" else cfg.wordings, augment=cfg.augment, per_task=cfg.per_task, seed=cfg.seed)
+        say(f"{'examples':20s} {len(examples):>16,}   of {len(tasks)} tasks; {cfg.steps * cfg.batch_size / max(1, len(examples)):.1f} passes over them in SFT's terms")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1408,17 +1544,20 @@ def make_run(cfg: TrainConfig) -> Run:
         say(framed)
     tokenizer = data.Tokenizer(cfg.tokenizer or cfg.model)
     model = load_trained(cfg, None)
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(f"tokenizer has {len(tokenizer)} pieces but the embedding has {model.config.vocab_size} rows "
-                         f"({cfg.model}). Use the tokenizer that came with this checkpoint.")
+    warning = data.check_vocabulary(tokenizer, model.config.vocab_size, model.config.bos_id, model.config.eos_ids, cfg.model)
+    if warning:
+        say(warning)
+    if cfg.max_len > model.config.context:
+        raise ValueError(f"--max-len is {cfg.max_len}, but {cfg.model} takes {model.config.context} tokens. Lower it.")
     cfg = dataclasses.replace(cfg, template=cfg.template or model.config.prompt_template or "alpaca")
     template = data.find_template(cfg.template)
+    data.check_template(tokenizer, template, cfg.template)
     if cfg.records:
         check_lengths(cfg, tokenizer, data.load_judged(cfg.records))
     if cfg.candidates:
         data.load_candidates(cfg.candidates)
     held = [task.name for task in tasks if len(task.wordings.get(cfg.split, [])) >= 2]
-    if not held and cfg.evaluate and tasks and cfg.stage not in JUDGED:
+    if not held and cfg.evaluate and tasks and cfg.stage not in JUDGED and not cfg.examples:
         raise ValueError(f"no task has two held-out wordings in split {cfg.split!r}, so consistency cannot be measured. "
                          "Give --paraphrases FILE with at least eight wordings per task, or --no-evaluate.")
     if cfg.evaluate and tasks and cfg.stage in JUDGED and not any(data.split_instances(task, cfg.split) for task in tasks):
@@ -1445,7 +1584,7 @@ def finished(folder: Path, cfg: TrainConfig) -> bool:
     done = (folder / "adapter_config.json").exists() or (folder / "model/config.json").exists()
     if not done and not any((folder / name).exists() for name in RECORDS):
         return False
-    old, ignore = json.loads((folder / "config.json").read_text()), {"out", "device", "evaluate", "compare", "split", "micro_tokens"}
+    old, ignore = json.loads((folder / "config.json").read_text()), {"out", "device", "evaluate", "compare", "split", "micro_tokens", "checkpointing", "dry_run"}
     ignore |= JudgeFlags.__annotations__.keys() - {"judge_url", "judge_model"}
     if folder != Path(cfg.out):
         ignore.add("init")
@@ -1464,7 +1603,8 @@ def load_trained(cfg: TrainConfig, folder: Path | None, *, trainable: bool = Fal
     """The base (folder None), or what a finished stage left in its folder: an adapter, or with --full a whole model."""
     device, dtype = pick_device(cfg)
     whole = folder and (folder / "model").is_dir()
-    model = load_model(folder / "model" if whole else cfg.model, dtype=dtype, device=device)
+    model = load_model(folder / "model" if whole else cfg.model, dtype=dtype, device=device,
+                       quantize="" if whole else cfg.quantize.removeprefix("none"))
     if folder and not whole:
         lora.load_adapter(model, folder, trainable=trainable)
     if folder and (folder / VALUE_HEAD).exists():
@@ -1479,13 +1619,14 @@ def reward_folder(cfg: TrainConfig) -> Path:
 
 
 def plain(model: torch.nn.Module) -> torch.nn.Module:
-    """For sampling and judging: adapters merged into a copy; the model itself where it has none."""
-    return lora.merge_lora(model) if lora.lora_modules(model) else model
+    """For sampling and judging: adapters merged into a copy; the model itself where it has none or is quantised."""
+    return lora.merge_lora(model) if lora.mergeable(model) else model.eval()
 
 
 def trainable(cfg: TrainConfig, folder: Path | None) -> torch.nn.Module:
     """A model to train: all weights with --full, else an adapter, fresh or continued from a finished stage."""
     model = load_trained(cfg, folder, trainable=True)
+    model.checkpointing = cfg.checkpointing
     if cfg.full:
         model.float()                                       # float32 masters; autocast makes the products cheap
     elif not folder:
@@ -1503,7 +1644,7 @@ def save_trained(run: Run) -> None:
         return lora.save_adapter(run.model, run.folder, run.cfg.model)
     device, dtype = pick_device(run.cfg)
     save_model(run.model, run.folder / "model", dtype=dtype)
-    (run.folder / "model/tokenizer.model").write_bytes(run.tokenizer.path.read_bytes())
+    data.copy_tokenizer(run.tokenizer, run.cfg.model, run.folder / "model")
 
 
 def run_stage(run: Run, name: str) -> Path:
@@ -1557,7 +1698,7 @@ def export(run: Run) -> None:
     """The finished model and its tokenizer as a Hugging Face folder."""
     target = Path(run.cfg.export or run.folder / "model")
     save_model(run.model, target, dtype=torch.bfloat16)
-    (target / "tokenizer.model").write_bytes(Path(run.cfg.tokenizer).read_bytes())
+    data.copy_tokenizer(run.tokenizer, "", target)
     say(f"pretrain: wrote {target}.")
 
 
@@ -1677,6 +1818,16 @@ def measure_judge(run: Run) -> str:
     return confusion_report(found, run.cfg.judge)
 
 
+def summarise(cfg: TrainConfig, seconds: float) -> None:
+    """Say and keep, in summary.json, what the run took: time, peak memory, tokens per second of its own stage."""
+    memory, words = peak_memory(pick_device(cfg)[0])
+    log = data.read_records(Path(cfg.out) / "log.jsonl")
+    speed = round(log[-1]["tokens"] / max(1e-9, log[-1]["seconds"])) if log else None
+    found = {"seconds": round(seconds, 1), "peak_memory_bytes": memory, "tokens_per_second": speed, "tokens": log[-1]["tokens"] if log else None}
+    (Path(cfg.out) / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+    say(f"done in {spoken(seconds)}; {words}" + (f"; {cfg.stage} trained at {speed:,} tok/s." if log else "."))
+
+
 def next_command(cfg: TrainConfig) -> str:
     """What to try now, with every setting of this run that is not the default."""
     if cfg.stage in ("sft", "sft-ia"):
@@ -1707,7 +1858,7 @@ def settings(cfg: TrainConfig) -> str:
 
 def main(argv=None) -> int:
     """Run a stage. Returns 0, or 2 for a mistake in what was given, 1 for a run that failed."""
-    cfg = parse_config(argv)
+    cfg, started = parse_config(argv), time.time()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         gpu = pick_device(cfg)[0].startswith("cuda")
         if gpu:
@@ -1717,7 +1868,9 @@ def main(argv=None) -> int:
         if cfg.batch_size < ranks()[1]:
             return complain(f"--batch-size {cfg.batch_size} is less than the {ranks()[1]} processes. Raise it.")
     try:
-        (pretrain if cfg.stage == "pretrain" else align)(cfg)
+        (dry_run if cfg.dry_run else pretrain if cfg.stage == "pretrain" else align)(cfg)
+        if not cfg.dry_run:
+            on_first_rank(summarise, cfg, time.time() - started)
     except ValueError as error:
         return complain(str(error))
     except judging.JudgeStopped as error:

@@ -25,6 +25,9 @@ def tokenizer(tmp_path_factory):
         sentence_iterator=iter(text), model_prefix=str(path / "tokenizer"), vocab_size=400, model_type="bpe",
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False,
         minloglevel=2)
+    n = len(Tokenizer(path))
+    write(path / "added_tokens.json", {"<|im_start|>": n, "<|im_end|>": n + 1})
+    write(path / "special_tokens_map.json", {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     return Tokenizer(path)
 
 
@@ -62,7 +65,7 @@ def test_response_ids_are_those_of_the_joint_encoding(tokenizer, name):
     for _ in range(200):
         response = "".join(rng.choice("abe lamp\n,éß猫 ") for _ in range(rng.randrange(1, 12))).strip() or "x"
         prompt = template.render("what is the colour ?", "anna bought a red lamp")
-        joint = tokenizer.encode_prompt(prompt + template.separator + response) + [tokenizer.eos_id]
+        joint = tokenizer.encode_prompt(data.Prompt.of([*prompt.parts, (template.separator + response, False), (template.end, True)]))
         document = data.encode_example(tokenizer, template, prompt, response, max_len=512)
         assert document["input_ids"] == joint
         assert tokenizer.decode(data.encode_response(tokenizer, template, response)) == response
@@ -319,4 +322,4 @@ def test_a_response_has_the_same_ids_under_every_prompt(template, input, tokeniz
         assert "wrong : {input} and {judgment} ." in prompts[1]
         rows = [data.encode_example(tokenizer, form, prompt, response, max_len=400) for prompt in prompts]
         first, second = ([i for i in row["labels"] if i != data.IGNORE_INDEX] for row in rows)
-        assert first == second and first[-1] == tokenizer.eos_id
+        assert first == second and first[-1] in data.stop_ids(tokenizer, prompts)

@@ -316,7 +316,10 @@ def test_report_without_matplotlib_says_so(tmp_path, monkeypatch, capsys):
 class ToyTokenizer:
     """A byte is a token (3 and up); a space and the letter after it are one, so that keywords can be single tokens."""
 
-    bos_id, eos_id = 1, 2
+    bos_id, eos_id, control = 1, 2, {1, 2}
+
+    def encode_turn(self, text):
+        return [{"</s>": 2}[text]]
 
     def encode_continuation(self, text):
         ids, raw = [], text.encode()
@@ -333,7 +336,7 @@ class ToyTokenizer:
         return "".join(chr(i - 3) if i < 131 else " " + chr(i - 131) for i in ids if i > 2)
 
 
-ROOMY = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=10**6))             # all that complete() reads
+ROOMY = SimpleNamespace(config=SimpleNamespace(context=10**6, eos_ids=()))                 # all that complete() reads
 
 
 def fake_generate(calls):
@@ -482,6 +485,7 @@ class Pieces:
 
     def __init__(self, *pieces):
         self.pieces = ["</s>", *pieces]
+        self.control, self.text_of = set(), {}
         self.model = SimpleNamespace(id_to_piece=lambda token: self.pieces[token], is_byte=lambda token: self.pieces[token].startswith("<0x"))
 
 

@@ -179,7 +179,7 @@ def test_the_local_model_as_a_backend(world):                       # noqa: F811
     prompt = template.render(short.messages[0]["content"], short.messages[1]["content"]).rstrip("\n") + "\n"
     (a, b), = keyword_logprobs(model, tokenizer, [prompt], [f"VERDICT {short.nonce}:"], [(" a", " b")])
     assert reply.text == f"VERDICT {short.nonce}: {'ab'[b > a]}" and not reply.failure
-    free, long = make_question("say", {"x": "red"}, guard="{nonce}", max_tokens=5), make_question("pick", {"x": "red " * 900}, choices=("a", "b"))
+    free, long = make_question("say", {"x": "red"}, guard="{nonce}", max_tokens=5), make_question("pick", {"x": "red " * 9000}, choices=("a", "b"))
     replies = chat.ask([long, free, short])
     assert replies[0].failure == "prompt longer than the model takes" and replies[2] == reply
     assert replies[1].failure in ("", "cut at max_tokens", "empty message")
@@ -187,7 +187,7 @@ def test_the_local_model_as_a_backend(world):                       # noqa: F811
     chat.template = type("Spy", (), {"render": lambda self, *parts: asked.append(template.render(*parts)) or asked[-1]})()
     chat.ask([held])
     assert "\n{input} {instruction}\n" in asked[0]                 # a text under judgment stays as it is
-    row, = evaluate_pairs(chat.ask, [{"input": "red " * 900, "output_1": "x", "output_2": "y"}], STRATEGIES["rules"], reask=0)
+    row, = evaluate_pairs(chat.ask, [{"input": "red " * 9000, "output_1": "x", "output_2": "y"}], STRATEGIES["rules"], reask=0)
     assert row["winners"] == [None, None] and row["failures"] == ["prompt longer than the model takes"] * 2
 
 

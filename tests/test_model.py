@@ -1,5 +1,6 @@
 """model.py against transformers, against itself by another path, and against broken files."""
 import copy
+import dataclasses
 import json
 import os
 import random
@@ -570,8 +571,9 @@ def test_config_spellings():
     assert ModelConfig.from_hf(hf(eos_token_id=[2, 7])).eos_ids == (2, 7)
     assert ModelConfig.from_hf(hf(eos_token_id=None, bos_token_id=None)).eos_ids == ()
     assert ModelConfig.from_hf(hf(dtype="bfloat16", torch_dtype=..., pad_token_id=0, unknown={"a": 1})) == TINY
-    for window in (None, 512, 4096):
-        assert ModelConfig.from_hf(hf(model_type="mistral", sliding_window=window)) == TINY
+    for window, context in ((None, 512), (512, 512), (4096, 512), (100, 100), (..., 512)):                   # absent: 4096
+        config = ModelConfig.from_hf(hf(model_type="mistral", sliding_window=window))
+        assert config.context == context and dataclasses.replace(config, sliding_window=None) == TINY
     for config in PRESETS.values():
         assert ModelConfig.from_hf(config.to_hf()) == config
 
@@ -579,9 +581,9 @@ def test_config_spellings():
 @pytest.mark.parametrize("changes, words", [
     ({"model_type": "gemma"}, "model_type is 'gemma'; only llama and mistral"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-    ({"model_type": "mistral", "sliding_window": 100}, "sliding_window is 100"),
-    ({"rope_scaling": {"type": "linear", "factor": 2}}, "RoPE scaling 'linear' is not implemented"),
-    ({"rope_scaling": {"rope_type": "llama3", "type": "default"}}, "RoPE scaling 'llama3'"),
+    ({"model_type": "mistral", "sliding_window": "100"}, "sliding_window is '100'"),
+    ({"rope_scaling": {"type": "longrope", "factor": 2}}, "RoPE scaling 'longrope' is not implemented"),
+    ({"rope_scaling": {"rope_type": "llama3", "type": "default"}}, "RoPE scaling 'llama3' lacks 'factor'"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ by layer"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"rope_scaling": [1]}, "malformed"),
@@ -607,6 +609,6 @@ def test_config_refusals(changes, words):
         ModelConfig.from_hf(hf(**changes))
 
 
-def test_scaled_rope_is_refused_in_the_constructor():
+def test_an_unknown_rope_is_refused_in_the_constructor():
     with pytest.raises(ValueError, match="not implemented"):
-        ModelConfig(rope_scaling={"rope_type": "linear", "factor": 2.0})
+        ModelConfig(rope_scaling={"rope_type": "longrope", "factor": 2.0})

@@ -1,0 +1,238 @@
+"""What a person types beside training and evaluating: chat, merge, instructions, dry runs, instruction data, summaries."""
+
+import dataclasses
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import eval as evaluation
+import train
+from data import Tokenizer
+from lora import LoraConfig, apply_lora, load_adapter, lora_modules, merge_lora, save_adapter
+from model import Packed, load_model, read_config, save_model
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "demo/base"
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """An adapter that changes what the demo base says."""
+    path = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(1)
+    model = apply_lora(load_model(DEMO), LoraConfig(rank=4))
+    for module in lora_modules(model).values():
+        module.lora_B.data.normal_(0, 0.05)
+    save_adapter(model, path, str(DEMO))
+    return path
+
+
+# Merged folders ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["", "float32"])
+def test_a_merged_folder_is_read_by_transformers_with_its_tokenizer(dtype, adapter, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    evaluation.main(["--model", str(DEMO), "--adapter", str(adapter), "--merge", str(tmp_path / "m"), *(["--dtype", dtype] if dtype else [])])
+    said = capsys.readouterr().out
+    assert re.search(r"differ from the unmerged ones by at most \d\.\de[+-]\d\d", said)
+    stored = load_file(tmp_path / "m/model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32 if dtype else torch.bfloat16}
+    twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "m", use_fast=False), Tokenizer(DEMO)
+    text = "anna bought a red lamp in paris ."
+    ids = theirs(text)["input_ids"]
+    assert ids == ours.encode_prompt(text) and theirs.eos_token_id == ours.eos_id
+    wanted = merge_lora(load_adapter(load_model(DEMO, dtype=torch.float32 if dtype else None), adapter)).float()
+    assert (twin(torch.tensor([ids])).logits - wanted(torch.tensor([ids]))).abs().max() < 2e-5
+    assert (load_model(DEMO)(torch.tensor([ids])) - wanted(torch.tensor([ids]))).abs().max() > 0.1
+    twin.save_pretrained(tmp_path / "back")                 # and the way back, bitwise
+    again = load_file(tmp_path / "back/model.safetensors")
+    assert all(torch.equal(again[name], tensor.float()) for name, tensor in stored.items())
+
+
+def test_every_tokenizer_file_is_carried_over_and_meta_is_written(tmp_path, capsys):
+    source = tmp_path / "source"
+    save_model(load_model(DEMO, dtype=None), source)
+    for name in (*data.TOKENIZER_FILES, "generation_config.json"):
+        (source / name).write_text("{}")
+    (source / "tokenizer.model").write_bytes((DEMO / "tokenizer.model").read_bytes())
+    evaluation.main(["--model", str(source), "--merge", str(tmp_path / "out"), "--template", "vicuna"])
+    for name in (*data.TOKENIZER_FILES, "generation_config.json", "model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes(), name
+    assert read_config(tmp_path / "out").prompt_template == "vicuna"
+    evaluation.main(["--model", str(source), "--merge", str(tmp_path / "meta"), "--layout", "meta"])
+    back = load_model(tmp_path / "meta", dtype=None)
+    wanted = dict(load_model(source, dtype=None).named_parameters())
+    assert all(torch.equal(weight, wanted.get(name, wanted["model.embed_tokens.weight"])) for name, weight in back.named_parameters())
+    assert Tokenizer(tmp_path / "meta").encode_prompt("red")
+
+
+@pytest.mark.parametrize("line, said", [
+    (["--merge", "x", "--adapter", "a", "b"], "--merge takes one --adapter at most"),
+    (["--merge", "x", "--quantize", "int8"], "--merge takes one --adapter at most and a model in full precision"),
+    (["--merge", str(DEMO), "--model", str(DEMO)], "is the folder of the model itself"),
+    (["--chat", "--temperature", "-1"], "--temperature -1.0 is below 0"),
+    (["--chat", "--template", "chatml"], "template chatml ends responses with '<|im_end|>', which is no token of"),
+    (["--chat", "--template", "nobody"], "unknown template 'nobody'"),
+    (["--instructions", "gone.json"], "--instructions gone.json does not exist"),
+])
+def test_mistakes_are_one_sentence(line, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(line)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and said in error and error.count("\n") == 1
+
+
+# Talking -------------------------------------------------------------------------------------------------------------
+
+
+def talk(monkeypatch, capsys, lines, *flags):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    evaluation.main(["--chat", "--max-new-tokens", "8", "--temperature", "0", *flags])
+    return capsys.readouterr().out
+
+
+def answers(said):
+    return [re.sub(r"^(> )+", "", text) for text in re.findall(r"((?:> )+.*)\n\(\d+ tokens", said)]
+
+
+def test_chat_says_what_complete_says_with_the_adapter_on_and_off(adapter, monkeypatch, capsys):
+    line = "anna bought a red lamp . name the colour ."
+    said = talk(monkeypatch, capsys, [line, "/adapter off", "/reset", line, "/adapter on", "/reset", line, "", "/nonsense", "/quit", line], "--adapter", str(adapter))
+    tokenizer, prompt = Tokenizer(DEMO), data.TEMPLATES["plain"].render(line)
+    base, adapted = load_model(DEMO), load_adapter(load_model(DEMO), adapter)
+    wanted = [evaluation.complete(model, tokenizer, [prompt], max_new_tokens=8)[0].text for model in (adapted, base, adapted)]
+    assert answers(said) == wanted and wanted[0] != wanted[1]
+    assert "/adapter on|off" in said and "template plain" in said
+
+
+def test_chat_remembers_and_forgets(monkeypatch, capsys):
+    said = talk(monkeypatch, capsys, ["/system be brief", "anna has a lamp .", "who ?", "/reset", "who ?", "word " * 900, "word " * 900])
+    tokenizer, model, plain = Tokenizer(DEMO), load_model(DEMO), data.TEMPLATES["plain"]
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "anna has a lamp ."}]
+    first = evaluation.complete(model, tokenizer, [plain.render_conversation(messages)], max_new_tokens=8)[0].text
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "who ?"}]
+    second = evaluation.complete(model, tokenizer, [plain.render_conversation(messages)], max_new_tokens=8)[0].text
+    found = answers(said)
+    assert found[:2] == [first, second] and found[2] == evaluation.complete(model, tokenizer, [plain.render("who ?")], max_new_tokens=8)[0].text
+    assert "the oldest turn is forgotten" in said and len(re.findall(r"\(\d+ tokens", said)) == 5
+
+
+def test_chat_on_a_quantised_model(adapter, monkeypatch, capsys):
+    assert len(answers(talk(monkeypatch, capsys, ["name the colour ."], "--adapter", str(adapter), "--quantize", "nf4"))) == 1
+
+
+# Outputs for alpaca_eval ---------------------------------------------------------------------------------------------
+
+
+def test_outputs_in_alpaca_evals_form(adapter, tmp_path, capsys):
+    rows = [{"instruction": "name the colour .", "input": "anna has a red hat .", "dataset": "own"}, {"instruction": "say blue ."}]
+    (tmp_path / "i.json").write_text(json.dumps(rows))
+    evaluation.main(["--instructions", str(tmp_path / "i.json"), "--adapter", str(adapter), "--max-new-tokens", "6", "--out", str(tmp_path / "out")])
+    files = sorted((tmp_path / "out").glob("*-outputs.json"))
+    assert len(files) == 2 and "2 answers" in capsys.readouterr().out
+    for file in files:
+        found = json.loads(file.read_text())
+        assert [list(row) for row in found] == [["instruction", "output", "generator", "dataset"], ["instruction", "output", "generator"]]
+        assert found[0]["instruction"] == "name the colour .\nanna has a red hat ." and found[1]["instruction"] == "say blue ."
+        assert all(isinstance(row["output"], str) and row["generator"] == file.name.removesuffix("-outputs.json") for row in found)
+    (tmp_path / "i.json").write_text('[{"prompt": "x"}]')
+    with pytest.raises(SystemExit):
+        evaluation.main(["--instructions", str(tmp_path / "i.json"), "--out", str(tmp_path)])
+    assert "record 0, has no text under instruction" in capsys.readouterr().err
+
+
+# Training on outside data, and what a run takes ----------------------------------------------------------------------
+
+
+def test_sft_on_alpaca_and_sharegpt_rows(tmp_path, capsys):
+    rows = [{"instruction": f"say {word} .", "output": word} for word in "red blue green".split()] + [{"instruction": "x", "output": ""}]
+    rows += [{"conversations": [{"from": "human", "value": "name a colour ."}, {"from": "gpt", "value": "red"}, {"from": "human", "value": "another ."},
+                                {"from": "gpt", "value": "blue"}]}, {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y " * 900}]}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    code = train.main(["--stage", "sft", "--examples", str(tmp_path / "rows.json"), "--steps", "2", "--batch-size", "3", "--out", str(tmp_path / "run"),
+                       "--quantize", "int8", "--checkpointing"])
+    said = capsys.readouterr().out
+    assert code == 0 and "4 examples; left out 1 with an empty instruction or output; left out 1 whose first answer is longer" in said
+    assert re.search(r"sft: [\d,]+ tokens in .* tok/s; peak memory \d\.\d\d GB \(process\)", said) and "done in" in said
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["tokens_per_second"] > 0 and summary["peak_memory_bytes"]["process"] > 10**8 and summary["seconds"] > 0
+    tensors = load_file(tmp_path / "run/adapter_model.safetensors")
+    assert any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+    assert json.loads((tmp_path / "run/config.json").read_text())["quantize"] == "int8"
+
+
+@pytest.mark.parametrize("line, said", [
+    (["--stage", "sft", "--quantize", "int8", "--full"], "--quantize int8 keeps the base frozen under adapters"),
+    (["--stage", "cat", "--examples", "x"], '--examples means nothing to stage "cat", only to sft'),
+    (["--stage", "sft", "--examples", "gone"], "--examples gone does not exist"),
+    (["--stage", "sft", "--quantize", "int4"], "invalid choice: 'int4'"),
+])
+def test_mistakes_in_training_flags(line, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse_config(line)
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_sequences_longer_than_the_model_takes_are_refused(capsys):
+    assert train.main(["--stage", "sft", "--max-len", "5000"]) == 2
+    assert "--max-len is 5000, but" in capsys.readouterr().err
+
+
+def test_dry_run_needs_no_weights(tmp_path, capsys):
+    (tmp_path / "config.json").write_text((DEMO / "config.json").read_text())
+    assert train.main(["--stage", "cat", "--model", str(tmp_path / "config.json"), "--dry-run", "--tasks", str(ROOT / "demo/tasks"), "--out", str(tmp_path / "x")]) == 0
+    said = capsys.readouterr().out
+    assert f"{sum(p.numel() for p in load_model(DEMO).parameters()):,}" in said and not (tmp_path / "x").exists()
+    assert re.search(r"steps +100 ", said) and "of 34 tasks" in said
+    assert train.main(["--stage", "sft", "--model", "llama2-7b", "--dtype", "bfloat16", "--dry-run"]) == 0
+    assert "6,738,415,616" in capsys.readouterr().out
+    assert train.main(["--stage", "sft", "--model", "llama9", "--dry-run"]) == 2
+    assert "is no folder, no config.json and no preset. Presets: tiny, demo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--quantize", "nf4"], ["--dtype", "bfloat16"], ["--full"], ["--checkpointing"]])
+def test_estimates_are_what_a_model_takes(more):
+    """Parameters and weights to the byte; activations against what a real forward pass keeps."""
+    cfg = train.parse_config(["--stage", "sft", "--dry-run", "--micro-tokens", "600", *more])
+    rows = {name: number for name, number, _ in train.estimate(cfg)}
+    model = train.trainable(cfg, None)
+    assert rows["trained parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    held = sum(x.nbytes for x in frozen.values()) - (0 if cfg.full else 4 * rows["trained parameters"])
+    assert rows["weights"] == held
+    weights, kept = {x.untyped_storage().data_ptr() for x in frozen.values()}, {}
+
+    def count(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(), tensor
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        hidden = model.hidden(torch.arange(600) % 1000, Packed([60] * 10))
+    real = sum(number for number, _ in kept.values())
+    if cfg.checkpointing:                                   # while a block is computed again, what it keeps is there, too
+        plain = {name: number for name, number, _ in train.estimate(dataclasses.replace(cfg, checkpointing=False))}
+        real += plain["activations"] / model.config.n_layers
+    assert hidden.requires_grad and 0.75 < rows["activations"] / real < 1.3, (rows["activations"], real)
+
+
+def test_help_names_every_flag():
+    for program in ("train.py", "eval.py"):
+        run = subprocess.run([sys.executable, ROOT / program, "--help"], capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0 and "--quantize" in run.stdout and "--template" in run.stdout
