@@ -27,7 +27,7 @@ METHODS = {                                                 # title: (stage, fla
     "CAT": ("cat", []), "best answers only": ("expert", []), "conditional": ("conditional", []), "best quantile": ("conditional", ["--conditional", "best"]),
     "DPO": ("dpo", []), "cDPO": ("dpo", ["--label-smoothing", "0.1"]), "robust DPO": ("dpo", ["--preference", "robust", "--label-smoothing", "0.1"]),
     "IPO": ("dpo", ["--preference", "ipo", "--length-normalize"]), "RSO": ("rso", []), "RSO, sigmoid": ("rso", ["--preference", "sigmoid"]),
-    "SLiC": ("slic", []), "RRHF": ("rrhf", []), "PRO": ("pro", []), "PPO": ("ppo", []),
+    "SLiC": ("slic", []), "RRHF": ("rrhf", []), "PRO": ("pro", []), "RLAIF": ("rlaif", []), "PPO": ("ppo", []),
 }
 CHOICES = {"self": "rewards by the model itself", "rule": "rewards by exact rules", "length": "rewards by length alone (control)"}
 SHOWN = {"cr": "CR", "mcr": "MCR", "rougeL": "ROUGE-L", "exact_match": "EM"}

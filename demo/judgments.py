@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+from judge import RuleCritic                                # noqa: E402
 from experiments import T95, command, difference, run, spread      # noqa: E402
 
 METHODS = {                                                 # title: (stage, flags beyond the defaults)
@@ -38,7 +39,15 @@ BAD_ONLY = {                                                # the same without a
 RATES = {"error_rate": "greedy errors", "sampled_error_rate": "sampled errors"}
 
 
-def runs_of_seed(root, seed, split, online):
+def agreement(path):
+    """How often a written judgment finds fault where the rules do, and in the same words."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    ruled = RuleCritic().critique(records)
+    same = [(r["judgment"] is None) == (j is None) for r, j in zip(records, ruled)]
+    return {"verdict": np.mean(same), "words": np.mean([r["judgment"] == j for r, j in zip(records, ruled)]), "n": len(records)}
+
+
+def runs_of_seed(root, seed, split, online, own_critic):
     """{row: metrics} of one seed, and the mask's scores."""
     main, shared = root / f"seed{seed}", ["--seed", str(seed), "--split", split]
     rows = dict(run(command(main, *shared, stage="cut"), 1))
@@ -54,6 +63,12 @@ def runs_of_seed(root, seed, split, online):
         found = run(command(out, *shared, "--init", str(main), "--rounds", "4", "--pool-per-task", "88", stage="cut"), 1)
         rows |= {f"online {title.replace('CUT, ', '')}": found[title] for title in list(found)[2:-1]}
         rows["online round 4"] = found["CUT"]
+    if own_critic:                                          # learn to judge on one half of the pool; round 2 judges the other
+        half, critic, out = ["--pool-per-task", "175"], root / f"seed{seed}-critic", root / f"seed{seed}-self"
+        run(command(critic, *shared, "--init", str(main), *half, stage="critic"), 1)
+        found = run(command(out, *shared, "--init", str(main), *half, "--judge", "self", "--critic", str(critic), "--rounds", "2", stage="cut"), 1)
+        rows |= {"own critic, round 1": found["CUT, round 1"], "own critic, round 2": found["CUT"]}
+        rows["critic"] = agreement(out / "judged.jsonl")
     rows["mask"] = json.loads((main / "mask.json").read_text())
     return rows
 
@@ -85,17 +100,24 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--split", choices=("dev", "test"), default="test")
     parser.add_argument("--out", default="runs/judgments")
+    parser.add_argument("--critic-seeds", type=int, default=3, help="the first so many seeds also train a critic and let it judge")
     parser.add_argument("--online", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args(argv)
     root = Path(args.out)
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(runs_of_seed, root, seed, args.split, args.online) for seed in args.seeds]
+        jobs = [pool.submit(runs_of_seed, root, seed, args.split, args.online, k < args.critic_seeds) for k, seed in enumerate(args.seeds)]
         seeds = [job.result() for job in jobs]
     masks, _ = mask_table(seeds)
     titles = ["base", "SFT", "CUT", *([f"online round {k}" for k in (1, 2, 3, 4)] if args.online else []), *METHODS, *BAD_ONLY]
     parts = [f"Split {args.split}, seeds {', '.join(map(str, args.seeds))}; mean ± standard deviation over seeds, percent. Differences: "
              f"mean [95 % t interval, {T95[len(args.seeds)]:.2f} standard errors] and in how many seeds they are positive." if len(args.seeds) > 1
              else f"Split {args.split}, seed {args.seeds[0]}, percent.", table(seeds, titles), "CUT's mask against the truly wrong tokens:", masks]
+    taught = seeds[:args.critic_seeds]
+    if taught:
+        said = [spread([rows["critic"][name] for rows in taught]) for name in ("verdict", "words")]
+        parts += [f"A critic that the model has learnt itself, on answers of round 2 to inputs that it never saw (the first {len(taught)} seeds): "
+                  f"finds fault where the rules do in {said[0]} %, in the same words in {said[1]} %.",
+                  table(taught, ["SFT", "own critic, round 1", "own critic, round 2"])]
     shutil.copy(root / f"seed{args.seeds[0]}" / "plots" / "mask.png", root / "mask.png")
     (root / "results.md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
