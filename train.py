@@ -37,6 +37,7 @@ PREFERENCE = ("cat", "dpo", "rso", "slic", "rrhf", "pro", "expert", "conditional
 JUDGED = ("cut", "forward", "ilf", "hindsight", "unlikelihood", "critic")
 AFTER_SFT = PREFERENCE + JUDGED
 TUNING = ("sft", "sft-ia", *AFTER_SFT)
+KIND: dict[str, str] = {}                                   # stages added by `register`: name -> the stage whose flags it shares
 RECORDS = ("preferences.jsonl", "revisions.jsonl", "candidates.jsonl", "judged.jsonl", "refined.jsonl", "rollouts.jsonl")
 
 
@@ -196,6 +197,11 @@ DEMO_TASKS = dict(per_task=24, wordings=14, augment="product", judge_share=0.5, 
 DEMO_RECORDS = dict(per_task=400, pool_per_task=350, eval_per_task=200, max_new_tokens=40, rouge_threshold=0.95)   # demo/records
 
 
+def kind(stage: str) -> str:
+    """The stage whose flags and defaults `stage` has: itself, unless `register` added it."""
+    return KIND.get(stage, stage)
+
+
 def parse_config(argv=None) -> TrainConfig:
     """Command line -> config. A mistake prints one sentence and exits with 2."""
     given = parse_flags(TrainConfig, argv, __doc__.split("Stages so far")[0])
@@ -205,11 +211,11 @@ def parse_config(argv=None) -> TrainConfig:
         fail(f'unknown stage "{stage}". Stages: {", ".join(STAGE_DEFAULTS)}.'
              + (f' Did you mean "{near[0]}"?' if near else ""))
     for item in dataclasses.fields(TrainConfig):
-        if item.name in given and item.metadata["only"] and stage not in item.metadata["only"]:
+        if item.name in given and item.metadata["only"] and kind(stage) not in item.metadata["only"]:
             fail(f'--{item.name.replace("_", "-")} means nothing to stage "{stage}", only to '
                  f'{", ".join(item.metadata["only"])}. Leave it out.')
     demo_model = {} if given.get("model") or stage == "pretrain" else DEMO_MODEL[stage]
-    demo_tasks = {} if given.get("tasks") or given.get("examples") or stage == "pretrain" else DEMO_RECORDS if stage in JUDGED else DEMO_TASKS
+    demo_tasks = {} if given.get("tasks") or given.get("examples") or stage == "pretrain" else DEMO_RECORDS if kind(stage) in JUDGED else DEMO_TASKS
     cfg = TrainConfig(**{**STAGE_DEFAULTS[stage], **demo_model, **demo_tasks, **given})
     problem = check_config(cfg)
     if problem:
@@ -241,7 +247,7 @@ def check_config(cfg: TrainConfig) -> str:
         return str(error)
     if cfg.critic not in ("", "http") and cfg.judge != "self":
         return "--critic writes judgments only with --judge self. Add that, or leave --critic out."
-    if cfg.stage in JUDGED and cfg.model and not cfg.tasks and not cfg.records:
+    if kind(cfg.stage) in JUDGED and cfg.model and not cfg.tasks and not cfg.records:
         return f"--stage {cfg.stage} with --model needs --tasks DIR to sample answers to, or --records FILE of judged responses."
     if cfg.judge == "reward" and not cfg.reward_model:
         return "--judge reward needs --reward-model DIR, the run folder of --stage reward."
@@ -273,12 +279,12 @@ def check_config(cfg: TrainConfig) -> str:
 
 def fill_paths(cfg: TrainConfig) -> TrainConfig:
     """The paths that were left out: the demo's, and runs/STAGE."""
-    if cfg.model and not cfg.tasks and (cfg.stage in JUDGED or cfg.candidates):     # another model and a file of records: no tasks, no SFT stage
+    if cfg.model and not cfg.tasks and (kind(cfg.stage) in JUDGED or cfg.candidates):     # another model and a file of records: no tasks, no SFT stage
         return dataclasses.replace(cfg, out=cfg.out or f"runs/{cfg.stage}")
     if cfg.examples:
         return dataclasses.replace(cfg, model=cfg.model or str(HERE / "demo/base"), out=cfg.out or f"runs/{cfg.stage}")
-    demo_tasks, folder = not cfg.tasks, "demo/records" if cfg.stage in JUDGED else "demo/tasks"
-    paraphrases = cfg.paraphrases or (str(HERE / "demo/paraphrases.json") if demo_tasks and cfg.stage not in JUDGED else "")
+    demo_tasks, folder = not cfg.tasks, "demo/records" if kind(cfg.stage) in JUDGED else "demo/tasks"
+    paraphrases = cfg.paraphrases or (str(HERE / "demo/paraphrases.json") if demo_tasks and kind(cfg.stage) not in JUDGED else "")
     model = cfg.model or ("" if cfg.stage == "pretrain" else str(HERE / "demo/base"))
     return dataclasses.replace(cfg, model=model, tasks=cfg.tasks or str(HERE / folder),
                                paraphrases=paraphrases, out=cfg.out or f"runs/{cfg.stage}")
@@ -895,7 +901,7 @@ def unanswered(run: Run) -> list[dict]:
     cfg, records, start = run.cfg, [], run.round * run.cfg.pool_per_task
     for task in run.tasks:
         texts = [task.definition]
-        if cfg.stage in PREFERENCE:
+        if kind(cfg.stage) in PREFERENCE:
             train = [w.text for w in task.wordings.get("train", [])]
             texts = train[cfg.wordings:cfg.wordings + cfg.fresh_wordings] if cfg.fresh_wordings else texts + train[:cfg.wordings]
             if not texts:
@@ -1268,6 +1274,15 @@ STAGES = {
 assert STAGES.keys() == STAGE_DEFAULTS.keys()
 
 
+def register(name: str, stage: Stage, *, like: str) -> None:
+    """Add a stage that shares the flags and the defaults of another, so that `main` knows it by name."""
+    if name in STAGES:
+        raise ValueError(f"stage {name!r} exists already. Give another name.")
+    STAGES[name], KIND[name] = stage, kind(like)
+    for defaults in (STAGE_DEFAULTS, DEMO_MODEL):
+        defaults[name] = defaults.get(like, {})
+
+
 def collate(groups: list[dict], device) -> dict:
     """Groups of a micro-batch as one packed row, with the documents' pairs counted through."""
     documents = [document for group in groups for document in group["documents"]]
@@ -1500,7 +1515,7 @@ def estimate(cfg: TrainConfig) -> list[tuple[str, float, str]]:
             ("sampling, at most", base + merged + cache, "weights, copy, cache")]
     tokens = cfg.steps * cfg.batch_size * cfg.max_len
     return rows + [("steps", cfg.steps, f"of {cfg.batch_size} examples (cat and its kin: groups), after {cfg.sft_steps} of SFT on the way"
-                    if cfg.stage in AFTER_SFT else f"of {cfg.batch_size} examples"),
+                    if kind(cfg.stage) in AFTER_SFT else f"of {cfg.batch_size} examples"),
                    ("tokens, at most", tokens, f"{cfg.steps} x {cfg.batch_size} x --max-len {cfg.max_len}"),
                    ("operations, at most", (6 if cfg.full else 4) * parameters * tokens,
                     f"{6 if cfg.full else 4} x parameters x tokens: {spoken((6 if cfg.full else 4) * parameters * tokens / 4e14)} at 400 TFLOP/s, "
@@ -1513,7 +1528,7 @@ def dry_run(cfg: TrainConfig) -> None:
         counted = what.endswith("parameters") or what.startswith(("steps", "tokens", "operations"))
         shown = f"{number:,.0f}" if counted and number < 1e12 else f"{number:.2e}" if counted else f"{number / 1e9:,.2f} GB"
         say(f"{what:20s} {shown:>16s}   {remark}")
-    if cfg.tasks and cfg.stage not in JUDGED:
+    if cfg.tasks and kind(cfg.stage) not in JUDGED:
         tasks = data.load_tasks(cfg.tasks)
         if cfg.paraphrases:
             data.load_paraphrases(cfg.paraphrases, tasks)
@@ -1539,7 +1554,7 @@ def make_run(cfg: TrainConfig) -> Run:
     tasks = data.load_tasks(cfg.tasks) if cfg.tasks else []
     if cfg.paraphrases:
         data.load_paraphrases(cfg.paraphrases, tasks)
-    framed = data.frame_bare_tasks(tasks) if cfg.stage not in JUDGED else ""
+    framed = data.frame_bare_tasks(tasks) if kind(cfg.stage) not in JUDGED else ""
     if framed:
         say(framed)
     tokenizer = data.Tokenizer(cfg.tokenizer or cfg.model)
@@ -1557,12 +1572,12 @@ def make_run(cfg: TrainConfig) -> Run:
     if cfg.candidates:
         data.load_candidates(cfg.candidates)
     held = [task.name for task in tasks if len(task.wordings.get(cfg.split, [])) >= 2]
-    if not held and cfg.evaluate and tasks and cfg.stage not in JUDGED and not cfg.examples:
+    if not held and cfg.evaluate and tasks and kind(cfg.stage) not in JUDGED and not cfg.examples:
         raise ValueError(f"no task has two held-out wordings in split {cfg.split!r}, so consistency cannot be measured. "
                          "Give --paraphrases FILE with at least eight wordings per task, or --no-evaluate.")
-    if cfg.evaluate and tasks and cfg.stage in JUDGED and not any(data.split_instances(task, cfg.split) for task in tasks):
+    if cfg.evaluate and tasks and kind(cfg.stage) in JUDGED and not any(data.split_instances(task, cfg.split) for task in tasks):
         raise ValueError(f"no instance of the {len(tasks)} tasks falls into split {cfg.split!r}. Give more, or --no-evaluate.")
-    if tasks and not any(task.wordings.get("train") for task in tasks) and cfg.stage in ("sft-ia", *PREFERENCE):
+    if tasks and not any(task.wordings.get("train") for task in tasks) and kind(cfg.stage) in ("sft-ia", *PREFERENCE):
         raise ValueError(f"no training wordings for any of the {len(tasks)} tasks. Give --paraphrases FILE.")
     return Run(cfg, model, tokenizer, template, tasks, Path(cfg.out))
 
@@ -1570,7 +1585,7 @@ def make_run(cfg: TrainConfig) -> Run:
 def stage_config(cfg: TrainConfig, stage: str) -> TrainConfig:
     """This run's settings for an SFT stage on the way: its own steps, batch and learning rate, everything else as given."""
     batch_size = {**dataclasses.asdict(TrainConfig()), **STAGE_DEFAULTS[stage]}["batch_size"]
-    steps, lr = (cfg.sft_steps, cfg.sft_lr) if cfg.stage in AFTER_SFT else (cfg.steps, cfg.lr)
+    steps, lr = (cfg.sft_steps, cfg.sft_lr) if kind(cfg.stage) in AFTER_SFT else (cfg.steps, cfg.lr)
     if stage == "reward":
         steps, lr = cfg.rm_steps, cfg.rm_lr
     return dataclasses.replace(cfg, stage=stage, out=str(Path(cfg.out) / stage), steps=steps, lr=lr, batch_size=batch_size)
@@ -1592,7 +1607,7 @@ def finished(folder: Path, cfg: TrainConfig) -> bool:
         ignore.add("max_new_tokens")                        # they sample nothing
     for item in dataclasses.fields(TrainConfig):
         name, only = item.name, item.metadata["only"]
-        read = (not only or cfg.stage in only) and name not in ignore and not name.startswith("eval_")
+        read = (not only or kind(cfg.stage) in only) and name not in ignore and not name.startswith("eval_")
         if read and name in old and old[name] != getattr(cfg, name):
             raise ValueError(f"{folder} holds another run: {name} was {old[name]}, now {getattr(cfg, name)}. "
                              "Use another --out, or the old settings.")
@@ -1706,7 +1721,7 @@ def align(cfg: TrainConfig) -> None:
     """Train the stage and what it needs, evaluate all of them on the same held-out questions, and write the report."""
     run = make_run(cfg)
     stage, ladder = STAGES[cfg.stage], {}
-    for number in range(cfg.rounds if cfg.stage in AFTER_SFT and not (cfg.records or cfg.candidates) else 0):
+    for number in range(cfg.rounds if kind(cfg.stage) in AFTER_SFT and not (cfg.records or cfg.candidates) else 0):
         unanswered(dataclasses.replace(run, round=number))  # every round has instances: known before anything is trained
     for name in [*(stage.beside if cfg.compare and run.tasks else ()), *([stage.needs] if stage.needs and run.tasks else []), cfg.stage]:
         if name == "ppo" and cfg.fit_reward and cfg.judge != "reward":
@@ -1729,7 +1744,7 @@ def report(run: Run, ladder: dict[str, Path | None]) -> None:
         return report_rewards(run)
     if not run.tasks:
         return say(f"{cfg.stage}: no --tasks, so nothing is evaluated. The adapter is in {cfg.out}.")
-    if cfg.stage in JUDGED:
+    if kind(cfg.stage) in JUDGED:
         return report_judged(run, ladder)
     rows = data.questions(run.tasks, split=cfg.split, wordings=cfg.eval_wordings, per_task=cfg.eval_per_task)
     config = EvalConfig(template=cfg.template, max_new_tokens=cfg.max_new_tokens, max_len=cfg.max_len, batch_size=cfg.eval_batch)

@@ -4,7 +4,10 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -502,3 +505,20 @@ def test_constitutional_with_the_model_itself(world, tmp_path, capsys):  # noqa:
     assert train.main(argv) in (0, 2)
     rows = data.read_records(tmp_path / "run/revisions.jsonl")
     assert rows and all((row["revision"] is None) == any(turn["failure"] for turn in row["history"]) for row in rows)
+
+
+def test_the_readme_s_method_of_your_own_runs(world, tmp_path):        # noqa: F811
+    root = Path(__file__).parent.parent
+    code = (root / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "simpo_step" in code and len(code.splitlines()) <= 30
+    (tmp_path / "simpo.py").write_text(code)
+    path = planted(world, tmp_path / "candidates.jsonl")
+    argv = cat(world, tmp_path / "run", "--candidates", str(path), "--no-compare", "--beta", "2")
+    argv[argv.index("cat")] = "simpo"
+    done = subprocess.run([sys.executable, str(tmp_path / "simpo.py"), *argv], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "SFT(IA)+SimPO" in json.loads((tmp_path / "run/metrics.json").read_text())
+    first, *_, last = data.read_records(tmp_path / "run/log.jsonl")
+    assert first["stage"] == "simpo" and last["loss"] < first["loss"]
+    wrong = subprocess.run([sys.executable, str(tmp_path / "simpo.py"), *argv, "--lam", "1"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)})
+    assert wrong.returncode == 2 and "--lam means nothing" in wrong.stderr
