@@ -81,6 +81,7 @@ class TrainConfig(JudgeFlags):
     rank: int = flag(16, "adapter rank", TUNING)
     alpha: float = flag(32.0, "adapter scale: alpha / rank", TUNING)
     dropout: float = flag(0.0, "adapter dropout", TUNING)
+    adapt: list[str] = flag(list, "linears that get an adapter, by the end of their names (default: all seven of a block)", TUNING)
     # collecting candidates
     pool_per_task: int = flag(20, "fresh instances per task that candidates are sampled for", AFTER_SFT)
     pool_wordings: int = flag(6, "training wordings per instance that candidates are sampled under", PREFERENCE)
@@ -1467,7 +1468,7 @@ def activation_bytes(config, cfg: TrainConfig, dtype: torch.dtype, tokens: int) 
             if cfg.quantize != "none" and ".layers." in name and isinstance(module, torch.nn.Linear):
                 model.set_submodule(name, QuantLinear(module.in_features, module.out_features, cfg.quantize, dtype, "meta"))
         if not cfg.full:
-            lora.apply_lora(model, lora.LoraConfig(rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout))
+            lora.apply_lora(model, adapter_config(cfg))
         weights, kept = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}, {}
 
         def count(tensor):
@@ -1633,6 +1634,12 @@ def reward_folder(cfg: TrainConfig) -> Path:
     return given if given and (given / VALUE_HEAD).exists() else Path(cfg.out, "reward")
 
 
+def adapter_config(cfg: TrainConfig) -> lora.LoraConfig:
+    """What the adapter flags say."""
+    config = lora.LoraConfig(rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout)
+    return dataclasses.replace(config, targets=tuple(cfg.adapt)) if cfg.adapt else config
+
+
 def plain(model: torch.nn.Module) -> torch.nn.Module:
     """For sampling and judging: adapters merged into a copy; the model itself where it has none or is quantised."""
     return lora.merge_lora(model) if lora.mergeable(model) else model.eval()
@@ -1646,7 +1653,7 @@ def trainable(cfg: TrainConfig, folder: Path | None) -> torch.nn.Module:
         model.float()                                       # float32 masters; autocast makes the products cheap
     elif not folder:
         torch.manual_seed(cfg.seed)
-        lora.apply_lora(model, lora.LoraConfig(rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout))
+        lora.apply_lora(model, adapter_config(cfg))
     return model
 
 
@@ -1867,7 +1874,8 @@ def settings(cfg: TrainConfig) -> str:
     for item in dataclasses.fields(TrainConfig):
         value, name, only = getattr(cfg, item.name), item.name.replace("_", "-"), item.metadata["only"]
         if value != usual[item.name] and (not only or "cat" in only) and item.name not in ("out", "init", "candidates", "records", "lam", "template"):
-            words.append(f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name} {shlex.quote(str(value))}")
+            words.append(f"--{name}" if value is True else f"--no-{name}" if value is False
+                         else f"--{name} {' '.join(map(shlex.quote, value if isinstance(value, list) else [str(value)]))}")
     return "".join(f" {word}" for word in words)
 
 

@@ -92,6 +92,14 @@ def test_tuning_moves_the_adapter_and_nothing_else(world, tmp_path, stage):
     assert [row["step"] for row in log] == [0, 1, 2] and all(row["ce"] > 0 for row in log)
 
 
+def test_adapt_names_the_linears(world, tmp_path, capsys):
+    assert train.main(["--stage", "sft", *arguments(world, tmp_path, "--steps", "2", "--no-evaluate", "--adapt", "gate_proj", "down_proj")]) == 0
+    names = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(names) == 2 * 2 * PRESETS["tiny"].n_layers and all("gate_proj" in name or "down_proj" in name for name in names)
+    assert train.main(["--stage", "sft", *arguments(world, tmp_path / "x", "--steps", "2", "--no-evaluate", "--adapt", "gait_proj")]) == 2
+    assert "gait_proj" in capsys.readouterr().err
+
+
 def test_full_tuning_moves_all_weights_and_cat_continues_it(world, tmp_path):
     path = planted(world, tmp_path / "candidates.jsonl")
     assert train.main(cat(world, tmp_path / "run", "--candidates", str(path), "--full", "--no-compare")) == 0
