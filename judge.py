@@ -816,6 +816,8 @@ def read_completion(body) -> dict | str:
         text, finish = message["refusal"], "refusal"
     if not isinstance(text or "", str) or not isinstance(finish or "", str):
         return "no message"
+    if finish not in (*FINISHED, *FAILURES):
+        finish = "other"                                    # a server's own words go into no file but as the answer
     counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else []
     known = len(counts) == 2 and all(type(n) is int and 0 <= n < 1 << 40 for n in counts)
     return {"text": text or "", "finish": finish, "usage": counts if known else None}

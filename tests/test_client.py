@@ -514,7 +514,7 @@ def leaks(text):
 @pytest.mark.parametrize("plan", [
     {"status": 401, "body": {"error": {"message": f"Incorrect API key provided: {KEY}"}}}, {"status": 403, "body": f"no {KEY[:12]}**** for you"},
     {"status": 500, "body": KEY}, {"status": 429, "body": {"error": {"message": KEY, "code": "insufficient_quota"}}}, {"status": 418, "body": {"error": KEY}},
-    {"body": completion(f"your key is {KEY}, in base64 {base64.b64encode(KEY.encode()).decode()}")}, {"drop": "early"}, {"drop": "late", "body": KEY * 9},
+    {"body": completion("ok", KEY)}, {"body": completion(f"your key is {KEY}, in base64 {base64.b64encode(KEY.encode()).decode()}")}, {"drop": "early"}, {"drop": "late", "body": KEY * 9},
     {"status": 302, "headers": {"Location": f"http://127.0.0.1:1/{KEY}"}}, {"body": completion(KEY, "length")}, {"status": 400, "body": {"detail": f"header Bearer {KEY[3:15]}"}},
     {"status": 429, "headers": {"Retry-After": KEY}}, {"body": f"<html>{KEY}</html>"}])
 def test_the_key_is_nowhere_to_be_read(plan, tmp_path, monkeypatch, capfd, caplog):
