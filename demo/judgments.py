@@ -36,6 +36,7 @@ BAD_ONLY = {                                                # the same without a
     "hindsight, bad only": ("hindsight", []), "forward prediction, bad only": ("forward", []), "ILF, bad only": ("ilf", []),
     "unlikelihood of all tokens, bad only": ("unlikelihood", []), "CUT, bad only": ("cut", []),
 }
+ONLINE = ["--rounds", "4", "--pool-per-task", "88", "--downsample", "0", "--steps", "100", "--judged-warmup", "30"]    # few records a round
 RATES = {"error_rate": "greedy errors", "sampled_error_rate": "sampled errors"}
 
 
@@ -60,13 +61,14 @@ def runs_of_seed(root, seed, split, online, own_critic):
         rows[title] = list(found.values())[-1]
     if online:
         out = root / f"seed{seed}-online"
-        found = run(command(out, *shared, "--init", str(main), "--rounds", "4", "--pool-per-task", "88", stage="cut"), 1)
+        found = run(command(out, *shared, "--init", str(main), *ONLINE, stage="cut"), 1)
         rows |= {f"online {title.replace('CUT, ', '')}": found[title] for title in list(found)[2:-1]}
         rows["online round 4"] = found["CUT"]
     if own_critic:                                          # learn to judge on one half of the pool; round 2 judges the other
         half, critic, out = ["--pool-per-task", "175"], root / f"seed{seed}-critic", root / f"seed{seed}-self"
         run(command(critic, *shared, "--init", str(main), *half, stage="critic"), 1)
-        found = run(command(out, *shared, "--init", str(main), *half, "--judge", "self", "--critic", str(critic), "--rounds", "2", stage="cut"), 1)
+        found = run(command(out, *shared, "--init", str(main), *half, "--judge", "self", "--critic", str(critic), "--rounds", "2", "--downsample", "0", "--steps", "100",
+                            "--judged-warmup", "30", stage="cut"), 1)
         rows |= {"own critic, round 1": found["CUT, round 1"], "own critic, round 2": found["CUT"]}
         rows["critic"] = agreement(out / "judged.jsonl")
     rows["mask"] = json.loads((main / "mask.json").read_text())
