@@ -14,6 +14,7 @@ import difflib
 import functools
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -921,6 +922,12 @@ def load_candidates(path) -> list[dict]:
             missing = [name for name in CANDIDATE if name not in row]
             if missing:
                 raise ValueError(f'{where}: field "{missing[0]}" is missing. Expected a candidate with {", ".join(CANDIDATE)}.')
+            reward = row["reward"]
+            if reward is not None and (type(reward) not in (int, float) or not math.isfinite(reward)):
+                raise ValueError(f"{where}: reward is {json.dumps(reward)[:40]}. Expected a number, or null where there is no verdict.")
+            for name in ("instruction", "wording", "input", "target", "response", "how"):
+                if not isinstance(row[name], str):
+                    raise ValueError(f"{where}: {name} is {json.dumps(row[name])[:40]}. Expected a text.")
         return [row for _, row in rows]
     found = []
     for number, (where, row) in enumerate(rows):

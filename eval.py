@@ -636,20 +636,21 @@ def sampled_kl(model, reference, tokenizer, questions: list[dict], config: EvalC
 
     room = prompt_room(model, config.max_new_tokens, config.max_len or None)
     template, answers = find_template(config.template or model.config.prompt_template or "alpaca"), sampled_answers(model, tokenizer, questions, config, n=1)
-    groups = []
-    for question, (answer,) in zip(questions, answers, strict=True):
-        prompt = cut_left(tokenizer.encode_prompt(template.render(config.prefix + question["wordings"][0], question["input"])), room)
-        groups.append({"documents": [{"input_ids": prompt + answer.token_ids, "labels": [-100] * len(prompt) + answer.token_ids}]})
-    totals, device = [], next(model.parameters()).device
-    with torch.inference_mode():
-        for part in micro_batches(groups, 8192):
-            batch, both = pack([group["documents"][0] for group in part]), []
-            rows, targets = prediction_rows(batch["labels"].to(device))
-            for judge in (model, reference):
-                both.append(gathered_logprobs(judge(batch["input_ids"].to(device), lengths=batch["lengths"], logits_at=rows), targets))
-            sizes = [sum(label != -100 for label in group["documents"][0]["labels"]) for group in part]
-            totals += [float(part.sum()) for part in (both[0] - both[1]).split(sizes)]
-    return bootstrap(totals, seed=config.seed)
+    device, sums = next(model.parameters()).device, []
+    for judge, prefix in ((model, config.prefix), (reference, "")):         # what the prefix changes is part of the distance
+        documents, found = [], []
+        for question, (answer,) in zip(questions, answers, strict=True):
+            prompt = cut_left(tokenizer.encode_prompt(template.render(prefix + question["wordings"][0], question["input"])), room)
+            documents.append({"input_ids": prompt + answer.token_ids, "labels": [-100] * len(prompt) + answer.token_ids})
+        with torch.inference_mode():
+            for part in micro_batches([{"documents": [document]} for document in documents], 8192):
+                batch = pack([group["documents"][0] for group in part])
+                rows, targets = prediction_rows(batch["labels"].to(device))
+                logprobs = gathered_logprobs(judge(batch["input_ids"].to(device), lengths=batch["lengths"], logits_at=rows), targets)
+                sizes = [sum(label != -100 for label in group["documents"][0]["labels"]) for group in part]
+                found += [float(piece.sum()) for piece in logprobs.split(sizes)]
+        sums.append(found)
+    return bootstrap([a - b for a, b in zip(*sums)], seed=config.seed)
 
 
 def best_of_table(rewards: list[list[float]], truths: list[list[float]]) -> list[dict]:
@@ -1773,6 +1774,8 @@ def main(argv=None) -> None:
             if reference is not None:
                 results[name]["kl"] = sampled_kl(model, reference, tokenizer, asked, config)
         report = write_report(config.out, results, tables)[2]
+        for name, found in results.items() if reference is not None else ():
+            print(f"KL of {name} to {config.reference}: {found['kl']['mean']:.3f} nats per answer")
     except (ValueError, OSError) as error:
         fail(str(error))
     except JudgeStopped as error:

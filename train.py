@@ -13,6 +13,7 @@ its adapter in the run folder, or trains it first. Order of this file: flags, st
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -89,7 +90,7 @@ class TrainConfig(JudgeFlags):
     samples: int = flag(2, "answers per instance and wording", AFTER_SFT)
     temperature: float = flag(1.0, "sampling temperature", AFTER_SFT)
     top_p: float = flag(1.0, "nucleus sampling", AFTER_SFT)
-    candidates: str = flag("", "train on this candidates.jsonl instead of collecting", PREFERENCE)
+    candidates: str = flag("", "train on this candidates.jsonl instead of collecting", tuple(x for x in PREFERENCE if x != "constitutional"))
     judge: Literal["self", "rule", "http", "reward", "length"] = flag("self", "who judges sampled answers: the model itself, exact rules, a "
                                                                        "server, a reward model, or their length alone (a control)", AFTER_SFT)
     reward_model: str = flag("", "run folder of a reward stage, for --judge reward", PREFERENCE)
@@ -106,10 +107,10 @@ class TrainConfig(JudgeFlags):
     ranking: bool = flag(True, "use the ranking term (off: cross-entropy alone, a control)", ("cat",))
     # preferences
     preference: Literal["sigmoid", "robust", "ipo", "hinge"] = flag("sigmoid", "DPO, its robust form, IPO, or RSO's hinge-norm", ("dpo", "rso"))
-    beta: float = flag(0.1, "inverse temperature of DPO; IPO's tau, RSO's gamma", ("dpo", "rso"))
+    beta: float = flag(0.1, "inverse temperature of DPO; IPO's tau, RSO's gamma", ("dpo", "rso", "rlaif"))
     label_smoothing: float = flag(0.0, "share of pairs taken for wrongly ordered (cDPO, robust)", ("dpo", "rso"))
-    length_normalize: bool = flag(False, "means of log-probabilities instead of sums", ("dpo", "rso", "slic"))
-    reference_free: bool = flag(False, "leave the reference model out (with hinge: RSO's third loss, SLiC's)", ("dpo", "rso"))
+    length_normalize: bool = flag(False, "means of log-probabilities instead of sums", ("dpo", "rso", "rlaif", "slic"))
+    reference_free: bool = flag(False, "leave the reference model out (with hinge: RSO's third loss, SLiC's)", ("dpo", "rso", "rlaif"))
     rso_keep: int = flag(8, "answers that rejection sampling keeps per question", ("rso",))
     rso_beta: float = flag(0.5, "its temperature: small keeps the best, large takes them as they come", ("rso",))
     rso_ranking: Literal["first", "tournament", "all"] = flag("first", "pairs among those kept: neighbours, a knock-out, or every pair", ("rso",))
@@ -250,17 +251,32 @@ def check_config(cfg: TrainConfig) -> str:
         return "--critic writes judgments only with --judge self. Add that, or leave --critic out."
     if kind(cfg.stage) in JUDGED and cfg.model and not cfg.tasks and not cfg.records:
         return f"--stage {cfg.stage} with --model needs --tasks DIR to sample answers to, or --records FILE of judged responses."
+    if cfg.reward_model and cfg.judge != "reward":
+        return f"--reward-model is for --judge reward, not {cfg.judge}. Add that, or leave it out."
+    if cfg.reward_model and Path(cfg.reward_model).exists() and not Path(cfg.reward_model, "value_head.safetensors").exists():
+        return f"--reward-model {cfg.reward_model} has no value_head.safetensors. Give the run folder of --stage reward."
+    if kind(cfg.stage) in JUDGED and cfg.judge in ("reward", "length"):
+        return f"--judge {cfg.judge} writes no judgments. Give --judge rule, self or http."
+    if cfg.label_smoothing and cfg.preference in ("ipo", "hinge") and kind(cfg.stage) in ("dpo", "rso"):
+        return f"--label-smoothing changes nothing in --preference {cfg.preference}. Give --preference sigmoid or robust, or leave it out."
+    if kind(cfg.stage) == "rlaif" and cfg.labels == "letters" and cfg.judge not in ("self", "http"):
+        return f"--judge {cfg.judge} has no letters to choose from. Add --labels scores."
+    if kind(cfg.stage) == "reward" and cfg.rounds > 1:
+        return "--stage reward has one round: a reward model samples nothing. Leave out --rounds."
+    if kind(cfg.stage) in ("ppo", "constitutional") and cfg.model and not cfg.tasks:
+        return f"--stage {cfg.stage} samples its own answers and needs --tasks DIR."
     if cfg.judge == "reward" and not cfg.reward_model:
         return "--judge reward needs --reward-model DIR, the run folder of --stage reward."
-    if cfg.stage == "reward" and cfg.judge == "reward":
+    if kind(cfg.stage) == "reward" and cfg.judge == "reward":
         return "--stage reward learns from another judge. Give --judge self or rule."
-    if cfg.stage == "ppo" and (cfg.dropout or cfg.top_p < 1 or cfg.temperature == 0):
+    if kind(cfg.stage) == "ppo" and (cfg.dropout or cfg.top_p < 1 or cfg.temperature == 0):
         return "--stage ppo compares probabilities of what it sampled: it needs --dropout 0, --top-p 1 and a --temperature above 0."
-    if cfg.stage == "ppo" and cfg.rollouts * cfg.ppo_epochs < cfg.batch_size:
-        return f"--rollouts {cfg.rollouts} in {cfg.ppo_epochs} epochs make no batch of {cfg.batch_size}. Raise them, or lower --batch-size."
-    if cfg.stage == "constitutional" and cfg.judge not in ("self", "http"):
+    if kind(cfg.stage) == "ppo" and cfg.rollouts * cfg.ppo_epochs % cfg.batch_size:
+        return (f"--rollouts {cfg.rollouts} in {cfg.ppo_epochs} epochs make no whole number of batches of {cfg.batch_size}. "
+                "Make --batch-size divide them.")
+    if kind(cfg.stage) == "constitutional" and cfg.judge not in ("self", "http"):
         return f"--judge {cfg.judge} writes no critiques. Give --judge self or http."
-    if cfg.stage == "rlaif" and cfg.labels == "scores" and cfg.judge == "http":
+    if kind(cfg.stage) == "rlaif" and cfg.labels == "scores" and cfg.judge == "http":
         return "--judge http gives letters, not scores. Add --labels letters."
     if cfg.quantize != "none" and cfg.full:
         return f"--quantize {cfg.quantize} keeps the base frozen under adapters. Leave out --full, or --quantize."
@@ -427,14 +443,14 @@ def cat_item(run: Run, best: dict, worse: list[dict]) -> dict:
     cfg, good = run.cfg, best["target"] if run.cfg.ce_target == "gold" else best["response"]
     wording = {"own": lambda c: c["wording"], "original": lambda c: c["instruction"], "worse": lambda c: c["wording"]}[cfg.condition]
     tops = list(dict.fromkeys(wording(c) for c in worse)) if cfg.condition == "worse" else [wording(best)]
-    documents = [run.document(text, best["input"], good if cfg.stage == "cat" else best["response"]) for text in tops]
+    documents = [run.document(text, best["input"], good if kind(cfg.stage) == "cat" else best["response"]) for text in tops]
     documents += [run.document(wording(c), c["input"], c["response"]) for c in worse]
     n = len(tops)
     if cfg.condition == "worse":
         pairs = [(tops.index(c["wording"]), n + k) for k, c in enumerate(worse)]
     else:
         pairs = list(zip(*losses.best_vs_lower_pairs([best["reward"]] + [c["reward"] for c in worse], rule=cfg.pairs, best=best["reward"])))
-    if cfg.stage == "slic":                                 # imitates the better answer, or SFT's target (SLiC-HF's y_ref)
+    if kind(cfg.stage) == "slic":                                 # imitates the better answer, or SFT's target (SLiC-HF's y_ref)
         if cfg.ce_target == "gold":
             documents.append(run.document(tops[0], best["input"], best["target"]))
         imitated = [better if cfg.ce_target == "best" else len(documents) - 1 for better, _ in pairs]
@@ -462,7 +478,7 @@ def with_reference(run: Run, groups: list[dict]) -> list[dict]:
         return groups
     seen = {i for step in range(cfg.steps) for i in data.batch_indices(len(groups), cfg.batch_size, step, cfg.seed)}
     run.model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), precision(cfg, device.type):
         for part in data.micro_batches([groups[i] for i in sorted(seen)], cfg.micro_tokens):
             sums = iter(document_logprobs(run.model, collate(part, device))[0].tolist())
             for group in part:
@@ -509,8 +525,7 @@ def ranked_groups(run: Run) -> list[dict]:
         known.sort(key=lambda c: -c["reward"])              # stable: equal rewards stay shuffled
         if not known or known[0]["reward"] == known[-1]["reward"]:
             continue
-        lower = [c for c in known if c["reward"] < known[0]["reward"]]
-        kept = [known[0], *lower[-cfg.max_worse:]]
+        kept = sorted(spread_rewards(known, cfg.max_worse + 1), key=lambda c: -c["reward"])
         rewards = [float(c["reward"]) for c in kept]
         groups.append({"documents": [run.document(c["wording"], c["input"], c["response"]) for c in kept], "n_best": 1, "rewards": rewards,
                        "pairs": list(zip(*losses.best_vs_lower_pairs(rewards, rule="all")))})
@@ -536,7 +551,8 @@ def conditional_groups(run: Run) -> list[dict]:
     for group in grouped_candidates(run):
         best, worse = best_answers(group)
         records += [(c, True) for c in best] + [(c, False) for c in worse]
-    records.sort(key=lambda item: item[0]["reward"])        # stable: as in the file where rewards are equal
+    random.Random(f"{cfg.seed}/quantiles").shuffle(records)  # of equal rewards no task is better than another
+    records.sort(key=lambda item: item[0]["reward"])
     groups, size = [], max(1, len(records) // cfg.quantiles)
     for k, (record, good) in enumerate(records):
         quantile = min(k // size, cfg.quantiles - 1) + 1    # the last part takes the remainder
@@ -550,8 +566,9 @@ def conditional_groups(run: Run) -> list[dict]:
 
 def best_mark(run: Run) -> str:
     """The mark of the best answers, with which a conditional model is asked."""
-    rewards = [c["reward"] for group in grouped_candidates(run) for c in group if c["reward"] is not None]
-    return reward_mark(run.cfg, good=True, quantile=run.cfg.quantiles, reward=max(rewards, default=0))
+    known = Path(run.cfg.candidates or run.folder / "candidates.jsonl").exists()
+    rewards = [c["reward"] for group in grouped_candidates(run) for c in group if c["reward"] is not None] if known else []
+    return reward_mark(run.cfg, good=True, quantile=run.cfg.quantiles, reward=max(rewards, default=2))      # 2: the best verdict
 
 
 def reward_mark(cfg: TrainConfig, *, good: bool, quantile: int, reward: float) -> str:
@@ -575,8 +592,14 @@ def dpo_step(model, batch, cfg) -> dict:
         sums, reference = sums / lengths, reference / lengths
     h = losses.preference_logits(sums, reference, batch["better"], batch["worse"])
     smoothing = 1 - batch["probability"].to(h) if "probability" in batch else cfg.label_smoothing    # soft labels of an AI judge
+    right = likelier(batch, h) * h.detach()
     return {"loss": losses.dpo_loss(h, beta=cfg.beta, kind=cfg.preference, label_smoothing=smoothing)[0],
-            "margin": cfg.beta * h.detach().sum(), "accuracy": (h.detach() > 0).sum().to(h)}
+            "margin": cfg.beta * right.sum(), "accuracy": (right > 0).sum().to(h)}
+
+
+def likelier(batch, like):
+    """1 where the first answer of a pair is the better one, -1 where a soft label says that the second is."""
+    return 1 - 2 * (batch["probability"] < 0.5).to(like) if "probability" in batch else torch.ones_like(like)
 
 
 def dpo_counts(batch, cfg) -> dict:
@@ -656,7 +679,7 @@ def rlaif_groups(run: Run) -> list[dict]:
 def collect_preferences(run: Run) -> None:
     """rlaif: pairs of different answers to one question, and how probable the judge finds it that the first is better."""
     cfg, path = run.cfg, run.folder / "preferences.jsonl"
-    collect_candidates(run)
+    collect_candidates(run, judged=cfg.labels == "scores")
     done = {(record["task"], record["id"], record["number"]) for record in data.read_records(path, own=True)}
     todo = []
     for group in grouped_candidates(run):
@@ -665,7 +688,7 @@ def collect_preferences(run: Run) -> None:
         for number, (first, second) in enumerate(list(itertools.combinations(distinct, 2))[:cfg.max_worse]):
             if (first["task"], first["id"], number) not in done:
                 todo.append({"task": first["task"], "id": first["id"], "number": number, "instruction": first["instruction"], "input": first["input"],
-                             "first": {k: first[k] for k in CHOSEN}, "second": {k: second[k] for k in CHOSEN}})
+                             "first": {k: first.get(k) for k in CHOSEN}, "second": {k: second.get(k) for k in CHOSEN}})
     label, unread = make_labeller(dataclasses.replace(run, model=plain(run.model))), 0
     for start in tqdm(range(0, len(todo), 4 * cfg.eval_batch), desc="label", unit="chunk", disable=None):
         part = todo[start:start + 4 * cfg.eval_batch]
@@ -676,17 +699,19 @@ def collect_preferences(run: Run) -> None:
         say(f"rlaif: {unread} of {len(todo)} pairs got no label and are left out.")
 
 
-CHOSEN = ("wording", "response", "p_expected", "p_correct", "reward")
+CHOSEN = ("wording", "response", "p_expected", "p_correct", "reward", "how")
 
 
 def make_labeller(run: Run) -> Callable[[list[dict]], list[float | None]]:
     """pairs -> probabilities that the first answer is better: letters of a model or a server, or the judge's own rewards."""
     cfg = run.cfg
     if cfg.judge not in ("self", "http") or cfg.labels == "scores":
-        def score(side):                                    # the self-judge's log-odds that the answer is right; others' rewards
-            p = side["p_expected"]
-            p = p if p is None or side["p_correct"] is None else p * side["p_correct"]
-            return side["reward"] if p is None else math.log(max(p, 1e-6) / max(1 - p, 1e-6))
+        def score(side):                                    # log-odds of half the expected reward; of others' rewards, themselves
+            if side["how"] not in judging.VERDICTS or side["reward"] is None:
+                return side["reward"]
+            expected, correct = side["p_expected"], side["p_correct"] or 0.0
+            value = side["reward"] / 2 if side["p_expected"] is side["p_correct"] is None else correct if expected is None else expected * (1 + correct) / 2
+            return math.log(min(max(value, 1e-6), 1 - 1e-6) / (1 - min(max(value, 1e-6), 1 - 1e-6)))
 
         def label(pairs):
             scores = [(score(pair["first"]), score(pair["second"])) for pair in pairs]
@@ -747,7 +772,7 @@ def reward_step(model, batch, cfg) -> dict:
     """Bradley-Terry over the comparisons of each question (arXiv 2203.02155, Eq. 1)."""
     rewards, weights = document_rewards(model, batch), batch["pair_weights"]
     loss, _ = losses.reward_loss(rewards, batch["better"], batch["worse"], probability=batch.get("probability", 1.0), weights=weights)
-    right = (rewards[batch["better"]] > rewards[batch["worse"]]).float()
+    right = (likelier(batch, weights) * (rewards[batch["better"]] - rewards[batch["worse"]]) > 0).float()
     return {"loss": loss, "accuracy": (weights * right).sum().detach()}
 
 
@@ -765,7 +790,7 @@ def ppo_groups(run: Run) -> list[dict]:
     cfg, memory, device = run.cfg, run.memory, next(run.model.parameters()).device
     if not memory:
         start = [(p, p.detach().clone()) for name, p in run.model.named_parameters() if p.requires_grad and "value_head" not in name]
-        memory.update(phase=0, beta=cfg.kl_beta, start=start, todo=unanswered(run), judge=make_judge(dataclasses.replace(run, model=plain(run.model))))
+        memory.update(phase=0, beta=cfg.kl_beta, start=start, todo=unanswered(run), judge=make_judge(dataclasses.replace(run, model=frozen(run.model))))
     chosen = data.batch_indices(len(memory["todo"]), cfg.rollouts, memory["phase"], cfg.seed)
     records = [{**memory["todo"][i], "sample": f"{memory['phase']}/{k}"} for k, i in enumerate(chosen)]
     run.model.eval()
@@ -773,13 +798,19 @@ def ppo_groups(run: Run) -> list[dict]:
     answers = sampled(dataclasses.replace(run, model=plain(run.model)), records, prompts)
     room, labels = cfg.max_len - cfg.max_new_tokens, {task.name: task.labels for task in run.tasks}
     verdicts = memory["judge"].judge([{**r, "response": a.text, "labels": labels[r["task"]]} for r, a in zip(records, answers)])
-    scores = torch.tensor([(v.reward or 0.0) if a.finished else cfg.unfinished_reward for a, v in zip(answers, verdicts)])
+    rewards = [v.reward if a.finished else cfg.unfinished_reward for a, v in zip(answers, verdicts)]
+    kept = [k for k, reward in enumerate(rewards) if reward is not None]            # no verdict: no reward is made up
+    if len(kept) < len(rewards):
+        say(f"ppo phase {memory['phase']}: {len(rewards) - len(kept)} of {len(rewards)} answers got no verdict and are left out.")
+    if not kept:
+        raise ValueError(f"ppo phase {memory['phase']}: the judge gave no verdict on any of {len(rewards)} answers. Give another --judge.")
+    records, prompts, answers, scores = [records[k] for k in kept], [prompts[k] for k in kept], [answers[k] for k in kept], torch.tensor([float(rewards[k]) for k in kept])
     groups = []
     for prompt, answer in zip(prompts, answers):
         ids = data.cut_left(run.tokenizer.encode_prompt(prompt), room)      # as `complete` cut it
         groups.append({"documents": [{"input_ids": ids + answer.token_ids, "labels": [data.IGNORE_INDEX] * len(ids) + answer.token_ids, "cut": 0}]})
     batches = [collate(part, device) for part in data.micro_batches(groups, cfg.micro_tokens)]
-    with torch.no_grad():
+    with torch.no_grad(), precision(cfg, device.type):
         old, values = (torch.cat(parts).float().cpu() for parts in zip(*(policy_and_values(run.model, batch, cfg) for batch in batches)))
         with swapped(memory["start"]):
             reference = torch.cat([policy_and_values(run.model, batch, cfg)[0] for batch in batches]).float().cpu()
@@ -859,7 +890,7 @@ def usable_candidates(run: Run) -> list[dict]:
     return run.memory.get("usable", found)
 
 
-def collect_candidates(run: Run) -> None:
+def collect_candidates(run: Run, *, judged: bool = True) -> None:
     """Sample answers to train wordings of fresh instances and reward them; resumes behind the last whole record."""
     cfg, path = run.cfg, run.folder / "candidates.jsonl"
     if cfg.candidates or cfg.preferences:
@@ -867,9 +898,11 @@ def collect_candidates(run: Run) -> None:
     done = {candidate_key(record) for record in data.read_records(path, own=True)}
     todo = [record for record in unanswered(run) if candidate_key(record) not in done]
     run = dataclasses.replace(run, model=plain(run.model))
-    judge, chunk = make_judge(run), 4 * cfg.eval_batch
+    judge, chunk = make_judge(run) if judged else None, 4 * cfg.eval_batch
     for start in tqdm(range(0, len(todo), chunk), desc="collect", unit="chunk", disable=None):
         data.append_records(path, score_candidates(run, judge, todo[start:start + chunk]))
+    if not judged:
+        return
     if todo and cfg.judge != "rule":
         measure_canaries(run, judge, todo)
     say_usage(judge)
@@ -931,13 +964,16 @@ def sampled(run: Run, records: list[dict], prompts: list[str]) -> list:
 
 def answered(run: Run, records: list[dict]) -> list[dict]:
     """The records with a sampled response."""
-    answers = sampled(run, records, [run.template.render(r["wording"], r["input"]) for r in records])
+    mark = best_mark(run) if run.cfg.stage == "conditional" and run.round else ""   # from the second round on it knows marks
+    answers = sampled(run, records, [run.template.render(mark + r["wording"], r["input"]) for r in records])
     return [{**record, "response": answer.text, "finished": answer.finished} for record, answer in zip(records, answers)]
 
 
 def score_candidates(run: Run, judge, records: list[dict]) -> list[dict]:
-    """The records with a sampled response and its reward."""
+    """The records with a sampled response and its reward; without a judge, with none."""
     labels, records = {task.name: task.labels for task in run.tasks}, answered(run, records)
+    if judge is None:                                       # pairs of them will be compared instead
+        return [{**record, "reward": None, "how": "unasked"} for record in records]
     verdicts = judge.judge([{**record, "labels": labels[record["task"]]} for record in records])
     return [{**record, "reward": verdict.reward, "how": verdict.how, "expected": verdict.type, "correct": verdict.correct,
              "p_expected": verdict.p_expected, "p_correct": verdict.p_correct} for record, verdict in zip(records, verdicts)]
@@ -946,7 +982,7 @@ def score_candidates(run: Run, judge, records: list[dict]) -> list[dict]:
 def make_judge(run: Run):
     """The judge that --judge names: the model as it stands (base and adapter), exact rules, or a server."""
     cfg = run.cfg
-    fitted = cfg.reward_model or (str(reward_folder(cfg)) if cfg.stage == "ppo" and cfg.fit_reward else "")
+    fitted = cfg.reward_model or (str(reward_folder(cfg)) if kind(cfg.stage) == "ppo" and cfg.fit_reward else "")
     if cfg.judge == "rule" and not fitted:
         return judging.RuleJudge(rouge_threshold=cfg.rouge_threshold)
     if cfg.judge == "length" and not fitted:
@@ -1357,6 +1393,11 @@ def all_sum(values: dict) -> dict:
     return dict(zip(values, total.tolist()))
 
 
+def precision(cfg: TrainConfig, device: str):
+    """The numbers that a step computes in; what it is compared with (a reference, old log-probabilities) must use the same."""
+    return torch.autocast(device, torch.bfloat16, enabled=cfg.full and cfg.dtype != "float32")
+
+
 def backward(model, stage: Stage, batches: list[dict], cfg: TrainConfig) -> dict:
     """Gradients of one step; returns {term: mean}. Each term is divided once, by its total over batches and ranks."""
     totals, sums = {}, {}
@@ -1366,14 +1407,14 @@ def backward(model, stage: Stage, batches: list[dict], cfg: TrainConfig) -> dict
     totals = all_sum(totals)
     device = next(model.parameters()).device.type
     for batch in batches:
-        with torch.autocast(device, torch.bfloat16, enabled=cfg.full and cfg.dtype != "float32"):
+        with precision(cfg, device):
             terms = stage.step(model, batch, cfg)
         sum(loss / max(1, totals[term]) for term, loss in terms.items()).backward()
         for term, loss in terms.items():
             sums[term] = sums.get(term, 0.0) + loss.detach()
     if ranks()[1] > 1:
         for parameter in model.parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and parameter.grad is not None:      # unused by this stage: on every rank alike
                 dist.all_reduce(parameter.grad)
     return {term: value / max(1, totals[term]) for term, value in all_sum({k: float(v) for k, v in sums.items()}).items()}
 
@@ -1634,6 +1675,12 @@ def reward_folder(cfg: TrainConfig) -> Path:
     return given if given and (given / VALUE_HEAD).exists() else Path(cfg.out, "reward")
 
 
+def frozen(model: torch.nn.Module) -> torch.nn.Module:
+    """The model as it is now, untouched by what training does to it."""
+    copied = plain(model)
+    return copy.deepcopy(copied).requires_grad_(False) if copied is model else copied
+
+
 def adapter_config(cfg: TrainConfig) -> lora.LoraConfig:
     """What the adapter flags say."""
     config = lora.LoraConfig(rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout)
@@ -1674,7 +1721,7 @@ def run_stage(run: Run, name: str) -> Path:
     stage, cfg = STAGES[name], run.cfg if name == run.cfg.stage else stage_config(run.cfg, name)
     folder = Path(cfg.out)
     places = [Path(run.cfg.init) / name, Path(run.cfg.init)] if run.cfg.init and cfg is not run.cfg else [folder]
-    for place in places if name != "reward" else {*places[:1], folder}:     # no SFT stage: is made where it is not found
+    for place in places if name != "reward" else list(dict.fromkeys((places[0], folder))):     # no SFT stage: made where it is not found
         if finished(place, cfg):
             say(f"{name}: found in {place}.")
             return place
@@ -1698,7 +1745,8 @@ def run_stage(run: Run, name: str) -> Path:
 def prepare_folder(run: Run) -> None:
     """Make the stage's folder, with its resolved settings in config.json and no log of an unfinished try."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "log.jsonl").unlink(missing_ok=True)
+    for name in ("log.jsonl", "rollouts.jsonl"):            # of an unfinished try
+        (run.folder / name).unlink(missing_ok=True)
     (run.folder / "config.json").write_text(json.dumps(dataclasses.asdict(run.cfg), indent=1) + "\n")
 
 
@@ -1731,7 +1779,7 @@ def align(cfg: TrainConfig) -> None:
     for number in range(cfg.rounds if kind(cfg.stage) in AFTER_SFT and not (cfg.records or cfg.candidates) else 0):
         unanswered(dataclasses.replace(run, round=number))  # every round has instances: known before anything is trained
     for name in [*(stage.beside if cfg.compare and run.tasks else ()), *([stage.needs] if stage.needs and run.tasks else []), cfg.stage]:
-        if name == "ppo" and cfg.fit_reward and cfg.judge != "reward":
+        if kind(name) == "ppo" and cfg.fit_reward and cfg.judge != "reward":
             run_stage(run, "reward")
         folder = run_stage(run, name)
         rounds = cfg.rounds - 1 if name == cfg.stage else 0
@@ -1747,7 +1795,7 @@ def report(run: Run, ladder: dict[str, Path | None]) -> None:
         return
     if cfg.preferences:
         return say(f"{cfg.stage}: no candidates with rewards, so nothing is compared. The reward model is in {cfg.out}.")
-    if cfg.stage == "reward":
+    if kind(cfg.stage) == "reward":
         return report_rewards(run)
     if not run.tasks:
         return say(f"{cfg.stage}: no --tasks, so nothing is evaluated. The adapter is in {cfg.out}.")
@@ -1759,10 +1807,10 @@ def report(run: Run, ladder: dict[str, Path | None]) -> None:
     say(f"evaluating on {len(rows)} held-out questions ({cfg.split}), {sum(len(r['wordings']) for r in rows)} answers per model.")
     for title, folder in ladder.items():
         model = plain(load_trained(cfg, folder))
-        asked = dataclasses.replace(config, prefix=best_mark(run)) if title == STAGES["conditional"].title else config
+        asked = dataclasses.replace(config, prefix=best_mark(run)) if title.startswith(STAGES["conditional"].title) else config
         results[title], tables[title] = evaluate_responses(evaluate_model(model, run.tokenizer, rows, asked), judge=judge)
     write_report(cfg.out, results, tables)
-    if cfg.stage == "ppo" and (Path(cfg.out) / "plots").is_dir():       # there with matplotlib
+    if kind(cfg.stage) == "ppo" and (Path(cfg.out) / "plots").is_dir():       # there with matplotlib
         plot_rollouts(data.read_records(run.folder / "rollouts.jsonl"), Path(cfg.out) / "plots" / "ppo.png")
     with open(Path(cfg.out) / "report.md", "a", encoding="utf-8") as written:
         written.write(judged)
@@ -1827,7 +1875,7 @@ def measure_judge(run: Run) -> str:
     labels, items, verdicts, truths = {task.name: task.labels for task in run.tasks}, [], [], []
     for record in (c for group in grouped_candidates(run) for c in group):
         items.append({**record, "labels": labels.get(record["task"])})
-        verdicts.append(judging.Verdict(record["expected"], record["correct"], record["reward"], record["how"]))
+        verdicts.append(judging.Verdict(record.get("expected"), record.get("correct"), record["reward"], record["how"]))
     if any(verdict.how not in judging.VERDICTS for verdict in verdicts):
         return ""                                           # plain numbers: nothing to compare with verdicts
     truths = judging.RuleJudge(rouge_threshold=run.cfg.rouge_threshold).judge(items)

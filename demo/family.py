@@ -66,7 +66,8 @@ def evaluated(out, start, jobs, split, per_task):
     shared = [sys.executable, str(HERE.parent / "eval.py"), "--split", split, "--per-task", str(per_task), "--reference", str(start)]
     marked = {title: folder for title, folder in jobs.items() if title == "conditional"}
     plain = {title: folder for title, folder in jobs.items() if title not in marked}
-    if not (out / "metrics.json").exists():
+    wanted = [out / "metrics.json", *(Path(f"{out}-marked", "metrics.json") for _ in marked)]
+    if not all(path.exists() for path in wanted):
         out.mkdir(parents=True, exist_ok=True)
         launch([*shared, "--adapter", str(start), *map(str, plain.values()), "--out", str(out)])
         for title, folder in marked.items():
