@@ -3,10 +3,11 @@
     python train.py --stage cat                                   # the demo: base, SFT, SFT(IA), CAT, and a table
     python train.py --stage cat --model DIR --tasks DIR --paraphrases FILE --out runs/x
 
-Stages so far: `pretrain` (next token), `sft` and `sft-ia` (instruction fine-tuning without and with instruction
-augmentation, arXiv 2403.14221 stage 1), `cat` (consistency alignment training, stage 2: sample answers to paraphrased
-instructions, let the model reward them itself, rank the good over the bad), and on judged responses `cut` (arXiv
-2312.14591), `forward`, `ilf`, `hindsight`, `unlikelihood` and `critic`. A stage that needs an earlier one finds
+Stages: `pretrain` (next token), `sft` and `sft-ia` (instruction fine-tuning without and with instruction augmentation,
+arXiv 2403.14221 stage 1), `cat` (consistency alignment training, stage 2: sample answers to paraphrased instructions, let
+the model reward them itself, rank the good over the bad); on the same scored candidates `dpo`, `rso`, `slic`, `rrhf`, `pro`,
+`expert`, `conditional`, `reward`, `ppo`, `rlaif`, and `constitutional`; on judged responses `cut` (arXiv 2312.14591),
+`forward`, `ilf`, `hindsight`, `unlikelihood` and `critic`. A stage that needs an earlier one finds
 its adapter in the run folder, or trains it first. Order of this file: flags, stages, loop, pipeline, command line.
 """
 
@@ -206,7 +207,7 @@ def kind(stage: str) -> str:
 
 def parse_config(argv=None) -> TrainConfig:
     """Command line -> config. A mistake prints one sentence and exits with 2."""
-    given = parse_flags(TrainConfig, argv, __doc__.split("Stages so far")[0])
+    given = parse_flags(TrainConfig, argv, __doc__.split("Stages:")[0])
     stage = given.get("stage", "cat")
     if stage not in STAGE_DEFAULTS:
         near = difflib.get_close_matches(stage, STAGE_DEFAULTS, 1)
