@@ -18,6 +18,8 @@ import copy
 import dataclasses
 import datetime
 import difflib
+import fcntl
+import hashlib
 import itertools
 import json
 import math
@@ -25,8 +27,11 @@ import os
 import random
 import resource
 import shlex
+import shutil
+import socket
 import sys
 import time
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +72,7 @@ class TrainConfig(JudgeFlags):
     per_task: int = flag(100, "training instances per task", TUNING)
     judge_share: float = flag(0.0, "share of training examples that teach judging (answers to the train instances, judged by rule)", TUNING)
     max_len: int = flag(512, "longest document in tokens; an over-long prompt loses its left")
+    save_every: int = flag(50, "steps between checkpoints, from which the same command goes on when it was stopped (0: none)")
     # optimisation
     steps: int = flag(200, "optimiser steps")
     batch_size: int = flag(24, "examples (cat: groups) per step")
@@ -241,7 +247,7 @@ def check_config(cfg: TrainConfig) -> str:
         if not 0 <= getattr(cfg, name) < top:
             return f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected a share between 0 and 1."
     for name in ("temperature", "lam", "margin", "wordings", "downsample", "detect_floor", "unlike_alpha", "unlike_gamma", "judged_warmup", "fresh_wordings", "kl_beta", "kl_target",
-                 "value_weight"):
+                 "value_weight", "save_every"):
         if not getattr(cfg, name) >= 0:
             return f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected 0 or more."
     try:
@@ -358,13 +364,13 @@ class Run:
 def corpus_groups(run: Run) -> list[dict]:
     """pretrain: one document per group; </s> as a last segment of its own is EOS."""
     groups = []
-    for segments in data.read_records(run.cfg.corpus):
+    for number, segments in enumerate(data.read_records(run.cfg.corpus), 1):
         ends = segments[-1][0] == "</s>"
         document = data.encode_document(run.tokenizer, segments[:-1] if ends else segments, max_len=run.cfg.max_len)
         if ends:
             document["input_ids"].append(run.tokenizer.eos_id)
             document["labels"].append(run.tokenizer.eos_id)
-        groups.append({"documents": [document]})
+        groups.append({"documents": [document], "name": f"line {number}"})
     return groups
 
 
@@ -375,9 +381,15 @@ def sft_groups(run: Run, wordings: int) -> list[dict]:
         return example_groups(run)
     examples = data.instruction_examples(run.tasks, wordings=wordings, augment=cfg.augment, per_task=cfg.per_task,
                                          seed=cfg.seed)
-    documents = [run.document(x["wording"], x["input"], x["output"]) for x in examples]
-    documents += judge_documents(run, round(len(documents) * cfg.judge_share / (1 - cfg.judge_share)))
-    return [{"documents": [document]} for document in documents]
+    documents = [(run.document(x["wording"], x["input"], x["output"]), record_name(x)) for x in examples]
+    taught = judge_documents(run, round(len(documents) * cfg.judge_share / (1 - cfg.judge_share)))
+    documents += [(document, f"judging example {number}") for number, document in enumerate(taught)]
+    return [{"documents": [document], "name": name} for document, name in documents]
+
+
+def record_name(record: dict) -> str:
+    """What a message calls a record: task/id, or the id of one without a task."""
+    return "/".join(str(record[key]) for key in ("task", "id") if record.get(key) is not None)
 
 
 def example_groups(run: Run) -> list[dict]:
@@ -388,7 +400,7 @@ def example_groups(run: Run) -> list[dict]:
         left_out[f"whose first answer is longer than --max-len {run.cfg.max_len}"] = documents.count(None)
     say(f"{run.cfg.stage}: {len(documents) - documents.count(None)} examples"
         + "".join(f"; left out {n} {why}" for why, n in left_out.items()) + ".")
-    return [{"documents": [document]} for document in documents if document]
+    return [{"documents": [document], "name": f"example {number}"} for number, document in enumerate(documents) if document]
 
 
 def judge_documents(run: Run, n: int) -> list[dict]:
@@ -455,8 +467,8 @@ def cat_item(run: Run, best: dict, worse: list[dict]) -> dict:
         if cfg.ce_target == "gold":
             documents.append(run.document(tops[0], best["input"], best["target"]))
         imitated = [better if cfg.ce_target == "best" else len(documents) - 1 for better, _ in pairs]
-        return {"documents": documents, "pairs": pairs, "imitated": imitated}
-    return {"documents": documents, "n_best": n, "pairs": pairs if cfg.ranking else []}
+        return {"documents": documents, "pairs": pairs, "imitated": imitated, "name": record_name(best)}
+    return {"documents": documents, "n_best": n, "pairs": pairs if cfg.ranking else [], "name": record_name(best)}
 
 
 def best_answers(group: list[dict]) -> tuple[list[dict], list[dict]]:
@@ -500,7 +512,7 @@ def rso_groups(run: Run) -> list[dict]:
         used = sorted({i for pair in pairs for i in pair})
         if used:
             groups.append({"documents": [run.document(chosen[i]["wording"], chosen[i]["input"], chosen[i]["response"]) for i in used],
-                           "pairs": [(used.index(i), used.index(j)) for i, j in pairs]})
+                           "pairs": [(used.index(i), used.index(j)) for i, j in pairs], "name": record_name(group[0])})
     say(f"rso: kept {kept} answers, {sum(len(group['pairs']) for group in groups)} pairs of different reward in {len(groups)} groups.")
     return with_reference(run, groups)
 
@@ -529,7 +541,7 @@ def ranked_groups(run: Run) -> list[dict]:
         kept = sorted(spread_rewards(known, cfg.max_worse + 1), key=lambda c: -c["reward"])
         rewards = [float(c["reward"]) for c in kept]
         groups.append({"documents": [run.document(c["wording"], c["input"], c["response"]) for c in kept], "n_best": 1, "rewards": rewards,
-                       "pairs": list(zip(*losses.best_vs_lower_pairs(rewards, rule="all")))})
+                       "pairs": list(zip(*losses.best_vs_lower_pairs(rewards, rule="all"))), "name": record_name(kept[0])})
     say(f"{cfg.stage}: {len(groups)} groups with answers of different reward.")
     return groups
 
@@ -541,7 +553,7 @@ def expert_groups(run: Run) -> list[dict]:
         best, _ = best_answers(group)
         if best:
             chosen = random.Random(f"{run.cfg.seed}/{group[0]['task']}/{group[0]['id']}").choice(best)
-            groups.append({"documents": [run.document(chosen["wording"], chosen["input"], chosen["response"])]})
+            groups.append({"documents": [run.document(chosen["wording"], chosen["input"], chosen["response"])], "name": record_name(chosen)})
     say(f"expert: {len(groups)} groups with a best answer.")
     return groups
 
@@ -560,7 +572,7 @@ def conditional_groups(run: Run) -> list[dict]:
         if cfg.conditional == "best" and quantile < cfg.quantiles:
             continue
         mark = reward_mark(cfg, good=good, quantile=quantile, reward=record["reward"])
-        groups.append({"documents": [run.document(mark + record["wording"], record["input"], record["response"])]})
+        groups.append({"documents": [run.document(mark + record["wording"], record["input"], record["response"])], "name": record_name(record)})
     say(f"conditional: {len(groups)} answers; asked with {best_mark(run)!r} before the instruction.")
     return groups
 
@@ -657,7 +669,7 @@ def reward_groups(run: Run) -> list[dict]:
         pairs = list(zip(*losses.best_vs_lower_pairs([c["reward"] for c in known], rule="all")))
         if pairs and not held_out(group[0]):
             groups.append({"documents": [run.document(c["wording"], c["input"], c["response"]) for c in known],
-                           "pairs": pairs, "pair_weights": [1 / len(pairs)] * len(pairs)})
+                           "pairs": pairs, "pair_weights": [1 / len(pairs)] * len(pairs), "name": record_name(known[0])})
     say(f"reward: {sum(len(group['pairs']) for group in groups)} comparisons in {len(groups)} groups.")
     return groups
 
@@ -667,7 +679,8 @@ def labelled_groups(run: Run, path) -> list[dict]:
     groups = []
     for record in data.read_records(path):
         documents = [run.document(record[side]["wording"], record["input"], record[side]["response"]) for side in ("first", "second")]
-        groups.append({"documents": documents, "pairs": [(0, 1)], "probability": [record["probability"]], "pair_weights": [1.0]})
+        groups.append({"documents": documents, "pairs": [(0, 1)], "probability": [record["probability"]], "pair_weights": [1.0],
+                       "name": record_name(record)})
     say(f"{run.cfg.stage}: {len(groups)} pairs with soft labels.")
     return groups
 
@@ -752,7 +765,7 @@ def constitutional_groups(run: Run) -> list[dict]:
     failures = Counter(turn["failure"] for record in records for turn in record["history"] if turn["failure"])
     say(f"constitutional: {len(revised)} of {len(records)} answers were revised"
         + (f"; failures: {', '.join(f'{name} ({n})' for name, n in failures.most_common(3))}." if failures else "."))
-    return [{"documents": [run.document(record["wording"], record["input"], record["revision"])]} for record in revised]
+    return [{"documents": [run.document(record["wording"], record["input"], record["revision"])], "name": record_name(record)} for record in revised]
 
 
 def spread_rewards(known: list[dict], k: int) -> list[dict]:
@@ -782,6 +795,13 @@ def reward_counts(batch, cfg) -> dict:
     return dict.fromkeys(("loss", "accuracy"), batch["groups"])
 
 
+def begin_ppo(run: Run) -> None:
+    """What ppo keeps between its phases: the weights it starts from, its judge, the phase's number, the price of KL."""
+    start = [(p, p.detach().clone()) for name, p in run.model.named_parameters() if p.requires_grad and "value_head" not in name]
+    run.memory.update(phase=0, beta=run.cfg.kl_beta, start=start, todo=unanswered(run),
+                      judge=make_judge(dataclasses.replace(run, model=frozen(run.model))))
+
+
 def ppo_groups(run: Run) -> list[dict]:
     """ppo, once a phase: answers of the policy as it is, and per token what the clipped objectives compare with (spec 2.17).
 
@@ -790,8 +810,7 @@ def ppo_groups(run: Run) -> list[dict]:
     """
     cfg, memory, device = run.cfg, run.memory, next(run.model.parameters()).device
     if not memory:
-        start = [(p, p.detach().clone()) for name, p in run.model.named_parameters() if p.requires_grad and "value_head" not in name]
-        memory.update(phase=0, beta=cfg.kl_beta, start=start, todo=unanswered(run), judge=make_judge(dataclasses.replace(run, model=frozen(run.model))))
+        begin_ppo(run)
     chosen = data.batch_indices(len(memory["todo"]), cfg.rollouts, memory["phase"], cfg.seed)
     records = [{**memory["todo"][i], "sample": f"{memory['phase']}/{k}"} for k, i in enumerate(chosen)]
     run.model.eval()
@@ -807,9 +826,10 @@ def ppo_groups(run: Run) -> list[dict]:
         raise ValueError(f"ppo phase {memory['phase']}: the judge gave no verdict on any of {len(rewards)} answers. Give another --judge.")
     records, prompts, answers, scores = [records[k] for k in kept], [prompts[k] for k in kept], [answers[k] for k in kept], torch.tensor([float(rewards[k]) for k in kept])
     groups = []
-    for prompt, answer in zip(prompts, answers):
+    for record, prompt, answer in zip(records, prompts, answers):
         ids = data.cut_left(run.tokenizer.encode_prompt(prompt), room)      # as `complete` cut it
-        groups.append({"documents": [{"input_ids": ids + answer.token_ids, "labels": [data.IGNORE_INDEX] * len(ids) + answer.token_ids, "cut": 0}]})
+        groups.append({"documents": [{"input_ids": ids + answer.token_ids, "labels": [data.IGNORE_INDEX] * len(ids) + answer.token_ids, "cut": 0}],
+                       "name": record_name(record)})
     batches = [collate(part, device) for part in data.micro_batches(groups, cfg.micro_tokens)]
     with torch.no_grad(), precision(cfg, device.type):
         old, values = (torch.cat(parts).float().cpu() for parts in zip(*(policy_and_values(run.model, batch, cfg) for batch in batches)))
@@ -904,8 +924,8 @@ def collect_candidates(run: Run, *, judged: bool = True) -> None:
         data.append_records(path, score_candidates(run, judge, todo[start:start + chunk]))
     if not judged:
         return
-    if todo and cfg.judge != "rule":
-        measure_canaries(run, judge, todo)
+    if cfg.judge != "rule" and not (run.folder / "canaries.json").exists():
+        measure_canaries(run, judge, unanswered(run))
     say_usage(judge)
 
 
@@ -1039,14 +1059,14 @@ def cut_groups(run: Run) -> list[dict]:
     for record in judged_records(run):
         if record["judgment"] is None:
             if cfg.use_good:
-                groups.append({"documents": [judged_document(run, record, judgment=satisfied)], "roles": [losses.ALIGN_P]})
+                groups.append({"documents": [judged_document(run, record, judgment=satisfied)], "roles": [losses.ALIGN_P], "name": record_name(record)})
             continue
         if not (cfg.use_l1 or cfg.use_judged):              # only the good ones are left: plain fine-tuning on them
             continue
         documents = [judged_document(run, record, judgment=record["judgment"])]
         if cfg.use_l1:
             documents.append(judged_document(run, record, judgment=satisfied))
-        groups.append({"documents": documents, "roles": [losses.ALIGN_N, losses.MISALIGN][:len(documents)]})
+        groups.append({"documents": documents, "roles": [losses.ALIGN_N, losses.MISALIGN][:len(documents)], "name": record_name(record)})
     return with_frozen_mask(run, groups) if cfg.detector == "frozen" and cfg.detect == "ratio" else groups
 
 
@@ -1101,7 +1121,7 @@ def cut_counts(batch, cfg) -> dict:
 
 def hindsight_groups(run: Run) -> list[dict]:
     """hindsight: every response behind its judgment (CUT, Eq. 4); good ones behind the plain prompt."""
-    return [{"documents": [judged_document(run, record, judgment=record["judgment"])]} for record in judged_records(run)]
+    return [{"documents": [judged_document(run, record, judgment=record["judgment"])], "name": record_name(record)} for record in judged_records(run)]
 
 
 def forward_groups(run: Run) -> list[dict]:
@@ -1111,7 +1131,7 @@ def forward_groups(run: Run) -> list[dict]:
         documents = [judged_document(run, record)]
         if record["judgment"] is not None:
             documents.append(critic_document(run, record, record["judgment"]))
-        groups.append({"documents": documents})
+        groups.append({"documents": documents, "name": record_name(record)})
     return groups
 
 
@@ -1123,7 +1143,8 @@ def critic_document(run: Run, record: dict, judgment: str) -> dict:
 
 def critic_groups(run: Run) -> list[dict]:
     """critic: write the judgment of a response, or that it is perfect."""
-    return [{"documents": [critic_document(run, record, record["judgment"] or judging.PERFECT)]} for record in judged_records(run)]
+    return [{"documents": [critic_document(run, record, record["judgment"] or judging.PERFECT)], "name": record_name(record)}
+            for record in judged_records(run)]
 
 
 def ilf_groups(run: Run) -> list[dict]:
@@ -1135,7 +1156,7 @@ def ilf_groups(run: Run) -> list[dict]:
             record = {**record, "response": record["refinement"] or refined.get(record_key(record)) or ""}
             kept += bool(record["response"])
         if record["response"]:
-            groups.append({"documents": [judged_document(run, record)]})
+            groups.append({"documents": [judged_document(run, record)], "name": record_name(record)})
     say(f"ilf: {kept} refinements.")
     return groups
 
@@ -1153,8 +1174,8 @@ def sequence_counts(batch, cfg) -> dict:
 
 def unlikelihood_groups(run: Run) -> list[dict]:
     """unlikelihood: good and bad responses, all behind the plain prompt."""
-    return [{"documents": [judged_document(run, record)], "roles": [losses.ALIGN_P if record["judgment"] is None else losses.MISALIGN]}
-            for record in judged_records(run)]
+    return [{"documents": [judged_document(run, record)], "roles": [losses.ALIGN_P if record["judgment"] is None else losses.MISALIGN],
+             "name": record_name(record)} for record in judged_records(run)]
 
 
 def unlikelihood_step(model, batch, cfg) -> dict:
@@ -1282,6 +1303,8 @@ class Stage:
     beside: tuple[str, ...] = ()                            # stages that the table shows next to it
     head: bool = False                                      # a value head on the final hidden states
     refresh: bool = False                                   # groups are made anew every phase (ppo)
+    begin: Callable = lambda run: None                      # Run -> its memory as it is before the first phase
+    losses: tuple[str, ...] = ()                            # the terms whose sum is watched for spikes (default: all)
     title: str = ""
 
 
@@ -1290,19 +1313,19 @@ STAGES = {
     "sft": Stage(lambda run: sft_groups(run, 0), token_step, token_counts, title="SFT"),
     "sft-ia": Stage(lambda run: sft_groups(run, run.cfg.wordings), token_step, token_counts, beside=("sft",), title="SFT(IA)"),
     "cat": Stage(cat_groups, cat_step, cat_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+CAT"),
-    "dpo": Stage(dpo_groups, dpo_step, dpo_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+DPO"),
-    "rso": Stage(rso_groups, dpo_step, dpo_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+RSO"),
+    "dpo": Stage(dpo_groups, dpo_step, dpo_counts, collect_candidates, needs="sft-ia", beside=("sft",), losses=("loss",), title="SFT(IA)+DPO"),
+    "rso": Stage(rso_groups, dpo_step, dpo_counts, collect_candidates, needs="sft-ia", beside=("sft",), losses=("loss",), title="SFT(IA)+RSO"),
     "slic": Stage(cat_groups, slic_step, slic_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+SLiC"),
     "rrhf": Stage(ranked_groups, rrhf_step, group_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+RRHF"),
     "pro": Stage(ranked_groups, pro_step, group_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+PRO"),
     "expert": Stage(expert_groups, token_step, token_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+expert"),
     "conditional": Stage(conditional_groups, token_step, token_counts, collect_candidates, needs="sft-ia", beside=("sft",), title="SFT(IA)+conditional"),
-    "reward": Stage(reward_groups, reward_step, reward_counts, collect_candidates, needs="sft-ia", head=True, title="reward model"),
-    "ppo": Stage(ppo_groups, ppo_step, ppo_counts, needs="sft-ia", beside=("sft",), head=True, refresh=True, title="SFT(IA)+PPO"),
-    "rlaif": Stage(rlaif_groups, dpo_step, dpo_counts, collect_preferences, needs="sft-ia", beside=("sft",), title="SFT(IA)+RLAIF"),
+    "reward": Stage(reward_groups, reward_step, reward_counts, collect_candidates, needs="sft-ia", head=True, losses=("loss",), title="reward model"),
+    "ppo": Stage(ppo_groups, ppo_step, ppo_counts, needs="sft-ia", beside=("sft",), head=True, refresh=True, begin=begin_ppo, losses=("value",), title="SFT(IA)+PPO"),
+    "rlaif": Stage(rlaif_groups, dpo_step, dpo_counts, collect_preferences, needs="sft-ia", beside=("sft",), losses=("loss",), title="SFT(IA)+RLAIF"),
     "constitutional": Stage(constitutional_groups, token_step, token_counts, collect_revisions, needs="sft-ia", beside=("sft",),
                             title="SFT(IA)+constitutional"),
-    "cut": Stage(cut_groups, cut_step, cut_counts, collect_judged, needs="sft", title="CUT"),
+    "cut": Stage(cut_groups, cut_step, cut_counts, collect_judged, needs="sft", losses=("l1", "l2"), title="CUT"),
     "forward": Stage(forward_groups, sequence_step, sequence_counts, collect_judged, needs="sft", title="forward prediction"),
     "ilf": Stage(ilf_groups, sequence_step, sequence_counts, collect_refined, needs="sft", title="ILF"),
     "hindsight": Stage(hindsight_groups, sequence_step, sequence_counts, collect_judged, needs="sft", title="hindsight"),
@@ -1400,7 +1423,10 @@ def precision(cfg: TrainConfig, device: str):
 
 
 def backward(model, stage: Stage, batches: list[dict], cfg: TrainConfig) -> dict:
-    """Gradients of one step; returns {term: mean}. Each term is divided once, by its total over batches and ranks."""
+    """Gradients of one step; returns {term: mean}. Each term is divided once, by its total over batches and ranks.
+
+    A row, a batch or a rank without a target adds nothing: its sum and its count are 0.
+    """
     totals, sums = {}, {}
     for batch in batches:
         for term, n in stage.counts(batch, cfg).items():
@@ -1414,38 +1440,87 @@ def backward(model, stage: Stage, batches: list[dict], cfg: TrainConfig) -> dict
         for term, loss in terms.items():
             sums[term] = sums.get(term, 0.0) + loss.detach()
     if ranks()[1] > 1:
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.grad is not None:      # unused by this stage: on every rank alike
-                dist.all_reduce(parameter.grad)
+        sum_gradients([p for p in model.parameters() if p.requires_grad])
     return {term: value / max(1, totals[term]) for term, value in all_sum({k: float(v) for k, v in sums.items()}).items()}
 
 
-def train(run: Run, stage: Stage, groups: list[dict], log_path: Path) -> None:
-    """The one loop, for every stage and any number of ranks: rank r takes each step's groups r, r + size, ..."""
+def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Add up gradients over the ranks, in buckets; one that no rank has stays None, as on one process."""
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
+    dist.all_reduce(used)
+    pending = [p for p, n in zip(parameters, used.tolist()) if n]
+    while pending:
+        bucket, size = [], 0
+        while pending and (not bucket or size + pending[0].numel() <= 2**23 and pending[0].dtype == bucket[0].dtype):
+            bucket.append(pending.pop(0))
+            size += bucket[-1].numel()
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
+        dist.all_reduce(flat)
+        for p, part in zip(bucket, flat.split([p.numel() for p in bucket])):
+            p.grad = part.view_as(p)
+
+
+def culprits(model, stage: Stage, groups: list[dict], chosen: list[int], cfg: TrainConfig, step: int) -> str:
+    """The records of a step that gave a number that is not finite: those whose own loss is not, or else all of them."""
+    (rank, size), device = ranks(), next(model.parameters()).device
+    bad = torch.zeros(len(chosen))
+    with torch.no_grad():
+        for k in range(rank, len(chosen), size):
+            batch = {**collate([groups[chosen[k]]], device), "step": step}
+            with torch.autocast(device.type, torch.bfloat16, enabled=cfg.full and cfg.dtype != "float32"):
+                bad[k] = not all(bool(loss.isfinite()) for loss in stage.step(model, batch, cfg).values())
+    if size > 1:
+        dist.all_reduce(bad)
+    return named([groups[i] for i, found in zip(chosen, bad.tolist()) if found] or [groups[i] for i in chosen])
+
+
+def named(groups: list[dict], most: int = 5) -> str:
+    """The records of groups, the first few by name."""
+    names = list(dict.fromkeys(group.get("name", "without a name") for group in groups))
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def is_spike(loss: float, recent: list[float]) -> bool:
+    """Whether a loss is worse than the last and more than three times the mean of the last ten."""
+    return len(recent) == 10 and sum(recent) > 0 and loss > recent[-1] and loss > 3 * sum(recent) / 10
+
+
+def train(run: Run, stage: Stage, groups: list[dict], log_path: Path, place: Path | None = None) -> None:
+    """The one loop, for every stage and any number of ranks: rank r takes each step's groups r, r + size, ...
+
+    It goes on from the checkpoint `place`, where one is given, as if it had never stopped: same bits on the same CPU.
+    """
     cfg, device, (rank, size) = run.cfg, next(run.model.parameters()).device, ranks()
+    parameters = [p for p in run.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)
+    torch.manual_seed(cfg.seed + rank)                      # dropout
+    done = {"step": 0, "tokens": 0, "seconds": 0.0, "recent": []}
+    if place:
+        done, groups = load_checkpoint(run, optimizer, place, groups)
+        say(f"{cfg.stage}: resuming at step {done['step']}.")
     if not groups:
         raise ValueError(f"nothing to train on for stage {cfg.stage}: no item is left. See the counts above; "
                          "more samples or another judge may help.")
     cut = sum(document["cut"] for group in groups for document in group["documents"])
     if cut:
         say(f"{cfg.stage}: {cut} documents are longer than --max-len {cfg.max_len}; the left of their prompts was cut.")
-    parameters = [p for p in run.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)
-    torch.manual_seed(cfg.seed + rank)                      # dropout
     run.model.train()
-    bar, seen, started = tqdm(range(cfg.steps), desc=cfg.stage, disable=None if rank == 0 else True), 0, time.time()
+    seen, started, recent = done["tokens"], time.time() - done["seconds"], done["recent"]
+    bar = tqdm(range(done["step"], cfg.steps), desc=cfg.stage, initial=done["step"], total=cfg.steps, disable=None if rank == 0 else True)
     phase = cfg.rollouts * cfg.ppo_epochs // cfg.batch_size     # steps per phase, where a stage has phases
     for step in bar:
         if stage.refresh and step and step % phase == 0:
             groups = stage.groups(run)
             run.model.train()
-        chosen = data.batch_indices(len(groups), cfg.batch_size, step, cfg.seed)[rank::size]
-        batches = [{**collate(part, device), "step": step} for part in data.micro_batches([groups[i] for i in chosen], cfg.micro_tokens)]
+        chosen = data.batch_indices(len(groups), cfg.batch_size, step, cfg.seed)
+        batches = [{**collate(part, device), "step": step} for part in data.micro_batches([groups[i] for i in chosen[rank::size]], cfg.micro_tokens)]
         means = backward(run.model, stage, batches, cfg)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.clip))
         if not math.isfinite(sum(means.values())) or not math.isfinite(norm):
-            raise FloatingPointError(f"step {step} of {cfg.stage} gave a non-finite loss or gradient norm ({means}, norm "
-                                     f"{norm}); nothing was updated. Try a lower --lr.")
+            found, last = culprits(run.model, stage, groups, chosen, cfg, step), saved_steps(run.folder)[:1]
+            raise FloatingPointError(f"step {step} of {cfg.stage} gave a non-finite loss or gradient norm ({means}, norm {norm}; records {found}); "
+                                     f"nothing was updated. {f'Last checkpoint: step {int(last[0].name[5:])}. ' if last else ''}"
+                                     "Try a lower --lr with another --out, or look at those records.")
         for part in optimizer.param_groups:
             part["lr"] = learning_rate(step, cfg)
         optimizer.step()
@@ -1453,17 +1528,23 @@ def train(run: Run, stage: Stage, groups: list[dict], log_path: Path) -> None:
         seen += size * sum(len(batch["input_ids"]) for batch in batches)
         seconds = time.time() - started
         bar.set_postfix_str(f"{seen / seconds / 1000:.1f}k tok/s")
+        loss = sum(means[term] for term in stage.losses or means)
+        spike, recent = named([groups[i] for i in chosen]) if is_spike(loss, recent) else "", [*recent, loss][-10:]
         if rank == 0:
-            log_step(log_path, cfg, step, means, norm=norm, tokens=seen, seconds=seconds)
+            log_step(log_path, cfg, step, means, norm=norm, tokens=seen, seconds=seconds, spike=spike)
+        if cfg.save_every and (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
+            save_checkpoint(run, stage, optimizer, groups, {"step": step + 1, "tokens": seen, "seconds": seconds, "recent": recent})
     run.model.eval()
     say(f"{cfg.stage}: {seen:,} tokens in {spoken(time.time() - started)}, {seen / (time.time() - started):,.0f} tok/s; {peak_memory(device)[1]}.")
 
 
-def log_step(path: Path, cfg: TrainConfig, step: int, means: dict, *, norm: float, tokens: int, seconds: float) -> None:
-    """A row of log.jsonl for every step, a line on the screen for every tenth of the run."""
+def log_step(path: Path, cfg: TrainConfig, step: int, means: dict, *, norm: float, tokens: int, seconds: float, spike: str = "") -> None:
+    """A row of log.jsonl for every step, a line on the screen for every tenth of the run; a loss that jumped names its records."""
     means = {name: round(value, 6) for name, value in means.items()}
     data.append_records(path, [{"stage": cfg.stage, "step": step, **means, "norm": round(norm, 4),
-                                "lr": learning_rate(step, cfg), "tokens": tokens, "seconds": round(seconds, 2)}])
+                                "lr": learning_rate(step, cfg), "tokens": tokens, "seconds": round(seconds, 2), **({"spike": spike} if spike else {})}])
+    if spike:
+        tqdm.write(f"warning: the loss of {cfg.stage} jumped at step {step} (records {spike}).")
     if (step + 1) % max(1, cfg.steps // 10) == 0:
         text = " | ".join(f"{name} {value:.3f}" for name, value in means.items())
         tqdm.write(f"{cfg.stage} step {step + 1}/{cfg.steps} | {text} | {tokens / seconds / 1000:.1f}k tok/s")
@@ -1481,6 +1562,196 @@ def peak_memory(device) -> tuple[dict, str]:
     if torch.device(device).type == "cuda":
         found["gpu"] = torch.cuda.max_memory_allocated(device)
     return found, "peak memory " + ", ".join(f"{bytes / 1e9:.2f} GB ({place})" for place, bytes in found.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: what a step reads, so that a stopped stage goes on. Safetensors and JSON, whole or not there at all
+
+CHECKPOINTS, KEPT = "checkpoints", 2
+GROWING = ("log.jsonl", "rollouts.jsonl")                   # files that training appends to; resuming cuts them back
+
+
+def save_checkpoint(run: Run, stage: Stage, optimizer: torch.optim.Optimizer, groups: list[dict], done: dict) -> None:
+    """Weights, AdamW's state, random states and books after done["step"] steps, as RUN/checkpoints/step-000123."""
+    rank, size = ranks()
+    state = random_state(next(run.model.parameters()).device)
+    states = [torch.empty_like(state) for _ in range(size)] if rank == 0 else None
+    if size > 1:
+        dist.gather(state, states, 0)
+    on_first_rank(write_checkpoint, run, stage, optimizer, groups, done, states if size > 1 else [state])
+
+
+def write_checkpoint(run: Run, stage: Stage, optimizer, groups: list[dict], done: dict, states: list[torch.Tensor]) -> None:
+    """All files into a folder beside, synced, the manifest of their checksums last; then renamed; then older ones go."""
+    folder, weights = run.folder / CHECKPOINTS, trained(run.model)
+    adam = {f"{name}/{key}": value for name, p in weights.items() for key, value in optimizer.state.get(p, {}).items()}
+    books = {**done, "memory": {name: value for name, value in run.memory.items() if isinstance(value, (int, float))},
+             "sizes": {name: (run.folder / name).stat().st_size for name in GROWING if (run.folder / name).exists()},
+             "data": fingerprint(groups), "groups": groups if stage.refresh else None}
+    tensors = {"weights": weights, "optimizer": adam, "random": {str(rank): state for rank, state in enumerate(states)}}
+    part = folder / f".tmp-{done['step']:06d}-{os.getpid()}"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        for name, found in tensors.items():
+            found = {key: value.detach().cpu().contiguous() for key, value in found.items()}
+            lora.write_file(part / f"{name}.safetensors", lambda file: safetensors.torch.save_file(found, file))
+        lora.write_file(part / "state.json", lambda file: file.write_text(json.dumps(books) + "\n"))
+        manifest = {file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for file in sorted(part.iterdir())}
+        lora.write_file(part / "manifest.json", lambda file: file.write_text(json.dumps(manifest, indent=1)))
+        sync(part)
+        target = folder / f"step-{done['step']:06d}"
+        shutil.rmtree(target, ignore_errors=True)           # a damaged one that was passed over
+        os.rename(part, target)
+        sync(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    for old in saved_steps(run.folder)[KEPT:]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(run: Run, optimizer, place: Path, groups: list[dict]) -> tuple[dict, list[dict]]:
+    """Put a checkpoint's state into model, optimizer, memory and random generators; its books and the stage's groups."""
+    (rank, size), weights = ranks(), trained(run.model)
+    books = json.loads((place / "state.json").read_text())
+    groups = books.pop("groups") or groups
+    if books["data"] != fingerprint(groups):
+        raise ValueError(f"{place} was trained on other documents than these inputs give: a file has changed since. "
+                         f"Give the old ones, or remove {place.parent} to train the stage anew.")
+    read = {name: safetensors.torch.load_file(place / f"{name}.safetensors") for name in ("weights", "optimizer", "random")}
+    if {name: p.shape for name, p in weights.items()} != {name: x.shape for name, x in read["weights"].items()}:
+        raise ValueError(f"{place} holds other weights than this stage trains: the model has changed since. "
+                         f"Give the old one, or remove {place.parent} to train the stage anew.")
+    with torch.no_grad():
+        for name, p in weights.items():
+            p.copy_(read["weights"][name])
+    for key, value in read["optimizer"].items():
+        name, _, slot = key.rpartition("/")
+        optimizer.state[weights[name]][slot] = value if slot == "step" else value.to(weights[name].device)
+    run.memory.update(books["memory"])
+    if len(read["random"]) == size:
+        set_random_state(read["random"][str(rank)])
+    elif run.cfg.dropout:
+        say(f"warning: {run.cfg.stage} was stopped with {len(read['random'])} processes and goes on with {size}, so its dropout draws anew.")
+    if rank == 0:
+        for name, length in books["sizes"].items():
+            cut_back(run.folder / name, length)
+    return books, groups
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run folder, or None where there is none at all; damaged ones are told."""
+    damaged, found = [], saved_steps(folder)
+    for place in found:
+        problem = damage(place)
+        if not problem:
+            for name, reason in damaged:
+                say(f"warning: checkpoint {name} is incomplete ({reason}); resuming from {place.name}.")
+            return place
+        damaged.append((place.name, problem))
+    if damaged:
+        raise ValueError(f"no checkpoint in {folder / CHECKPOINTS} is whole ({damaged[0][0]}: {damaged[0][1]}). "
+                         "Remove that folder to train the stage anew.")
+    return None
+
+
+def damage(place: Path) -> str:
+    """What is wrong with a checkpoint, or nothing."""
+    try:
+        manifest = json.loads((place / "manifest.json").read_text())
+        for name in ("weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"):
+            if (place / name).stat().st_size != manifest[name]["bytes"] or checksum(place / name) != manifest[name]["sha256"]:
+                return f"{name}: checksum differs"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "manifest.json is damaged"
+    return ""
+
+
+def saved_steps(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, newest first."""
+    return sorted((place for place in (folder / CHECKPOINTS).glob("step-*") if place.name[5:].isdigit()), key=lambda place: -int(place.name[5:]))
+
+
+def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that the stage trains, by name: adapters or all weights, and the value head."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def random_state(device) -> torch.Tensor:
+    """torch's random state as bytes: the CPU's, and behind it the GPU's."""
+    state = torch.get_rng_state()
+    return torch.cat([state, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else state
+
+
+def set_random_state(state: torch.Tensor) -> None:
+    """Undo `random_state`. On another kind of device its own part stays as it is."""
+    length = len(torch.get_rng_state())
+    torch.set_rng_state(state[:length])
+    if len(state) > length and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state[length:])
+
+
+def fingerprint(groups: list[dict]) -> str:
+    """A checksum of the documents' tokens and labels, in order."""
+    digest = hashlib.sha256()
+    for document in (document for group in groups for document in group["documents"]):
+        for ids in (document["input_ids"], document["labels"]):
+            digest.update(array("q", [len(ids), *ids]).tobytes())
+    return digest.hexdigest()
+
+
+def checksum(file: Path) -> str:
+    """sha256 of a file."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def cut_back(path: Path, length: int) -> None:
+    """A file as it was when it had `length` bytes."""
+    if not path.exists() or path.stat().st_size < length:
+        raise ValueError(f"{path} is shorter than when the last checkpoint was written. Put it back, or remove {path.parent / CHECKPOINTS} "
+                         "to train the stage anew.")
+    os.truncate(path, length)
+
+
+@contextlib.contextmanager
+def in_use(folder: Path):
+    """Keep other processes out of a run folder; the system gives the lock back however this one ends."""
+    on_first_rank(take_lock, folder)
+    try:
+        yield
+    finally:
+        if folder in LOCKS:
+            os.close(LOCKS.pop(folder))
+
+
+LOCKS: dict[Path, int] = {}                                 # run folder -> open handle of its run.lock
+
+
+def take_lock(folder: Path) -> None:
+    """Lock RUN/run.lock and write into it who has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(handle, 200).decode(errors="replace").strip()
+        os.close(handle)
+        raise ValueError(f"{folder} is in use by {holder or 'another process'}. Wait for it, or choose another --out.") from None
+    os.ftruncate(handle, 0)
+    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    LOCKS[folder] = handle
+
+
+def sync(folder: Path) -> None:
+    """Make the names in a folder outlast a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1640,9 +1911,9 @@ def finished(folder: Path, cfg: TrainConfig) -> bool:
     Records that a stopped run collected count, too: they are never mixed with those of other settings.
     """
     done = (folder / "adapter_config.json").exists() or (folder / "model/config.json").exists()
-    if not done and not any((folder / name).exists() for name in RECORDS):
+    if not done and not any((folder / name).exists() for name in (*RECORDS, CHECKPOINTS)):
         return False
-    old, ignore = json.loads((folder / "config.json").read_text()), {"out", "device", "evaluate", "compare", "split", "micro_tokens", "checkpointing", "dry_run"}
+    old, ignore = json.loads((folder / "config.json").read_text()), {"out", "device", "evaluate", "compare", "split", "micro_tokens", "checkpointing", "dry_run", "save_every"}
     ignore |= JudgeFlags.__annotations__.keys() - {"judge_url", "judge_model"}
     if folder != Path(cfg.out):
         ignore.add("init")
@@ -1706,15 +1977,19 @@ def trainable(cfg: TrainConfig, folder: Path | None) -> torch.nn.Module:
 
 
 def save_trained(run: Run) -> None:
-    """The adapter into the run folder, or with --full the model into its folder `model`; beside it the value head."""
+    """The adapter into the run folder, or with --full the model into its folder `model`; beside it the value head.
+
+    What tells that the stage is finished is written last; then its checkpoints go.
+    """
     if hasattr(run.model, "value_head"):
         lora.write_file(run.folder / VALUE_HEAD, lambda part: safetensors.torch.save_file(run.model.value_head.state_dict(), part))
         del run.model.value_head
-    if not run.cfg.full:
-        return lora.save_adapter(run.model, run.folder, run.cfg.model)
-    device, dtype = pick_device(run.cfg)
-    save_model(run.model, run.folder / "model", dtype=dtype)
-    data.copy_tokenizer(run.tokenizer, run.cfg.model, run.folder / "model")
+    if run.cfg.full:
+        data.copy_tokenizer(run.tokenizer, run.cfg.model, run.folder / "model")
+        save_model(run.model, run.folder / "model", dtype=pick_device(run.cfg)[1])
+    else:
+        lora.save_adapter(run.model, run.folder, run.cfg.model)
+    shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
 
 
 def run_stage(run: Run, name: str) -> Path:
@@ -1735,33 +2010,48 @@ def run_stage(run: Run, name: str) -> Path:
             part = dataclasses.replace(run, cfg=cfg, folder=place, model=trainable(cfg, before), round=number, memory={})
             if stage.head:
                 add_head(part.model)
-            on_first_rank(prepare_folder, part)
+            stopped = find_checkpoint(place)
+            on_first_rank(prepare_folder, part, stopped)
             on_first_rank(stage.collect, part)
-            train(part, stage, stage.groups(part), place / "log.jsonl")
+            if stopped:
+                stage.begin(part)                           # from the weights that the stage began with
+            train(part, stage, [] if stopped and stage.refresh else stage.groups(part), place / "log.jsonl", stopped)
             on_first_rank(save_trained, part)
         before = place
     return folder
 
 
-def prepare_folder(run: Run) -> None:
-    """Make the stage's folder, with its resolved settings in config.json and no log of an unfinished try."""
+def prepare_folder(run: Run, stopped: Path | None) -> None:
+    """Make the stage's folder, with its resolved settings in config.json and no log of a try that left no checkpoint."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    for name in ("log.jsonl", "rollouts.jsonl"):            # of an unfinished try
+    for name in GROWING if not stopped else ():
         (run.folder / name).unlink(missing_ok=True)
-    (run.folder / "config.json").write_text(json.dumps(dataclasses.asdict(run.cfg), indent=1) + "\n")
+    for part in (run.folder / CHECKPOINTS).glob(".tmp-*"):  # of a process that was killed while it wrote
+        shutil.rmtree(part)
+    text = json.dumps(dataclasses.asdict(run.cfg), indent=1) + "\n"
+    lora.write_file(run.folder / "config.json", lambda file: file.write_text(text))
 
 
 def pretrain(cfg: TrainConfig) -> None:
     """A new model, or --model trained on, on --corpus; the finished checkpoint goes to --export in bfloat16."""
+    with in_use(Path(cfg.out)):
+        pretrain_here(cfg)
+
+
+def pretrain_here(cfg: TrainConfig) -> None:
+    """`pretrain`, once the run folder is ours."""
     device, _ = pick_device(cfg)
     tokenizer = data.Tokenizer(cfg.tokenizer)
     config = dataclasses.replace(PRESETS[cfg.preset], vocab_size=len(tokenizer), bos_id=tokenizer.bos_id,
                                  eos_ids=(tokenizer.eos_id,), prompt_template=cfg.template or "plain")
     model = load_model(cfg.model, device=device) if cfg.model else Llama(config).init_weights(cfg.seed).to(device)
     run = Run(cfg, model, tokenizer, data.find_template(config.prompt_template), [], Path(cfg.out))
-    on_first_rank(prepare_folder, run)
+    stopped = find_checkpoint(run.folder)
+    if stopped:
+        finished(run.folder, cfg)                           # refuses other settings
+    on_first_rank(prepare_folder, run, stopped)
     say(f"pretrain: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters.")
-    train(run, STAGES["pretrain"], corpus_groups(run), run.folder / "log.jsonl")
+    train(run, STAGES["pretrain"], corpus_groups(run), run.folder / "log.jsonl", stopped)
     on_first_rank(export, run)
 
 
@@ -1770,6 +2060,7 @@ def export(run: Run) -> None:
     target = Path(run.cfg.export or run.folder / "model")
     save_model(run.model, target, dtype=torch.bfloat16)
     data.copy_tokenizer(run.tokenizer, "", target)
+    shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
     say(f"pretrain: wrote {target}.")
 
 
@@ -1779,13 +2070,14 @@ def align(cfg: TrainConfig) -> None:
     stage, ladder = STAGES[cfg.stage], {}
     for number in range(cfg.rounds if kind(cfg.stage) in AFTER_SFT and not (cfg.records or cfg.candidates) else 0):
         unanswered(dataclasses.replace(run, round=number))  # every round has instances: known before anything is trained
-    for name in [*(stage.beside if cfg.compare and run.tasks else ()), *([stage.needs] if stage.needs and run.tasks else []), cfg.stage]:
-        if kind(name) == "ppo" and cfg.fit_reward and cfg.judge != "reward":
-            run_stage(run, "reward")
-        folder = run_stage(run, name)
-        rounds = cfg.rounds - 1 if name == cfg.stage else 0
-        ladder |= {f"{stage.title}, round {k + 1}": folder / f"round{k + 1}" for k in range(rounds)} | {STAGES[name].title: folder}
-    on_first_rank(report, run, {"base": None, **ladder} if cfg.compare else {stage.title: ladder[stage.title]})
+    with in_use(Path(cfg.out)):
+        for name in [*(stage.beside if cfg.compare and run.tasks else ()), *([stage.needs] if stage.needs and run.tasks else []), cfg.stage]:
+            if kind(name) == "ppo" and cfg.fit_reward and cfg.judge != "reward":
+                run_stage(run, "reward")
+            folder = run_stage(run, name)
+            rounds = cfg.rounds - 1 if name == cfg.stage else 0
+            ladder |= {f"{stage.title}, round {k + 1}": folder / f"round{k + 1}" for k in range(rounds)} | {STAGES[name].title: folder}
+        on_first_rank(report, run, {"base": None, **ladder} if cfg.compare else {stage.title: ladder[stage.title]})
 
 
 def report(run: Run, ladder: dict[str, Path | None]) -> None:

@@ -1,0 +1,494 @@
+"""Faults: runs killed at any moment go on to the very same bytes; damage, a second process and bad numbers are told in one sentence.
+
+The short ones run with the suite; `pytest -m faults` runs all of them, with more trials.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import train
+from test_train import JUDGED, ROOT, arguments, cat, planted, world     # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As a child process has it; the other tests put no weight on it."""
+    torch.set_num_threads(1)
+
+
+def without_times(log: Path) -> str:
+    """The rows of a log without what the clock says."""
+    return "\n".join(json.dumps({k: v for k, v in json.loads(line).items() if k != "seconds"}) for line in log.read_text().splitlines())
+
+
+def leftovers(out: Path) -> dict[str, bytes | str]:
+    """What a run leaves: adapters, heads, records and logs of it and of every stage and round under it."""
+    found = {}
+    for path in sorted(out.rglob("*")):
+        name = str(path.relative_to(out))
+        if path.name in ("adapter_model.safetensors", "value_head.safetensors", "model.safetensors", *train.RECORDS):
+            found[name] = path.read_bytes()
+        elif path.name == "log.jsonl":
+            found[name] = without_times(path)
+    return found
+
+
+def lives(argv: list[str], delays, *, limit: float = 240) -> tuple[int, int]:
+    """Run train.py in children forked from this process, killing them after each delay, until one ends: (kills, exit status)."""
+    kills = 0
+    for delay in [*delays, None]:
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:                                      # a fork has torch imported already
+            status = 70
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                status = train.main(argv)
+            finally:
+                os._exit(status)
+        end = time.time() + (limit if delay is None else delay)
+        while time.time() < end:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return kills, os.waitstatus_to_exitcode(status)
+            time.sleep(0.002)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills += 1
+    raise AssertionError(f"no life of {argv} ended within {limit} s")
+
+
+RUNS = {
+    "sft": ["--stage", "sft", "--steps", "12", "--batch-size", "4", "--dropout", "0.1", "--micro-tokens", "120", "--no-evaluate", "--save-every", "1"],
+    "cut": ["--stage", "cut", *JUDGED[:2], "--steps", "8", *JUDGED[4:], "--dropout", "0.1", "--no-evaluate", "--save-every", "1"],
+    "rounds": ["--stage", "cut", *JUDGED[:2], "--steps", "6", *JUDGED[4:], "--rounds", "2", "--no-evaluate", "--save-every", "2"],
+    "cat": ["--stage", "cat", "--steps", "8", "--sft-steps", "4", "--batch-size", "4", "--dropout", "0.1", "--no-compare", "--no-evaluate", "--save-every", "1"],
+    "dpo": ["--stage", "dpo", "--steps", "8", "--sft-steps", "4", "--batch-size", "4", "--no-compare", "--no-evaluate", "--save-every", "1"],
+    "ppo": ["--stage", "ppo", "--steps", "12", "--sft-steps", "4", "--batch-size", "4", "--rollouts", "8", "--no-fit-reward", "--judge", "rule", "--pool-per-task", "4",
+            "--wordings", "3", "--kl-target", "0.1", "--no-compare", "--no-evaluate", "--save-every", "1"],
+    "full": ["--stage", "sft", "--steps", "6", "--batch-size", "4", "--full", "--no-evaluate", "--save-every", "1"],
+}
+
+
+def command(world, out, name):                              # noqa: F811
+    """A run of RUNS with its files."""
+    more = ["--candidates", str(world / "candidates.jsonl")] if name in ("cat", "dpo") else []
+    if more and not (world / "candidates.jsonl").exists():
+        planted(world, world / "candidates.jsonl")
+    return [*arguments(world, out), *RUNS[name], *more]
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):                         # noqa: F811
+    """name -> (what its run leaves when nothing stops it, seconds), made once."""
+    made = {}
+
+    def run(name):
+        if name not in made:
+            torch.set_num_threads(1)
+            out, start = tmp_path_factory.mktemp(name), time.time()
+            assert lives(command(world, out, name), []) == (0, 0)
+            made[name] = leftovers(out), time.time() - start
+        return made[name]
+    return run
+
+
+# Resume --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in ("sft", "ppo", "rounds") else pytest.mark.faults) for name in RUNS])
+def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(name, world, whole, tmp_path):     # noqa: F811
+    wanted, seconds = whole(name)
+    seed = random.randrange(10**6)
+    delays = [random.Random(f"{seed}/{k}").uniform(0.05, 0.7) * seconds for k in range(3)]
+    kills, status = lives(command(world, tmp_path, name), delays)
+    assert status == 0, f"seed {seed}"
+    assert leftovers(tmp_path) == wanted, f"seed {seed}, {kills} kills after {delays}"
+    assert not list(tmp_path.rglob("checkpoints"))          # a finished stage has removed them
+
+
+class Stopped(BaseException):
+    """Ends a run at a chosen step, as a kill does."""
+
+
+def stop_after(monkeypatch, step: int) -> None:
+    """train.train dies when the log has `step` rows of the run's own stage; whatever was saved before stays."""
+    real = train.log_step
+
+    def log_step(path, cfg, number, *rest, **more):
+        real(path, cfg, number, *rest, **more)
+        if path.parent == Path(cfg.out) and not path.parent.name.startswith("sft") and number + 1 == step:
+            raise Stopped
+    monkeypatch.setattr(train, "log_step", log_step)
+
+
+@pytest.mark.parametrize("name, steps", [("cat", (1, 3, 7)), ("ppo", (2, 4, 5, 11)), ("cut", (5,)), ("full", (3,)), ("dpo", (4,))])
+def test_a_run_stopped_at_each_step_resumes_there(name, steps, world, whole, tmp_path, monkeypatch, capsys):     # noqa: F811
+    """In the middle of an epoch, of a phase, and at a phase's border: the row after the last checkpoint is run again."""
+    wanted, _ = whole(name)
+    for step in steps:
+        out = tmp_path / str(step)
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            stop_after(patch, step)
+            train.main(command(world, out, name))
+        saved = train.saved_steps(out)
+        assert len(saved) == min(step - 1, train.KEPT) and not list(out.rglob(".*.part"))
+        capsys.readouterr()
+        assert train.main(command(world, out, name)) == 0
+        assert (f"resuming at step {step - 1}." in capsys.readouterr().out) == (step > 1)
+        assert leftovers(out) == wanted
+
+
+@pytest.mark.parametrize("what", ["weights", "moments", "adam's step", "random state", "beta", "phase"])
+def test_whatever_a_checkpoint_leaves_out_is_missed(what, world, whole, tmp_path, monkeypatch):     # noqa: F811
+    """The control: with one part of the state not restored the same comparison fails."""
+    name, step = ("ppo", 4) if what in ("beta", "phase") else ("sft", 7)
+    wanted, _ = whole(name)
+    argv = command(world, tmp_path, name)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, step + 1)
+        train.main(argv)
+    real_load = train.load_checkpoint
+
+    def load(run, optimizer, place, groups):
+        before = {name: p.detach().clone() for name, p in train.trained(run.model).items()}
+        state = torch.get_rng_state()
+        found = real_load(run, optimizer, place, groups)
+        if what == "weights":
+            with torch.no_grad():
+                for key, p in train.trained(run.model).items():
+                    p.copy_(before[key])
+        for slots in optimizer.state.values():
+            if what == "moments":
+                slots["exp_avg_sq"] = slots["exp_avg_sq"].bfloat16().float()
+            if what == "adam's step":
+                slots["step"] = torch.zeros_like(slots["step"])
+        if what == "random state":
+            torch.set_rng_state(state)
+        if what == "beta":
+            run.memory["beta"] = run.cfg.kl_beta
+        if what == "phase":
+            run.memory["phase"] = 0
+        return found
+    monkeypatch.setattr(train, "load_checkpoint", load)
+    assert train.main(argv) == 0
+    assert leftovers(tmp_path) != wanted
+
+
+@pytest.fixture(scope="module")
+def stopped_run(world, tmp_path_factory):                   # noqa: F811
+    """The folder of a run that was stopped behind the checkpoints of its steps 5 and 6."""
+    out = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        torch.set_num_threads(1)
+        stop_after(patch, 7)
+        train.main(command(world, out, "sft"))
+    assert [place.name for place in train.saved_steps(out)] == ["step-000006", "step-000005"]
+    return out
+
+
+@pytest.fixture()
+def stopped(stopped_run, world, tmp_path):                  # noqa: F811
+    """The command that goes on with a copy of it."""
+    shutil.copytree(stopped_run, tmp_path, dirs_exist_ok=True)
+    return command(world, tmp_path, "sft")
+
+
+def spoil(file: Path, how: str) -> None:
+    """Damage a file."""
+    blob = file.read_bytes()
+    if how == "deleted":
+        return file.unlink()
+    middle = len(blob) // 2
+    file.write_bytes({"empty": b"", "cut": blob[:-1], "flipped": blob[:middle] + bytes([blob[middle] ^ 1]) + blob[middle + 1:]}[how])
+
+
+SAVED = ("weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json", "manifest.json")
+QUICK = {("weights.safetensors", "flipped"), ("optimizer.safetensors", "deleted"), ("state.json", "cut"), ("manifest.json", "empty")}
+
+
+@pytest.mark.parametrize("name, how", [pytest.param(name, how, marks=() if (name, how) in QUICK else pytest.mark.faults)
+                                       for name in SAVED for how in ("deleted", "empty", "cut", "flipped") if (name, how) != ("manifest.json", "flipped")])
+def test_a_damaged_checkpoint_is_told_and_passed_over(name, how, stopped, whole, tmp_path, capsys):
+    spoil(tmp_path / "checkpoints/step-000006" / name, how)
+    (tmp_path / "checkpoints/.tmp-000007-1").mkdir()        # of a process that was killed while it wrote
+    assert train.main(stopped) == 0
+    said = capsys.readouterr().out
+    assert said.count("warning: ") == 1 and f"warning: checkpoint step-000006 is incomplete ({name}" in said
+    assert "resuming from step-000005." in said and "resuming at step 5." in said
+    assert leftovers(tmp_path) == whole("sft")[0] and not (tmp_path / "checkpoints").exists()
+
+
+def test_no_whole_checkpoint_is_one_sentence(stopped, tmp_path, capsys):
+    for place in train.saved_steps(tmp_path):
+        spoil(place / "optimizer.safetensors", "flipped")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "run.lock"}
+    assert train.main(stopped) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no checkpoint in" in error and "optimizer.safetensors: checksum differs" in error
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "run.lock"}
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (["--lr", "0.1"], "lr was 0.0002, now 0.1"), (["--seed", "7"], "seed was 0, now 7"), (["--rank", "4"], "rank was 16, now 4"), (["--steps", "13"], "steps was 12, now 13"),
+    (["--stage", "sft-ia"], "stage was sft, now sft-ia")])
+def test_other_settings_do_not_go_on_with_a_checkpoint(change, sentence, stopped, tmp_path, capsys):
+    assert train.main([*stopped, *change]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and sentence in error and train.saved_steps(tmp_path)
+
+
+def test_settings_that_change_no_result_may_change(stopped, whole, tmp_path):
+    assert train.main([*stopped, "--save-every", "0"]) == 0
+    assert leftovers(tmp_path) == whole("sft")[0]
+
+
+def test_changed_inputs_and_a_lost_log_are_refused(stopped, world, tmp_path, capsys):     # noqa: F811
+    shutil.copytree(world / "tasks", tmp_path / "tasks")
+    file = tmp_path / "tasks/colour.json"
+    file.write_text(file.read_text().replace("hat 1", "cap 1"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tasks": str(tmp_path / "tasks")}))     # the same path, other bytes
+    place = stopped.index("--tasks") + 1
+    assert train.main([*stopped[:place], str(tmp_path / "tasks"), *stopped[place + 1:]]) == 2
+    assert "was trained on other documents than these inputs give" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "log.jsonl").unlink()
+    assert train.main(stopped) == 2 and "log.jsonl is shorter than when the last checkpoint was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_are_synced_before_their_folder_is_renamed_and_have_the_umasks_mode(umask, world, tmp_path, monkeypatch):     # noqa: F811
+    calls, old = [], os.umask(umask)
+    for name in ("fsync", "rename", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append((name, os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync"
+                                                                                         else str(args[0]))), real(*args))[1])
+    real_rmtree, modes = shutil.rmtree, set()
+
+    def rmtree(path, *args, **more):
+        modes.update(file.stat().st_mode & 0o777 for file in Path(path).rglob("*.*") if file.is_file())
+        real_rmtree(path, *args, **more)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    try:
+        argv = command(world, tmp_path, "sft")
+        argv[argv.index("--save-every") + 1] = "6"
+        assert train.main(argv) == 0
+    finally:
+        os.umask(old)
+    assert modes == {0o666 & ~umask}
+    renamed = next(i for i, (name, path) in enumerate(calls) if name == "rename" and ".tmp-" in path)
+    part = calls[renamed][1]
+    assert calls[renamed - 1] == ("fsync", part) and calls[renamed + 1] == ("fsync", str(tmp_path / "checkpoints"))
+    synced = {Path(path).name.lstrip(".").split(".")[0] for name, path in calls[:renamed] if name == "fsync" and Path(path).parent == Path(part)}
+    assert synced == {"weights", "optimizer", "random", "state", "manifest"}
+    assert Path([path for name, path in calls[:renamed] if name == "replace" and path.startswith(part)][-1]).name.startswith(".manifest.json")    # last
+
+
+@pytest.mark.parametrize("call", [pytest.param("fsync", marks=pytest.mark.faults), pytest.param("replace", marks=pytest.mark.faults), "rename", "mkdir"])
+def test_a_save_that_fails_leaves_the_one_before(call, world, whole, tmp_path, monkeypatch, capsys):     # noqa: F811
+    """The n-th such call of a save has no room on the disk, n = 1, 2, ...: one sentence, and the next run goes on from the last whole one."""
+    failed = 0
+    for n in range(1, 12):
+        out, count = tmp_path / str(n), [0]
+        argv = command(world, out, "sft")
+        with monkeypatch.context() as patch:
+            owner = Path if call == "mkdir" else os
+            real, real_write = getattr(owner, call), train.write_checkpoint
+
+            def broken(*args, **more):
+                if count[0] >= 0 and saving[0]:
+                    count[0] += 1
+                    if count[0] == n:
+                        raise OSError(28, "No space left on device", str(out))
+                return real(*args, **more)
+            saving = [False]
+
+            def write(run, stage, optimizer, groups, done, states):
+                saving[0] = done["step"] == 4
+                try:
+                    real_write(run, stage, optimizer, groups, done, states)
+                finally:
+                    saving[0] = False
+            patch.setattr(owner, call, broken)
+            patch.setattr(train, "write_checkpoint", write)
+            status = train.main(argv)
+        error = capsys.readouterr().err
+        if status == 0:
+            break
+        failed += 1
+        assert status == 1 and error.count("\n") == 1 and "No space left on device" in error
+        assert train.find_checkpoint(out) and not list((out / "checkpoints").glob(".tmp-*"))
+        assert train.main(argv) == 0 and leftovers(out) == whole("sft")[0]
+    assert failed == {"fsync": 7, "replace": 5, "rename": 1, "mkdir": 1}[call]
+
+
+# One process per run folder ------------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_use_is_refused_until_its_process_ends(world, tmp_path, capsys):     # noqa: F811
+    code = f"import sys, time, train; lock = train.in_use(train.Path({str(tmp_path)!r})); lock.__enter__(); print('held', flush=True); time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        argv = command(world, tmp_path, "sft")
+        assert train.main(argv) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"{tmp_path} is in use by process {holder.pid} on " in error
+        assert {path.name for path in tmp_path.iterdir()} == {"run.lock"}
+    finally:
+        holder.kill()
+        holder.wait()
+    assert train.main(argv) == 0                            # after kill -9 the lock is free
+
+
+# Numbers -------------------------------------------------------------------------------------------------------------
+
+
+def poisoned(monkeypatch, name: str, step: int, value: float, where: str) -> None:
+    """From `step` on the loss of the named record is `value` or, `where` gradient, finite with a gradient that is not."""
+    real_collate, real = train.collate, train.token_step
+
+    def collate(groups, device):
+        return {**real_collate(groups, device), "bad": any(group["name"] == name for group in groups)}
+
+    def token_step(model, batch, cfg):
+        terms = real(model, batch, cfg)
+        if batch["bad"] and batch["step"] >= step:
+            p = next(p for p in model.parameters() if p.requires_grad)
+            terms["ce"] = terms["ce"] + ((p * 0).sum() + value if where == "loss" else (p - p.detach()).abs().sum().sqrt() * 0 if where == "gradient" else value * p.sum())
+        return terms
+    monkeypatch.setattr(train, "collate", collate)
+    monkeypatch.setitem(train.STAGES, "sft", train.dataclasses.replace(train.STAGES["sft"], step=token_step))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("where, value", [("loss", float("nan")), ("loss", float("inf")), ("gradient", 0.0), ("large", 3e38)])
+def test_a_bad_number_changes_no_bit_and_names_its_record(where, value, ranks, world, tmp_path, monkeypatch, capfd):     # noqa: F811
+    argv = command(world, tmp_path, "sft")
+    run = train.make_run(train.parse_config(argv))
+    names = [group["name"] for group in train.sft_groups(run, 0)]
+    steps = [[names[i] for i in data.batch_indices(len(names), 4, step, 0)] for step in range(12)]
+    step = next(k for k in range(5, 12) if sum(names[0] in chosen for chosen in steps[5:k + 1]) == 1)
+    poisoned(monkeypatch, names[0], 5, value, where)
+    real, seen = train.save_checkpoint, tmp_path / "weights"
+
+    def save(run, stage, optimizer, groups, done):
+        real(run, stage, optimizer, groups, done)
+        if train.ranks()[0] == ranks - 1 and done["step"] == step:      # the last rank's weights and moments before the bad step ...
+            kept.extend([(p, p.detach().clone()) for p in train.trained(run.model).values()])
+            kept.extend([(x, x.clone()) for slots in optimizer.state.values() for x in slots.values()])
+    kept = []
+    real_complain = train.complain
+
+    def complain(message):
+        seen.write_text(str(bool(kept) and all(torch.equal(a, b) for a, b in kept)))     # ... are there when it gives up
+        return real_complain(message)
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    monkeypatch.setattr(train, "complain", lambda message: complain(message) if train.ranks()[0] == ranks - 1 else real_complain(message))
+    capfd.readouterr()
+    statuses = together(argv, ranks) if ranks > 1 else [train.main(argv)]
+    error = capfd.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert statuses == [1] * ranks and len(lines) == 1 and "Traceback" not in error
+    assert f"step {step} of sft gave a non-finite" in lines[0] and f"Last checkpoint: step {step}." in lines[0] and names[0] in lines[0]
+    assert where != "loss" or f"records {names[0]})" in lines[0]            # and no other
+    assert seen.read_text() == "True"
+
+
+def together(argv: list[str], size: int, *, limit: float = 240) -> list[int]:
+    """train.py as `size` gloo processes, forked from this one: their exit statuses."""
+    port, children = free_port(), []
+    for rank in range(size):
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            status = 70
+            try:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                status = train.main(argv)
+            except SystemExit as stop:
+                status = int(stop.code or 0)
+            finally:
+                os._exit(status)
+        children.append(child)
+    statuses, end = {}, time.time() + limit
+    while len(statuses) < size and time.time() < end:
+        for child in set(children) - statuses.keys():
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                statuses[child] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    for child in set(children) - statuses.keys():
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        statuses[child] = -signal.SIGKILL
+    return [statuses[child] for child in children]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_clipping_alone_would_have_spread_it():
+    """The control: AdamW behind the usual clipping, with one bad element in one gradient, spoils every weight."""
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = torch.optim.AdamW(weights, lr=0.1)
+    for p in weights:
+        p.grad = torch.ones(3)
+    weights[0].grad[1] = float("nan")
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    optimizer.step()
+    assert all(p.isnan().all() for p in weights)
+
+
+def test_rows_without_a_target_add_nothing(world, tmp_path):             # noqa: F811
+    run = train.make_run(train.parse_config(command(world, tmp_path, "sft")))
+    run.model, groups = train.trainable(run.cfg, None), train.sft_groups(run, 0)[:3]
+    empty = [{"documents": [{**group["documents"][0], "labels": [data.IGNORE_INDEX] * len(group["documents"][0]["labels"])}], "name": "empty"} for group in groups]
+    stage, found = train.STAGES["sft"], []
+    for batch in ([groups], [groups + empty], [groups, empty]):
+        run.model.zero_grad()
+        means = train.backward(run.model, stage, [train.collate(part, "cpu") for part in batch], run.cfg)
+        found.append((means["ce"], torch.cat([p.grad.flatten() for p in train.trained(run.model).values()])))
+    assert all(means == pytest.approx(found[0][0]) and torch.allclose(grads, found[0][1], atol=1e-7) for means, grads in found)
+    run.model.zero_grad()
+    assert train.backward(run.model, stage, [train.collate(empty, "cpu")], run.cfg) == {"ce": 0}
+    assert all(p.grad is None or not p.grad.any() for p in train.trained(run.model).values())
+
+
+def test_planted_spikes_are_found_and_clean_losses_are_not_flagged():
+    rng, flagged, false_alarms = random.Random(0), 0, 0
+    planted_at, recent = set(rng.sample(range(20, 2020), 20)), []
+    for step in range(2020):
+        loss = (2 * 0.999 ** step + 0.5) * rng.lognormvariate(0, 0.15)
+        if step in planted_at:
+            flagged += train.is_spike(50 * loss, recent)
+            continue                                        # what came of it in a real run is not known here
+        false_alarms += train.is_spike(loss, recent)
+        recent = [*recent, loss][-10:]
+    assert flagged == 20 and false_alarms == 0
+
+
+def test_a_spike_is_flagged_in_the_log_with_its_records(world, tmp_path, monkeypatch):     # noqa: F811
+    real = train.backward
+    steps = iter(range(100))
+    monkeypatch.setattr(train, "backward", lambda *args: {k: v * (50 if next(steps) == 10 else 1) for k, v in real(*args).items()})
+    assert train.main(command(world, tmp_path, "sft")) == 0
+    log = data.read_records(tmp_path / "log.jsonl")
+    assert [row["step"] for row in log if "spike" in row] == [10] and ("colour/" in log[10]["spike"] or "person/" in log[10]["spike"])
