@@ -466,7 +466,7 @@ def test_rows_without_a_target_add_nothing(world, tmp_path):             # noqa:
         run.model.zero_grad()
         means = train.backward(run.model, stage, [train.collate(part, "cpu") for part in batch], run.cfg)
         found.append((means["ce"], torch.cat([p.grad.flatten() for p in train.trained(run.model).values()])))
-    assert all(means == pytest.approx(found[0][0]) and torch.allclose(grads, found[0][1], atol=1e-7) for means, grads in found)
+    assert all(means == pytest.approx(found[0][0]) and torch.allclose(grads, found[0][1], atol=2e-6) for means, grads in found)
     run.model.zero_grad()
     assert train.backward(run.model, stage, [train.collate(empty, "cpu")], run.cfg) == {"ce": 0}
     assert all(p.grad is None or not p.grad.any() for p in train.trained(run.model).values())
