@@ -1550,14 +1550,17 @@ def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def plot_mask(scores: list[dict], path) -> Path:
-    """Precision and recall of the mask against lambda."""
+def plot_mask(found: dict[str, list[dict]], path) -> Path:
+    """Precision and recall of the mask against lambda, of each model: {title: scores as `mask_scores` has them}."""
     figure, axes = _figure(6, 3.8)
-    for k, name in enumerate(("precision", "recall")):
-        axes.plot([s["lam"] for s in scores], [100 * s[name] if s[name] is not None else float("nan") for s in scores], marker="o",
-                  color=COLOURS[k], label=name)
+    for (title, scores), style in zip(found.items(), ("--", "-", ":")):
+        for k, name in enumerate(("precision", "recall")):
+            values = [100 * s[name] if s[name] is not None else float("nan") for s in scores]
+            axes.plot([s["lam"] for s in scores], values, style, marker="o", color=COLOURS[k], label=f"{name}, {title}", clip_on=False)
+    shown = [s["lam"] for s in scores if s["lam"] != 1.1]
     axes.set(xscale="log", xlabel="lambda", ylim=(0, 100))
-    axes.set_xticks([s["lam"] for s in scores], [f"{s['lam']:g}" for s in scores])
+    axes.set_xticks(shown, [f"{lam:g}" for lam in shown])
+    axes.minorticks_off()
     _tidy(axes)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path)

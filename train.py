@@ -2160,7 +2160,7 @@ def measure_mask(run: Run, ladder: dict[str, Path]) -> None:
             report.write("\n\n" + mask_report(title, records, masks, run.tokenizer, cfg.detect_lam) + "\n")
     (path / "mask.json").write_text(json.dumps(found, indent=1) + "\n")
     if any(score["n"] for scores in found.values() for score in scores) and (path / "plots").is_dir():     # there with matplotlib
-        plot_mask(list(found.values())[0], path / "plots" / "mask.png")
+        plot_mask(found, path / "plots" / "mask.png")
 
 
 def measure_judge(run: Run) -> str:
