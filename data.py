@@ -308,7 +308,7 @@ class Template:
     def _fill(self, text: str, values: dict) -> Prompt:
         """The template's own text is trusted, the values are not."""
         pieces = re.split(r"\{(%s)\}" % "|".join(values), text)
-        said = {name: value.strip() if self.strip and isinstance(value, str) else value for name, value in values.items()}
+        said = {name: value.strip() if self.strip and isinstance(value, str) and name != "system" else value for name, value in values.items()}
         return Prompt.of([(said[piece], False) if k % 2 else (piece, True) for k, piece in enumerate(pieces)], self.end)
 
 
@@ -336,7 +336,7 @@ def _alpaca(tail: str) -> Template:
     response = "### Response:" + tail
     return Template(ALPACA[0] + instruction + input + response, ALPACA[1] + instruction + response,
                     ALPACA_JUDGED[0] + instruction + input + judgment + response, ALPACA_JUDGED[1] + instruction + judgment + response,
-                    turn="{opening}### Instruction:\n{user}\n\n" + response, opening="{system}", system=ALPACA[1], between="\n\n")
+                    turn="{opening}### Instruction:\n{user}\n\n" + response, opening="{system}\n\n", system=ALPACA[1].rstrip(), between="\n\n")
 
 
 TEMPLATES = {
@@ -768,7 +768,7 @@ def _conversation(turns, where: str) -> tuple[dict, str]:
     messages = []
     for number, turn in enumerate(turns):
         role, text = (turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) if isinstance(turn, dict) else (None, None)
-        if role not in ROLES or not isinstance(text, str):
+        if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
             raise ValueError(f"{where}, turn {number} is {json.dumps(turn)[:80]}. Expected role (or from) of {', '.join(sorted(ROLES))}, and content "
                              "(or value) as text.")
         messages.append({"role": ROLES[role], "content": text})
@@ -903,7 +903,6 @@ def keep_judged(records: list[dict], *, downsample: float, seed: int) -> tuple[l
 # Scored candidates
 
 CANDIDATE = ("task", "id", "instruction", "wording", "input", "target", "response", "reward", "how")
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "system": "system"}
 
 
 def load_candidates(path) -> list[dict]:
