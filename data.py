@@ -110,6 +110,8 @@ class Tokenizer:
         """[text, id, text, id, ..., text]: the ids of added tokens, and of control tokens where the part is trusted."""
         runs = [""]
         for text, trusted in parts:
+            if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ValueError(f"{ascii(text[:60])} holds half of a character (a lone surrogate), which no tokenizer takes. Mend it where it comes from.")
             names = self.special | self.added if trusted else self.added
             pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
             for k, piece in enumerate(re.split(f"({pattern})", text) if names else [text]):

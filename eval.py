@@ -1597,6 +1597,7 @@ def load_models(config: EvalConfig, adapters: list[str] | None = None):
         if adapter:
             load_adapter(model, adapter)
             model = merge_lora(model, in_place=True) if mergeable(model) else model.eval()
+            model.config.prompt_template = adapter_template(adapter) or model.config.prompt_template
             if Path(adapter, VALUE_HEAD).exists():
                 add_head(model).load_state_dict(load_file(Path(adapter, VALUE_HEAD)))
         yield adapter or Path(config.model).name, model, tokenizer
@@ -1631,8 +1632,9 @@ def merge(config: EvalConfig, dtype: str | None) -> None:
             after = merge_lora(model, in_place=True)(ids).float()
         print(f"merged {config.adapter[0]}: logits differ from the unmerged ones by at most {(before - after).abs().max():.1e} "
               f"(largest logit {before.abs().max():.1f}).")
-    if config.template and not config.template.endswith(".json"):
-        model.config.prompt_template = config.template
+    template = config.template or (adapter_template(config.adapter[0]) if config.adapter else "")
+    if template and not template.endswith(".json"):
+        model.config.prompt_template = template
     if config.layout == "meta":
         save_meta(model, target)
         (target / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
@@ -1673,6 +1675,15 @@ CHAT_HELP = """/reset            begin a new conversation
 /quit             leave, as the end of the input does"""
 
 
+def adapter_template(folder) -> str:
+    """The template that an adapter of ours was trained with, from its run's config.json; "" where that says nothing."""
+    try:
+        found = json.loads(Path(folder, "config.json").read_text(encoding="utf-8")).get("template")
+    except (OSError, ValueError, AttributeError):           # another program's adapter
+        return ""
+    return found if isinstance(found, str) else ""
+
+
 def chat(config: EvalConfig) -> None:
     """Read lines, print answers as they come. The adapter stays apart, so that it can be switched off."""
     import torch
@@ -1686,7 +1697,7 @@ def chat(config: EvalConfig) -> None:
     check_tokenizer(config, model, tokenizer)
     if config.adapter:
         load_adapter(model, config.adapter[0])
-    name = config.template or model.config.prompt_template or "alpaca"
+    name = config.template or (adapter_template(config.adapter[0]) if config.adapter else "") or model.config.prompt_template or "alpaca"
     print(f"{config.model}{' with ' + config.adapter[0] if config.adapter else ''}, template {name}. /help lists the commands.")
     messages, on, temperature = [], bool(config.adapter), config.temperature
     for line in iter(lambda: _ask("> "), None):
@@ -1703,8 +1714,13 @@ def chat(config: EvalConfig) -> None:
             print(CHAT_HELP if config.adapter else CHAT_HELP.replace("/adapter on|off   with", "(no --adapter)    with"))
         elif line.strip():
             messages.append({"role": "user", "content": line})
-            with disabled(model) if not on else nullcontext():
-                answer = _say_answer(model, tokenizer, find_template(name), messages, config, temperature)
+            try:
+                with disabled(model) if not on else nullcontext():
+                    answer = _say_answer(model, tokenizer, find_template(name), messages, config, temperature)
+            except (KeyboardInterrupt, ValueError) as error:        # the line is forgotten, the conversation goes on
+                print(f"\n({str(error) or 'stopped'})")
+                messages.pop()
+                continue
             messages.append({"role": "assistant", "content": answer})
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import re
 import subprocess
 import sys
@@ -132,6 +133,32 @@ def test_chat_remembers_and_forgets(monkeypatch, capsys):
     found = answers(said)
     assert found[:2] == [first, second] and found[2] == evaluation.complete(model, tokenizer, [plain.render("who ?")], max_new_tokens=8)[0].text
     assert "the oldest turn is forgotten" in said and len(re.findall(r"\(\d+ tokens", said)) == 5
+
+
+def test_chat_goes_on_after_an_interrupt_and_after_a_line_that_is_no_text(monkeypatch, capsys):
+    import model as language_model
+    line, calls, generate = "name the colour .", [], language_model.generate
+
+    def interrupted(*given, **more):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return generate(*given, **more)
+    monkeypatch.setattr(language_model, "generate", interrupted)
+    said = talk(monkeypatch, capsys, [line, "half \ud800", line])
+    assert "(stopped)" in said and "lone surrogate" in said and len(calls) == 2
+
+
+def test_an_adapter_is_asked_in_the_template_it_was_trained_with(adapter, tmp_path, monkeypatch, capsys):
+    own = tmp_path / "own"
+    shutil.copytree(adapter, own)
+    (own / "config.json").write_text(json.dumps({"template": "vicuna"}))
+    assert "template vicuna" in talk(monkeypatch, capsys, [], "--adapter", str(own))
+    assert "template plain" in talk(monkeypatch, capsys, [], "--adapter", str(own), "--template", "plain")
+    config = evaluation.EvalConfig(model=str(DEMO), adapter=[str(own)])
+    assert [model.config.prompt_template for _, model, _ in evaluation.load_models(config)] == ["plain", "vicuna"]
+    (own / "config.json").write_text("[]")                  # another program's
+    assert evaluation.adapter_template(own) == "" == evaluation.adapter_template(tmp_path)
 
 
 def test_chat_on_a_quantised_model(adapter, monkeypatch, capsys):
