@@ -238,22 +238,17 @@ def test_canaries_know_what_was_not_said(world, tmp_path, capsys):  # noqa: F811
     assert (tmp_path / "run/candidates.jsonl").exists() and not (tmp_path / "run/canaries.json").exists()
 
 
-def test_limits_hold_for_the_run_and_usage_is_told_however_it_ends(world, tmp_path, capsys):        # noqa: F811
-    """A labeller has its own client, but not its own limit; and a run that is stopped says what it cost."""
-    argv = http_cat(world, tmp_path / "run", "URL", "--max-requests", "20")
-    argv[argv.index("cat")] = "rlaif"
-    with ChatServer(lambda request, number: truthful(request) if "Output (a)" not in request["messages"][-1]["content"] else {"body": completion("hm")}) as server:
-        argv[argv.index("URL")] = server.url
-        while train.main([*argv, "--labels", "letters"]) == 1:
-            said = capsys.readouterr()
-            assert "--max-requests 20 is reached" in said.err and said.out.rstrip().splitlines()[-1].startswith("judge m: ")
-            told = [int(n) for n in re.findall(r"judge m: (\d+) requests", said.out)]
-            assert sum(told) == 20                                  # of all clients together
-            if len(told) == 2 and all(told):
-                break
-        else:
-            pytest.fail("the labeller was never under a limit")
-    assert judging.RUN.requests == 0 and judging.RUN.clients == []
+def test_limits_hold_for_the_run_and_usage_is_told_however_it_ends(tmp_path, capsys):
+    from judge import RUN, JudgeStopped, make_question
+    with ChatServer() as server:
+        flags = evaluation.JudgeFlags(judge_model="m", judge_url=server.url, max_requests=6)
+        one, two = evaluation.make_client(flags, tmp_path / "a"), evaluation.make_client(flags, tmp_path / "b")
+        one.ask([make_question(f"say {k}", {}) for k in range(4)])
+        with pytest.raises(JudgeStopped, match="--max-requests 6 is reached"):
+            two.ask([make_question(f"say {k}", {}) for k in range(4)])
+        assert len(server.requests) == RUN.requests == 6
+    RUN.close(print)
+    assert capsys.readouterr().out.count("judge m: ") == 2 and RUN.requests == 0 and RUN.clients == []
 
 
 def test_best_of_n_by_a_judge_behind_http(world, tmp_path, capsys):                 # noqa: F811
