@@ -641,7 +641,8 @@ def load_pairs(path) -> dict[str, list[dict]]:
         if not isinstance(rows, list) or not rows:
             raise ValueError(f"{file} holds no list. Expected a JSON list of {{input, output_1, output_2, label}}.")
         for number, row in enumerate(rows):
-            if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("input", "output_1", "output_2")) or row.get("label") not in (1, 2):
+            if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("input", "output_1", "output_2")) or not (
+                    type(row.get("label")) is int and row["label"] in (1, 2)):
                 raise ValueError(f"{file}, record {number} is {json.dumps(row)[:60]}. Expected input, output_1 and output_2 as text and a label 1 or 2.")
         if name in subsets:
             raise ValueError(f"{file}: subset {name!r} is there twice. Rename one of the files.")

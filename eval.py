@@ -78,6 +78,7 @@ class JudgeFlags:
     judge_deadline: float = flag(300.0, "seconds for a request with all its tries")
     judge_proxy: str = flag("", "proxy, http://host:port (those of the environment are not used)")
     judge_ca: str = flag("", "file of certificates to trust instead of the usual ones")
+    judge_max_tokens: int = flag(0, "let every answer of the judge have at least so many tokens, e.g. to think (0: as few as its verdict needs)")
     max_requests: int = flag(0, "stop before sending more requests than this (0: no limit)")
     budget: float = flag(0.0, "stop before spending more than this, at --price-in and --price-out (0: no limit)")
     price_in: float = flag(0.0, "price of a million prompt tokens")
@@ -668,7 +669,10 @@ def best_of_table(rewards: list[list[float]], truths: list[list[float]]) -> list
 
 
 def evaluate_best_of(config: EvalConfig, asked: list[dict], judge) -> None:
-    """Print and write best_of.json: per model, the exact answers among the best of n by exact rules, and by a reward model."""
+    """Print and write best_of.json: per model, the exact answers among the best of n by the judge, and by a reward model.
+
+    A question with a sample that the judge gave no reward is left out of its table.
+    """
     from data import find_template
 
     found, scorer = {}, None
@@ -681,14 +685,18 @@ def evaluate_best_of(config: EvalConfig, asked: list[dict], judge) -> None:
         items = [{**question, "instruction": "", "target": question["targets"][0], "targets": question["targets"],
                   "wording": question["wordings"][0], "response": answer.text} for question, made in zip(asked, answers) for answer in made]
         truths = [float(exact_match(item["response"], item["targets"])) for item in items]
-        choosers = {"exact rules": [verdict.reward for verdict in judge.judge(items)]}
+        choosers = {"exact rules" if config.judge == "rule" else judge.name: [verdict.reward for verdict in judge.judge(items)]}
         if scorer is not None:
             template = find_template(config.template or model.config.prompt_template or "alpaca")
             choosers["reward model"] = reward_scores(scorer, tokenizer, template, items)
         cut = [list(range(k, k + config.best_of)) for k in range(0, len(items), config.best_of)]
         for chooser, rewards in choosers.items():
-            rows = found.setdefault(name, {})[chooser] = best_of_table([[rewards[i] for i in part] for part in cut], [[truths[i] for i in part] for part in cut])
-            print(f"{name}, best of n by {chooser}, {len(asked)} questions:")
+            kept = [part for part in cut if all(rewards[i] is not None for i in part)]
+            if not kept:
+                raise ValueError(f"{chooser} left a sample of every question without a reward, so there is no best of n. Give another judge.")
+            rows = found.setdefault(name, {})[chooser] = best_of_table([[rewards[i] for i in part] for part in kept], [[truths[i] for i in part] for part in kept])
+            left = f" ({len(cut) - len(kept)} left out: a sample got no reward)" if len(kept) < len(cut) else ""
+            print(f"{name}, best of n by {chooser}, {len(kept)} questions{left}:")
             for row in rows:
                 print(f"  n {row['n']:4d} | KL <= {row['kl']:5.3f} nats | reward {row['reward']:6.3f} | exact {100 * row['truth']:5.1f} %")
     Path(config.out).mkdir(parents=True, exist_ok=True)
@@ -850,7 +858,7 @@ def marked(tokenizer, ids: list[int], flags: list[bool]) -> str:
 JUDGE_COLUMNS = {                                          # name in metrics.json: (column title, what it says)
     "accuracy": ("Acc", "share of verdicts that agree with people's label, mean of both orders"),
     "accuracy_both": ("Both", "share of instances that are right in both orders"),
-    "agreement": ("Agr", "share of instances with the same verdict in both orders"),
+    "agreement": ("Agr", "share of instances with the same verdict in both orders (two unread ones count as the same, as published)"),
 }
 
 
@@ -942,10 +950,13 @@ def self_preference(pairs: list[dict], winners: list[list], own: str) -> dict | 
 
 
 def retest_agreement(repeats: list[list[dict]]) -> dict | None:
-    """How often the same question gets the same verdict when it is asked again, mean over pairs of repeats; None for one."""
+    """How often the same question gets the same verdict when it is asked again, mean over pairs of repeats; None for one.
+
+    A verdict that cannot be read agrees with nothing.
+    """
     if len(repeats) < 2:
         return None
-    return bootstrap([float(np.mean([a["winners"][k] == b["winners"][k] for a, b in combinations(rows, 2) for k in (0, 1)])) for rows in zip(*repeats, strict=True)])
+    return bootstrap([float(np.mean([a["winners"][k] == b["winners"][k] is not None for a, b in combinations(rows, 2) for k in (0, 1)])) for rows in zip(*repeats, strict=True)])
 
 
 def average_metrics(subsets: dict[str, dict], names: list[str]) -> dict:
@@ -1012,7 +1023,7 @@ def check_judge(flags: JudgeFlags, *, asked: bool) -> None:
         from judge import chat_address, read_key
 
         client_config(flags, flags.judge_model.split(",")[0], "")
-        read_key(flags.judge_key_env, chat_address(flags.judge_url))
+        read_key(flags.judge_key_env, chat_address(flags.judge_url), flags.judge_proxy)
 
 
 def client_config(flags: JudgeFlags, model: str, cache: str):
@@ -1020,17 +1031,17 @@ def client_config(flags: JudgeFlags, model: str, cache: str):
     from judge import ClientConfig
 
     return ClientConfig(url=flags.judge_url, model=model.strip(), key_env=flags.judge_key_env, cache=cache, workers=flags.judge_workers,
-                        tries=flags.judge_tries, timeout=flags.judge_timeout, deadline=flags.judge_deadline, max_requests=flags.max_requests,
-                        budget=flags.budget, price_in=flags.price_in, price_out=flags.price_out, proxy=flags.judge_proxy, ca=flags.judge_ca)
+                        tries=flags.judge_tries, timeout=flags.judge_timeout, deadline=flags.judge_deadline, max_tokens=flags.judge_max_tokens,
+                        max_requests=flags.max_requests, budget=flags.budget, price_in=flags.price_in, price_out=flags.price_out, proxy=flags.judge_proxy, ca=flags.judge_ca)
 
 
 def make_client(flags: JudgeFlags, out, model: str = ""):
-    """The client that the flags describe, with its answers in --judge-cache or in `out`."""
-    from judge import ChatClient
+    """The client that the flags describe, with its answers in --judge-cache or in `out`; its limits are those of the run."""
+    from judge import RUN, ChatClient
 
     cache = Path(flags.judge_cache or Path(out) / "judge.jsonl")
     cache.parent.mkdir(parents=True, exist_ok=True)
-    return ChatClient(client_config(flags, model or flags.judge_model, str(cache)))
+    return ChatClient(client_config(flags, model or flags.judge_model, str(cache)), ledger=RUN)
 
 
 def make_judge(config: EvalConfig):
@@ -1040,21 +1051,21 @@ def make_judge(config: EvalConfig):
     if config.judge == "rule":
         return RuleJudge(rouge_threshold=config.rouge_threshold)
     client = make_client(config, config.out)
-    judge = HttpJudge(client.ask, max_unparsed=config.max_unparsed, name=f"http {client.name}")
-    judge.client = client
-    return judge
+    return HttpJudge(client.ask, max_unparsed=config.max_unparsed, name=f"http {client.name}")
 
 
 def evaluators(config: EvalConfig):
     """Yield (name, function from pairs and the number of the repeat to rows, client or None) for each evaluator asked for."""
     from data import find_template
-    from judge import PAIR_RULES, evaluate_by_rule, evaluate_pairs, find_strategy
+    from judge import PAIR_RULES, check_parse, evaluate_by_rule, evaluate_pairs, find_strategy
 
     if config.judge == "rule":
         for rule in config.strategy or PAIR_RULES:
             yield rule, lambda pairs, repeat, rule=rule: evaluate_by_rule(pairs, rule), None
         return
     strategies = {name: find_strategy(name) for name in config.strategy or ["rules"]}
+    for strategy in strategies.values():
+        check_parse(strategy, config.verdict_rule)
     if config.judge == "http":
         backends = [(model.strip(), make_client(config, config.out, model.strip())) for model in config.judge_model.split(",")]
     else:
@@ -1084,17 +1095,19 @@ def meta_evaluate(config: EvalConfig) -> None:
     usage = [client.usage() for client in clients.values()]
     report = write_judge_report(config.out, subsets, results, judged, {"judge": config.judge, "verdict_rule": config.verdict_rule, "usage": usage})
     print(judge_table(results))
-    for client in clients.values():
-        print(client.summary())
     print(f"report: {report}")
 
 
 def summarize_judge(subsets: dict[str, list], judged: dict[str, list], *, own: str = "", seed: int = 0) -> dict:
-    """{subset: judge_metrics and "retest", "Average", and with LLMBar's subsets "Adversarial"}."""
+    """{subset: judge_metrics and "retest", "Average", and with LLMBar's subsets "Adversarial"}.
+
+    The average is over LLMBar's five sets where all are there, else over all there are.
+    """
     found = {name: judge_metrics(pairs, judged[name][0], own=own, seed=seed) | {"retest": retest_agreement(judged[name])} for name, pairs in subsets.items()}
     adversarial = [name for name in ("Neighbor", "GPTInst", "GPTOut", "Manual") if name in subsets]
     means = {"Adversarial": average_metrics(found, adversarial)} if len(adversarial) == 4 else {}
-    return found | means | {"Average": average_metrics(found, list(subsets))}
+    published = ["Natural", *adversarial] if len(adversarial) == 4 and "Natural" in subsets else list(subsets)
+    return found | means | {"Average": average_metrics(found, published)}
 
 
 def judge_table(results: dict[str, dict], *, markdown: bool = False) -> str:
@@ -1205,6 +1218,7 @@ def write_paraphrases(config: EvalConfig) -> None:
     from judge import paraphrase
 
     client, out = make_client(config, config.out), Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)                  # before anything is paid for
     rows = paraphrase(client.ask, {task.name: task.definition for task in load_tasks(config.tasks or DEMO / "tasks")}, config.paraphrase, model=client.name)
     (out / "paraphrases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     kept = {}
@@ -1214,7 +1228,7 @@ def write_paraphrases(config: EvalConfig) -> None:
     (out / "paraphrases.json").write_text(json.dumps(kept, indent=1) + "\n")
     reasons = Counter(row["reason"] for row in rows if not row["kept"])
     print(f"{len(rows) - sum(reasons.values())} of {len(rows)} wordings kept" + (f"; dropped: {', '.join(f'{n} {why}' for why, n in reasons.items())}" if reasons else "")
-          + f".\n{client.summary()}\nwordings: {out / 'paraphrases.json'}")
+          + f".\nwordings: {out / 'paraphrases.json'}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1473,6 +1487,8 @@ def check_config(config: EvalConfig) -> None:
     if config.benchmark and not config.data:
         raise ValueError(f"--benchmark {config.benchmark} needs --data DIR, the folder with its instances.")
     check_judge(config, asked=config.judge == "http" or config.paraphrase > 0)
+    if (config.benchmark or config.paraphrase) and config.max_unparsed != JudgeFlags.max_unparsed:
+        raise ValueError("--max-unparsed stops no --benchmark or --paraphrase: they count unreadable verdicts in what they write. Leave it out.")
     given = [("--model", config.model), ("--tasks", config.tasks), ("--paraphrases", config.paraphrases),
              ("--show-mask", config.show_mask), ("--data", config.data), ("--instructions", config.instructions)]
     for flag, path in given + [("--adapter", path) for path in config.adapter]:
@@ -1765,10 +1781,10 @@ def main(argv=None) -> None:
     given = parse_flags(EvalConfig, argv)
     other = any(given.get(name) for name in ("tasks", "chat", "instructions", "merge"))
     config = EvalConfig(**({} if other else DEMO_DEFAULTS) | given)
+    from judge import RUN, JudgeStopped
+
     try:
         check_config(config)
-        from judge import JudgeStopped
-
         if config.merge:
             return merge(config, given.get("dtype"))
         if config.chat:
@@ -1793,6 +1809,7 @@ def main(argv=None) -> None:
             if reference is not None:
                 results[name]["kl"] = sampled_kl(model, reference, tokenizer, asked, config)
         report = write_report(config.out, results, tables)[2]
+        print(f"{summary_table(results)}\nreport: {report}")
         for name, found in results.items() if reference is not None else ():
             print(f"KL of {name} to {config.reference}: {found['kl']['mean']:.3f} nats per answer")
     except (ValueError, OSError) as error:
@@ -1800,9 +1817,8 @@ def main(argv=None) -> None:
     except JudgeStopped as error:
         complain(str(error))
         raise SystemExit(1) from None
-    if config.judge == "http":
-        print(judge.client.summary())
-    print(f"{summary_table(results)}\nreport: {report}")
+    finally:
+        RUN.close(print)
 
 
 if __name__ == "__main__":

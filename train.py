@@ -754,8 +754,6 @@ def collect_revisions(run: Run) -> None:
     todo, chunk = [record for record in unanswered(run) if candidate_key(record) not in done], 4 * cfg.eval_batch
     for start in tqdm(range(0, len(todo), chunk), desc="revise", unit="chunk", disable=None):
         data.append_records(path, judging.constitutional(client.ask, answered(run, todo[start:start + chunk]), principles, rounds=cfg.revisions, seed=cfg.seed))
-    if cfg.judge == "http":
-        say(client.summary())
 
 
 def constitutional_groups(run: Run) -> list[dict]:
@@ -924,26 +922,23 @@ def collect_candidates(run: Run, *, judged: bool = True) -> None:
         data.append_records(path, score_candidates(run, judge, todo[start:start + chunk]))
     if not judged:
         return
-    if cfg.judge != "rule" and not (run.folder / "canaries.json").exists():
+    if isinstance(judge, (judging.LocalJudge, judging.HttpJudge)) and not (run.folder / "canaries.json").exists():     # the others give no verdicts
         measure_canaries(run, judge, unanswered(run))
-    say_usage(judge)
+    judging.RUN.tell(say)
 
 
 def measure_canaries(run: Run, judge, items: list[dict]) -> None:
-    """canaries.json: how many answers without content the judge calls correct; more than 5 % are worth a warning."""
-    asked = judging.canary_items(items)
-    passed = sum(verdict.correct is True for verdict in judge.judge(asked))
-    low, high = wilson(passed, len(asked))
-    (run.folder / "canaries.json").write_text(json.dumps({"asked": len(asked), "passed": passed, "ci95": [low, high]}) + "\n")
-    if passed > 0.05 * len(asked):
-        say(f"warning: the judge called {passed} of {len(asked)} answers without content correct ({100 * passed / len(asked):.0f} %, 95 % interval "
-            f"{100 * low:.0f} to {100 * high:.0f} %); treat its scores with care.")
-
-
-def say_usage(judge) -> None:
-    """What a judge behind HTTP was asked, and what it cost."""
-    if hasattr(judge, "client"):
-        say(judge.client.summary())
+    """canaries.json: how many answers without content the judge calls correct, of those it gave a verdict on; above 5 % it warns."""
+    verdicts = judge.judge(judging.canary_items(items))
+    unread, passed = sum(verdict.how == "unparsed" for verdict in verdicts), sum(verdict.correct is True and verdict.how != "unparsed" for verdict in verdicts)
+    read = len(verdicts) - unread
+    interval = wilson(passed, read)
+    (run.folder / "canaries.json").write_text(json.dumps({"asked": len(verdicts), "unread": unread, "passed": passed, "ci95": interval}) + "\n")
+    if 2 * unread > len(verdicts):
+        say(f"warning: the judge gave no readable verdict on {unread} of {len(verdicts)} answers without content; whether they please it is unknown.")
+    if passed > 0.05 * read:
+        say(f"warning: the judge called {passed} of {read} answers without content correct ({100 * passed / read:.0f} %, 95 % interval "
+            f"{100 * interval[0]:.0f} to {100 * interval[1]:.0f} %); treat its scores with care.")
 
 
 def candidate_key(record: dict) -> tuple:
@@ -1014,9 +1009,7 @@ def make_judge(run: Run):
     config = judging.JudgeConfig(mode=cfg.reward_mode, steps=cfg.reward_steps, show_target=cfg.show_target)
     if cfg.judge == "http":
         client = make_client(cfg, run.folder)
-        judge = judging.HttpJudge(client.ask, config, max_unparsed=cfg.max_unparsed, name=f"http {client.name}")
-        judge.client = client
-        return judge
+        return judging.HttpJudge(client.ask, config, max_unparsed=cfg.max_unparsed, name=f"http {client.name}")
 
     def ask(prefixes, suffixes, keywords):
         return keyword_logprobs(run.model, run.tokenizer, prefixes, suffixes, keywords, batch_size=cfg.eval_batch,
@@ -1211,7 +1204,7 @@ def collect_judged(run: Run) -> None:
         spoken = [record for record in records if record["response"].strip()]
         empty += len(records) - len(spoken)
         data.append_records(path, [{**record, "judgment": judgment} for record, judgment in zip(spoken, critic.critique(spoken), strict=True)])
-    say_usage(critic)
+    judging.RUN.tell(say)
     if empty:
         say(f"{cfg.stage}: {empty} empty responses were not recorded.")
 
@@ -1249,10 +1242,7 @@ def make_critic(run: Run):
     """Who writes judgments: a server, rules, or the model with --critic's adapter (its own without)."""
     cfg = run.cfg
     if "http" in (cfg.judge, cfg.critic):
-        client = make_client(cfg, run.folder)
-        critic = judging.HttpCritic(client.ask)
-        critic.client = client
-        return critic
+        return judging.HttpCritic(make_client(cfg, run.folder).ask, max_unparsed=cfg.max_unparsed)
     if cfg.judge == "rule":
         return judging.RuleCritic()
     model = plain(load_trained(cfg, Path(cfg.critic))) if cfg.critic else plain(run.model)
@@ -2248,6 +2238,7 @@ def main(argv=None) -> int:
         complain(f"{place}{error.strerror or error}. What was finished is kept; give another --out, or make room, and run the same command again.")
         return 1
     finally:
+        judging.RUN.close(say)
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
