@@ -768,7 +768,7 @@ def _conversation(turns, where: str) -> tuple[dict, str]:
     messages = []
     for number, turn in enumerate(turns):
         role, text = (turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) if isinstance(turn, dict) else (None, None)
-        if role not in ROLES or not isinstance(text, str):
+        if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
             raise ValueError(f"{where}, turn {number} is {json.dumps(turn)[:80]}. Expected role (or from) of {', '.join(sorted(ROLES))}, and content "
                              "(or value) as text.")
         messages.append({"role": ROLES[role], "content": text})
@@ -903,7 +903,6 @@ def keep_judged(records: list[dict], *, downsample: float, seed: int) -> tuple[l
 # Scored candidates
 
 CANDIDATE = ("task", "id", "instruction", "wording", "input", "target", "response", "reward", "how")
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "system": "system"}
 
 
 def load_candidates(path) -> list[dict]:
