@@ -1785,6 +1785,15 @@ def activation_bytes(config, cfg: TrainConfig, dtype: torch.dtype, tokens: int) 
     return config.n_layers * tokens * config.dim * dtype.itemsize + block if cfg.checkpointing else config.n_layers * block
 
 
+def documents_per_group(cfg: TrainConfig) -> int:
+    """The most documents that a group of this stage holds; a step takes --batch-size groups."""
+    stage, worse = kind(cfg.stage), cfg.max_worse
+    if stage in ("cat", "dpo", "slic"):
+        return (2 * worse if cfg.condition == "worse" else 1 + worse) + (stage == "slic" and cfg.ce_target == "gold")
+    return {"rrhf": 1 + worse, "pro": 1 + worse, "reward": 2 if cfg.preferences else 1 + worse, "rso": cfg.rso_keep, "rlaif": 2,
+            "cut": 2 if cfg.use_l1 else 1, "forward": 2}.get(stage, 1)
+
+
 def estimate(cfg: TrainConfig) -> list[tuple[str, float, str]]:
     """(what, bytes or number, remark) of a run, from its flags and the shape of its model alone."""
     if not Path(cfg.model).exists() and cfg.model not in PRESETS and cfg.stage != "pretrain":
@@ -1794,42 +1803,48 @@ def estimate(cfg: TrainConfig) -> list[tuple[str, float, str]]:
         model = Llama(config)
     _, dtype = pick_device(cfg)
     dtype = torch.float32 if cfg.full else dtype
-    linears = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
+    named = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linears = [module for name, module in named.items() if ".layers." in name]
+    adapted = [module for name, module in named.items() if lora.matches(name, adapter_config(cfg).targets)]
     parameters, inside = sum(p.numel() for p in model.parameters()), sum(module.weight.numel() for module in linears)
     base = parameters * dtype.itemsize
     if cfg.quantize != "none":
         with torch.device("meta"):
             codes = [QuantLinear(m.in_features, m.out_features, cfg.quantize, dtype, "meta") for m in linears]
         base += sum(x.nbytes for module in codes for x in module.buffers()) - inside * dtype.itemsize
-    trained = parameters if cfg.full else sum(cfg.rank * (m.in_features + m.out_features) for m in linears)
+    trained = parameters if cfg.full else sum(cfg.rank * (m.in_features + m.out_features) for m in adapted)
     state = 12 if cfg.full else 16
-    logits = cfg.micro_tokens * config.vocab_size * (dtype.itemsize + (4 if dtype.itemsize == 4 else 8))
+    in_group = documents_per_group(cfg)
+    micro = max(cfg.micro_tokens, in_group * cfg.max_len)   # a group is never torn
+    logits = micro * config.vocab_size * (dtype.itemsize + (4 if dtype.itemsize == 4 else 8))
     cache = 2 * cfg.eval_batch * min(cfg.max_len, config.context) * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
     merged = 0 if cfg.full or cfg.quantize != "none" else base
-    training = base + state * trained + activation_bytes(config, cfg, dtype, cfg.micro_tokens) + logits
+    training = base + state * trained + activation_bytes(config, cfg, dtype, micro) + logits
     rows = [("parameters", parameters, f"{config.n_layers} layers, width {config.dim}, {config.vocab_size} pieces, {config.context} positions"),
             ("trained parameters", trained, "all" if cfg.full else f"adapters of rank {cfg.rank}, {100 * trained / parameters:.2f} %"),
             ("weights", base, cfg.quantize if cfg.quantize != "none" else str(dtype).removeprefix("torch.")),
             ("gradients and AdamW", state * trained, f"float32, {state} bytes for each trained parameter" + ("" if cfg.full else ", itself included")),
-            ("activations", training - base - state * trained - logits, f"of one micro-batch, --micro-tokens {cfg.micro_tokens}"),
+            ("activations", training - base - state * trained - logits, f"of one micro-batch, {micro:,} tokens: --micro-tokens, or a group of {in_group} x --max-len"),
             ("logits", logits, "if each of its tokens is a target; usually a fraction"),
             ("training, at most", training, "the four above"),
             ("merged copy", merged, "while sampling and evaluating"),
             ("cache", cache, f"of --eval-batch {cfg.eval_batch} rows of --max-len {cfg.max_len} tokens"),
             ("sampling, at most", base + merged + cache, "weights, copy, cache")]
-    tokens = cfg.steps * cfg.batch_size * cfg.max_len
+    tokens = cfg.steps * cfg.batch_size * in_group * cfg.max_len
+    way = stage_config(cfg, "sft") if kind(cfg.stage) in AFTER_SFT and cfg.tasks else None
+    work = [("operations, at most", tokens, "")] + ([("... of SFT on the way", way.steps * way.batch_size * cfg.max_len, f"{way.steps} x {way.batch_size} examples: ")] if way else [])
+    price = (6 if cfg.full else 4) * parameters             # a token's
     return rows + [("steps", cfg.steps, f"of {cfg.batch_size} examples (cat and its kin: groups), after {cfg.sft_steps} of SFT on the way"
                     if kind(cfg.stage) in AFTER_SFT else f"of {cfg.batch_size} examples"),
-                   ("tokens, at most", tokens, f"{cfg.steps} x {cfg.batch_size} x --max-len {cfg.max_len}"),
-                   ("operations, at most", (6 if cfg.full else 4) * parameters * tokens,
-                    f"{6 if cfg.full else 4} x parameters x tokens: {spoken((6 if cfg.full else 4) * parameters * tokens / 4e14)} at 400 TFLOP/s, "
-                    f"{spoken((6 if cfg.full else 4) * parameters * tokens / 5e13)} at 50 (arithmetic, not measured)")]
+                   ("tokens, at most", tokens, f"{cfg.steps} x {cfg.batch_size} x --max-len {cfg.max_len}" + (f" x {in_group} documents in a group" if in_group > 1 else "")),
+                   *((what, price * n, f"{said}{6 if cfg.full else 4} x parameters x tokens: {spoken(price * n / 4e14)} at 400 TFLOP/s, "
+                      f"{spoken(price * n / 5e13)} at 50 (arithmetic, not measured)") for what, n, said in work)]
 
 
 def dry_run(cfg: TrainConfig) -> None:
     """Print the estimate, and how many examples the tasks give."""
     for what, number, remark in estimate(cfg):
-        counted = what.endswith("parameters") or what.startswith(("steps", "tokens", "operations"))
+        counted = what.endswith("parameters") or what.startswith(("steps", "tokens", "operations", "..."))
         shown = f"{number:,.0f}" if counted and number < 1e12 else f"{number:.2e}" if counted else f"{number / 1e9:,.2f} GB"
         say(f"{what:20s} {shown:>16s}   {remark}")
     if cfg.tasks and kind(cfg.stage) not in JUDGED:

@@ -283,11 +283,19 @@ def test_three_shapes_of_instruction_data(tmp_path):
     assert data.load_examples(tmp_path / "x.jsonl") == (wanted, left_out)
 
 
+@pytest.mark.parametrize("speaker", ["human", "user", "gpt", "chatgpt", "assistant", "bard", "bing", "model", "system"])
+def test_every_speaker_is_known(speaker, tmp_path):
+    role, said = data.ROLES[speaker], {"user": "q", "assistant": "a", "system": "s"}
+    turns = [{"role": name, "content": said[name]} for name in ("system", "user", "assistant")]
+    rows = [{"conversations": [{"from": speaker if turn["role"] == role else turn["role"], "value": turn["content"]} for turn in turns]}]
+    assert data.load_examples(write(tmp_path / "x.json", rows)) == ([{"messages": turns}], {})
+
+
 @pytest.mark.parametrize("row, words", [
     (3, "record 1 is a int"), ({"prompt": "x"}, 'record 1: field "instruction" is null'), ({"instruction": "x", "output": 4}, 'field "output" is 4'),
     ({"messages": [{"role": ["x"], "content": "y"}]}, "turn 0 is"),
     ({"messages": "x"}, "its conversation is a str"), ({"messages": [{"role": "tool", "content": "x"}]}, "turn 0 is"),
-    ({"conversations": [{"from": "human", "value": None}]}, "turn 0 is"), ({"messages": ["x"]}, 'turn 0 is "x"')])
+    ({"conversations": [{"from": "human", "value": None}]}, "turn 0 is"), ({"messages": [{"role": ["x"], "content": "a"}]}, "turn 0 is"), ({"messages": ["x"]}, 'turn 0 is "x"')])
 def test_rows_of_another_shape_are_named(row, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         data.load_examples(write(tmp_path / "x.json", [{"instruction": "a", "output": "b"}, row]))
