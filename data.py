@@ -18,6 +18,7 @@ import math
 import os
 import random
 import re
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -1097,11 +1098,34 @@ def cut_left(ids: list[int], room: int) -> list[int]:
     return ids if len(ids) <= room else ids[:1] + ids[len(ids) - room + 1:]
 
 
-def pack(documents: list[dict]) -> dict:
-    """Documents laid end to end: {"input_ids" (N,), "labels" (N,), "lengths": [int]}; no padding anywhere."""
-    return {"input_ids": torch.tensor([i for d in documents for i in d["input_ids"]]),
-            "labels": torch.tensor([i for d in documents for i in d["labels"]]),
-            "lengths": [len(d["input_ids"]) for d in documents]}
+def pack(documents: list[dict], sizes: list[int] | None = None) -> dict:
+    """Documents laid end to end, without padding: "input_ids", "labels" and "document_ids" (N,), "lengths" [int].
+
+    sizes: how many documents in a row belong to one group each. A group's prompt is laid down once if it is long enough to
+    pay; "trees" has what model.attention needs to know of that, "ends" (n,) says where each document's last token is.
+    """
+    row, trees, ends = {"input_ids": [], "labels": [], "document_ids": []}, [], []
+    for size in sizes or [1] * len(documents):
+        group = documents[len(ends):len(ends) + size]
+        stem = shared_start(group)
+        for number, document in enumerate(group):
+            skipped = stem if number else 0
+            for name in ("input_ids", "labels"):
+                row[name] += document[name][skipped:]
+            row["document_ids"] += [len(ends)] * (len(document["input_ids"]) - skipped)
+            ends.append(len(row["input_ids"]) - 1)
+        lengths = [len(document["input_ids"]) for document in group]
+        trees += [(stem, [length - stem for length in lengths])] if stem else [(length, []) for length in lengths]
+    return {**{name: torch.tensor(values, dtype=torch.long) for name, values in row.items()}, "trees": trees, "ends": torch.tensor(ends),
+            "lengths": [len(document["input_ids"]) for document in documents]}
+
+
+def shared_start(group: list[dict]) -> int:
+    """How many unlabelled tokens all documents of a group begin with; 0 where sharing them saves less than a quarter."""
+    ids = [document["input_ids"] for document in group]
+    most = min(min(len(d["input_ids"]) - 1, next((i for i, label in enumerate(d["labels"]) if label != IGNORE_INDEX), sys.maxsize)) for d in group)
+    stem = next((i for i in range(most) if any(row[i] != ids[0][i] for row in ids)), most)
+    return stem if 4 * stem * (len(ids) - 1) >= sum(map(len, ids)) and len(ids) > 1 else 0
 
 
 def micro_batches(groups: list[dict], max_tokens: int) -> list[list[dict]]:

@@ -590,11 +590,11 @@ def add_head(model):
 
 def document_rewards(model, batch: dict):
     """The value head on the last token (EOS) of each packed document, float32 (n,)."""
-    from model import Packed
+    from model import attention
 
-    hidden = model.hidden(batch["input_ids"], Packed(batch["lengths"], batch["input_ids"].device))          # (N, D)
-    ends = [end - 1 for end in accumulate(batch["lengths"])]
-    return model.value_head(hidden[ends].float()).squeeze(-1)
+    device = batch["input_ids"].device
+    hidden = model.hidden(batch["input_ids"], batch.get("attend") or attention(batch["trees"], device))     # (N, D)
+    return model.value_head(hidden[batch["ends"].to(device)].float()).squeeze(-1)
 
 
 def reward_scores(model, tokenizer, template, items: list[dict], *, max_len: int = 512, max_tokens: int = 8192) -> list[float]:

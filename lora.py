@@ -78,7 +78,7 @@ class LoRALinear(nn.Module):
             x = F.dropout(x, self.config.dropout, self.training)
         low = F.linear(x.reshape(-1, x.shape[-1]), self.lora_A.to(x.dtype))              # (N, R)
         up, scale = self.lora_B.to(x.dtype), self.config.alpha / self.config.rank        # (out, R)
-        return torch.addmm(out.reshape(-1, out.shape[-1]), low, up.T, alpha=scale).view(out.shape)
+        return out.view(-1, out.shape[-1]).addmm_(low, up.T, alpha=scale).view(out.shape)        # in place: no second copy
 
     def merged(self) -> nn.Linear:
         """The base, its weight now W + (alpha / r) B A: summed in float32, rounded once to the base's type."""

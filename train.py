@@ -335,7 +335,7 @@ import losses                                               # noqa: E402
 from eval import (MASK_LAMS, VALUE_HEAD, EvalConfig, LocalChat, add_head, complete, confusion_report, cut_masks, document_rewards, evaluate_errors,    # noqa: E402
                   evaluate_model, evaluate_responses, keyword_logprobs, make_client, mask_report, mask_scores, plot_mask, plot_rollouts,
                   reward_report, reward_scores, summary_table, wilson, write_report)
-from model import PRESETS, Llama, Packed, QuantLinear, load_model, read_config, save_model    # noqa: E402
+from model import PRESETS, Llama, QuantLinear, attention, load_model, read_config, save_model    # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -590,11 +590,24 @@ def reward_mark(cfg: TrainConfig, *, good: bool, quantile: int, reward: float) -
             "reward": f"reward {reward:.2f} : ", "best": ""}[cfg.conditional]
 
 
+def label_hidden(model, batch) -> torch.Tensor:
+    """Final hidden states where labelled tokens are predicted: (M, D)."""
+    return model.hidden(batch["input_ids"], batch["attend"]).index_select(0, batch["rows"])
+
+
+def label_logprobs(model, batch, hidden: torch.Tensor | None = None, *, temperature: float = 1.0) -> tuple[torch.Tensor, Callable]:
+    """log p of the labelled tokens, (M,), and a function that gives their log(1 - p), (M,)."""
+    hidden, head = label_hidden(model, batch) if hidden is None else hidden, model.lm_head
+    if isinstance(head, torch.nn.Linear) and not head.weight.requires_grad:
+        logprobs, complements = losses.head_logprobs(hidden, head.weight, batch["targets"], temperature=temperature)
+        return logprobs, lambda: complements
+    logits = head(hidden) if temperature == 1 else head(hidden).float() / temperature          # (M, V)
+    return losses.gathered_logprobs(logits, batch["targets"]), lambda: losses.complement_logprobs(logits, batch["targets"])
+
+
 def document_logprobs(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of log-probabilities and the number of labelled tokens of each document of a batch: (n,), (n,)."""
-    rows, targets = losses.prediction_rows(batch["labels"])
-    logits = model(batch["input_ids"], lengths=batch["lengths"], logits_at=rows)   # (M, V)
-    return losses.sequence_logprobs(losses.gathered_logprobs(logits, targets), batch["document_ids"][rows], len(batch["lengths"]))
+    return losses.sequence_logprobs(label_logprobs(model, batch)[0], batch["owners"], len(batch["lengths"]))
 
 
 def dpo_step(model, batch, cfg) -> dict:
@@ -868,9 +881,8 @@ def swapped(weights: list[tuple[torch.nn.Parameter, torch.Tensor]]):
 
 def policy_and_values(model, batch, cfg) -> tuple[torch.Tensor, torch.Tensor]:
     """log pi of the sampled tokens at the temperature they were sampled at, and V of the text before each: (M,), (M,)."""
-    rows, targets = losses.prediction_rows(batch["labels"])
-    hidden = model.hidden(batch["input_ids"], Packed(batch["lengths"], batch["input_ids"].device))[rows]    # (M, D)
-    logprobs = losses.gathered_logprobs(model.lm_head(hidden).float() / cfg.temperature, targets)
+    hidden = label_hidden(model, batch)                     # (M, D)
+    logprobs, _ = label_logprobs(model, batch, hidden, temperature=cfg.temperature)
     return logprobs, model.value_head(hidden.float()).squeeze(-1)
 
 
@@ -1076,26 +1088,21 @@ def with_frozen_mask(run: Run, groups: list[dict]) -> list[dict]:
 @torch.no_grad()
 def flagged_tokens(model, batch: dict, cfg: TrainConfig) -> torch.Tensor:
     """U of CUT's Eq. 5 for a batch, bool (K,): its MISALIGN tokens that the judgment makes likelier."""
-    rows, targets = losses.prediction_rows(batch["labels"])
-    logprobs = losses.gathered_logprobs(model(batch["input_ids"], lengths=batch["lengths"], logits_at=rows), targets)
-    roles = batch["roles"][batch["document_ids"][rows]]
+    logprobs, roles = label_logprobs(model, batch)[0], batch["roles"][batch["owners"]]
     return losses.inappropriate_tokens(logprobs[roles == losses.ALIGN_N], logprobs[roles == losses.MISALIGN],
                                        lam=cfg.detect_lam, floor=cfg.detect_floor)
 
 
 def cut_step(model, batch, cfg) -> dict:
     """L = L1 + L2 (CUT, spec 2.6). Detection never sees dropout."""
-    rows, targets = losses.prediction_rows(batch["labels"])
-    flagged = batch.get("flagged")
+    flagged, twin = batch.get("flagged"), batch["roles"][batch["owners"]] == losses.MISALIGN
     if cfg.detect == "all":
-        flagged = torch.ones(int((batch["roles"][batch["document_ids"][rows]] == losses.MISALIGN).sum()), dtype=torch.bool, device=rows.device)
+        flagged = torch.ones(int(twin.sum()), dtype=torch.bool, device=twin.device)
     elif flagged is None and cfg.dropout and cfg.use_l1:
         flagged = flagged_tokens(model.eval(), batch, cfg)
         model.train()
-    logits = model(batch["input_ids"], lengths=batch["lengths"], logits_at=rows)   # (M, V)
-    twin = batch["roles"][batch["document_ids"][rows]] == losses.MISALIGN
-    terms = losses.cut_loss(losses.gathered_logprobs(logits, targets), losses.complement_logprobs(logits[twin], targets[twin]),
-                            batch["document_ids"][rows], batch["roles"], lam=cfg.detect_lam, floor=cfg.detect_floor,
+    logprobs, complements = label_logprobs(model, batch)
+    terms = losses.cut_loss(logprobs, complements()[twin], batch["owners"], batch["roles"], lam=cfg.detect_lam, floor=cfg.detect_floor,
                             alpha=cfg.unlike_alpha, gamma=cfg.unlike_gamma, combine=cfg.combine, reduction=cfg.reduction,
                             flagged=flagged, use_judged=cfg.use_judged)
     heard = batch["step"] >= cfg.judged_warmup
@@ -1104,7 +1111,7 @@ def cut_step(model, batch, cfg) -> dict:
 
 def cut_counts(batch, cfg) -> dict:
     """Responses, or with --reduction token their tokens; and how many tokens were looked at."""
-    labelled = batch["roles"][batch["document_ids"][batch["labels"] != data.IGNORE_INDEX]]
+    labelled = batch["roles"][batch["owners"]]
     twins = int((labelled == losses.MISALIGN).sum())
     if cfg.reduction == "token":
         return {"l1": twins, "l2": len(labelled) - twins, "flagged": twins}
@@ -1177,8 +1184,8 @@ def unlikelihood_step(model, batch, cfg) -> dict:
     Level response: of all tokens of bad responses. sequence: of 4-grams said before, in any response. token: of the
     tokens said before, in good responses, as the paper has it for its training texts; bad responses take no part.
     """
-    rows, targets = losses.prediction_rows(batch["labels"])
-    logits, ids = model(batch["input_ids"], lengths=batch["lengths"], logits_at=rows), batch["document_ids"][rows]
+    targets, ids = batch["targets"], batch["owners"]
+    logits = model.lm_head(label_hidden(model, batch))      # (M, V): words other than the target count, too
     good = batch["roles"][ids] == losses.ALIGN_P
     if cfg.level == "token":
         tokens = good * losses.token_unlikelihood(logits, targets, ids, alpha=cfg.unlike_alpha)
@@ -1256,29 +1263,24 @@ def make_critic(run: Run):
 
 def token_step(model, batch, cfg) -> dict:
     """Next-token cross-entropy on the labelled tokens (spec 2.1)."""
-    rows, targets = losses.prediction_rows(batch["labels"])
-    logits = model(batch["input_ids"], lengths=batch["lengths"], logits_at=rows)   # (M, V)
-    return {"ce": losses.cross_entropy(losses.gathered_logprobs(logits, targets))[0]}
+    return {"ce": losses.cross_entropy(label_logprobs(model, batch)[0])[0]}
 
 
 def token_counts(batch, cfg) -> dict:
     """Labelled tokens."""
-    return {"ce": int((batch["labels"] != data.IGNORE_INDEX).sum())}
+    return {"ce": len(batch["targets"])}
 
 
 def cat_step(model, batch, cfg) -> dict:
     """L = L_rank + lambda * L_ce over items of good and lower answers (spec 2.5)."""
-    rows, targets = losses.prediction_rows(batch["labels"])
-    logits = model(batch["input_ids"], lengths=batch["lengths"], logits_at=rows)   # (M, V)
-    terms = losses.cat_loss(losses.gathered_logprobs(logits, targets), batch["document_ids"][rows], batch["better"],
-                            batch["worse"], batch["weights"], lam=cfg.lam, margin=cfg.margin)
+    terms = losses.cat_loss(label_logprobs(model, batch)[0], batch["owners"], batch["better"], batch["worse"], batch["weights"],
+                            lam=cfg.lam, margin=cfg.margin)
     return {term: loss for term, (loss, _) in terms.items()}
 
 
 def cat_counts(batch, cfg) -> dict:
     """Pairs, and tokens of the good answers, weighted as the loss weights them."""
-    labelled = batch["labels"] != data.IGNORE_INDEX
-    return {"rank": len(batch["better"]), "ce": float(batch["weights"][batch["document_ids"]][labelled].sum())}
+    return {"rank": len(batch["better"]), "ce": float(batch["weights"][batch["owners"]].sum())}
 
 
 @dataclass(frozen=True)
@@ -1335,16 +1337,22 @@ def register(name: str, stage: Stage, *, like: str) -> None:
 
 
 def collate(groups: list[dict], device) -> dict:
-    """Groups of a micro-batch as one packed row, with the documents' pairs counted through."""
+    """Groups of a micro-batch as one packed row, with the documents' pairs counted through.
+
+    "attend" is the row's attention; "rows" (M,) is where its labelled tokens are predicted, "targets" (M,) what they are, and
+    "owners" (M,) whose: the number of their document.
+    """
     documents = [document for group in groups for document in group["documents"]]
-    batch, better, worse, weights, imitated = data.pack(documents), [], [], [], []
+    batch, better, worse, weights, imitated = data.pack(documents, [len(group["documents"]) for group in groups]), [], [], [], []
+    batch["attend"] = attention(batch["trees"], device)
+    batch["rows"], batch["targets"] = losses.prediction_rows(batch["labels"], batch["attend"].before)
+    batch["owners"] = batch["document_ids"][batch["labels"] != data.IGNORE_INDEX]
     for group in groups:
         start, n_best = len(weights), group.get("n_best", 0)
         better += [start + pair[0] for pair in group.get("pairs", ())]
         worse += [start + pair[1] for pair in group.get("pairs", ())]
         imitated += [start + k for k in group.get("imitated", ())]
         weights += [1 / max(1, n_best)] * n_best + [0.0] * (len(group["documents"]) - n_best)
-    batch["document_ids"] = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(batch["lengths"]))
     batch["groups"], batch["rewards"] = len(groups), [group["rewards"] for group in groups if "rewards" in group]
     if any("reference" in group for group in groups):
         batch["reference"] = torch.tensor([value for group in groups for value in group["reference"]])
@@ -1482,7 +1490,7 @@ def train(run: Run, stage: Stage, groups: list[dict], log_path: Path, place: Pat
     """
     cfg, device, (rank, size) = run.cfg, next(run.model.parameters()).device, ranks()
     parameters = [p for p in run.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay, fused=True)
     torch.manual_seed(cfg.seed + rank)                      # dropout
     done = {"step": 0, "tokens": 0, "seconds": 0.0, "recent": []}
     if place:
