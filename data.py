@@ -25,6 +25,7 @@ import sentencepiece
 import torch
 
 IGNORE_INDEX = -100
+SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")     # what a tokenizer.model itself does not say
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,8 +52,12 @@ class Prompt(str):
 class Tokenizer:
     """A sentencepiece model in LLaMA's manner: BOS is added once, by `encode_prompt`; users' text never yields control ids.
 
+    Control are the model's control pieces, added tokens that are special, and user-defined pieces that are special or that
+    look like a template's marks. Other user-defined pieces are words.
+
     `path` is a tokenizer.model or a folder that holds one. What stands beside it is read along: tokenizer_config.json
-    (`legacy`, `add_bos_token`, added tokens) and added_tokens.json. Added tokens that are not special are found in any text.
+    (`legacy`, `add_bos_token`, added tokens) and added_tokens.json; beside a file that stands alone, what `model_folder`
+    has of them. Added tokens that are not special are found in any text.
 
     `legacy` is about text behind a control token: true (the default where the key is absent, as in transformers 4) gives
     it sentencepiece's blank in front, false does not.
@@ -60,20 +65,21 @@ class Tokenizer:
     Raises ValueError where the file is absent or of another kind.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, model_folder=""):
         path = Path(path)
         file = path / "tokenizer.model" if path.is_dir() else path
-        self.path = file
-        self.model = sentencepiece.SentencePieceProcessor(model_proto=_sentencepiece_bytes(file))
+        alone = bool(model_folder) and not any((file.parent / name).is_file() for name in SIDE_FILES)
+        self.path, self.folder = file, Path(model_folder) if alone else file.parent
+        config = _beside(self.folder, "tokenizer_config.json")
+        added, special = _added_tokens(self.folder, config)
+        self.model = sentencepiece.SentencePieceProcessor(model_proto=_guarded(_sentencepiece_bytes(file), special))
         self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"{file} defines no BOS or no EOS piece (ids {self.bos_id}, {self.eos_id}). "
                              "Use the tokenizer of a LLaMA-family checkpoint.")
-        config = _beside(file, "tokenizer_config.json")
         self.legacy, self.add_bos = config.get("legacy") is not False, config.get("add_bos_token") is not False
         self.special = {self.model.id_to_piece(i): i for i in range(len(self.model)) if self.model.is_control(i)}
         self.special |= {"<s>": self.bos_id, "</s>": self.eos_id}                       # however this tokenizer calls them
-        added, special = _added_tokens(file, config)
         self.special |= {text: token for text, token in added.items() if text in special}
         self.added = {text: token for text, token in added.items() if text not in special and token >= len(self.model)}
         self.text_of = {token: text for text, token in self.added.items()}
@@ -169,8 +175,7 @@ def check_template(tokenizer, template: Template, name: str) -> None:
                          "Use the template that the model was made for.")
 
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", *SIDE_FILES, "chat_template.jinja")
 
 
 def copy_tokenizer(tokenizer, model_folder, target) -> None:
@@ -178,8 +183,8 @@ def copy_tokenizer(tokenizer, model_folder, target) -> None:
 
     A tokenizer.model that stands alone gets a tokenizer_config.json, without which transformers would not know its kind.
     """
-    target, folder = Path(target), tokenizer.path.parent
-    found = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    target, folder = Path(target), tokenizer.folder
+    found = {name: (place / name).read_bytes() for place in (folder, tokenizer.path.parent) for name in TOKENIZER_FILES if (place / name).is_file()}
     found["tokenizer.model"] = tokenizer.path.read_bytes()
     if model_folder and (Path(model_folder) / "generation_config.json").is_file():
         found["generation_config.json"] = (Path(model_folder) / "generation_config.json").read_bytes()
@@ -194,9 +199,9 @@ def copy_tokenizer(tokenizer, model_folder, target) -> None:
         (target / name).write_bytes(blob)
 
 
-def _beside(file: Path, name: str) -> dict:
-    """The JSON object in a file beside `file`; {} where there is none."""
-    path = file.parent / name
+def _beside(folder: Path, name: str) -> dict:
+    """The JSON object in a file of `folder`; {} where there is none."""
+    path = folder / name
     if not path.is_file():
         return {}
     if path.stat().st_size > 10**8:
@@ -207,28 +212,46 @@ def _beside(file: Path, name: str) -> dict:
     return found
 
 
-def _added_tokens(file: Path, config: dict) -> tuple[dict[str, int], set[str]]:
+def _added_tokens(folder: Path, config: dict) -> tuple[dict[str, int], set[str]]:
     """{text: id} of the tokens that were added to the sentencepiece model, and which of them are special.
 
     In added_tokens_decoder of tokenizer_config.json (new), or in added_tokens.json (old), where those are special that
     special_tokens_map.json or tokenizer_config.json name.
     """
-    added, special = {}, set()
-    for token, entry in (config.get("added_tokens_decoder") or {}).items():
-        entry = entry if isinstance(entry, dict) else {}
+    added, special, decoder = {}, set(), config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict) or not all(isinstance(entry, dict) and isinstance(entry.get("content"), str) for entry in decoder.values()):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is {json.dumps(decoder)[:60]}. Expected an object of objects with "
+                         "content, by id. Take the file that came with the model.")
+    for token, entry in decoder.items():
         added[entry.get("content")] = int(token) if token.isdecimal() and len(token) < 9 else None
         special |= {entry.get("content")} if entry.get("special") is True else set()
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        for value in (config if name == "tokenizer_config.json" else _beside(file, name)).values():
+        for value in (config if name == "tokenizer_config.json" else _beside(folder, name)).values():
             for item in value if isinstance(value, list) else [value]:
                 text = item.get("content") if isinstance(item, dict) else item
                 special |= {text} if isinstance(text, str) else set()
-    for text, token in _beside(file, "added_tokens.json").items():
+    for text, token in _beside(folder, "added_tokens.json").items():
         added.setdefault(text, token)
     for text, token in added.items():
         if not isinstance(text, str) or not text or type(token) is not int or not 0 <= token < 2**24:
-            raise ValueError(f"{file.parent}: added token {text!r:.60} has the id {token!r:.20}. Expected a text and a number from 0 to {2**24}.")
+            raise ValueError(f"{folder}: added token {text!r:.60} has the id {token!r:.20}. Expected a text and a number from 0 to {2**24}.")
     return added, special
+
+
+MARKER = re.compile(r"<\|[^|<>]+\|>|\[/?INST\]|<</?SYS>>")   # templates' own marks, whatever a tokenizer's files call them
+
+
+def _guarded(blob: bytes, special: set[str]) -> bytes:
+    """The sentencepiece model with its special user-defined pieces turned into control pieces, so that no text yields them.
+
+    A piece is a message of a file of messages: its text (field 1), its score (2), its kind (3: user-defined is 4, control 3).
+    """
+    model = sentencepiece.SentencePieceProcessor(model_proto=blob)
+    for piece in map(model.id_to_piece, range(len(model))):
+        text = piece.encode()
+        if (piece in special or MARKER.fullmatch(piece)) and len(text) < 128:
+            blob = re.sub(rb"(\n%b(?:\x15.{4})?\x18)\x04" % re.escape(bytes([len(text)]) + text), b"\\1\x03", blob, flags=re.DOTALL)
+    return blob
 
 
 def _sentencepiece_bytes(file: Path) -> bytes:

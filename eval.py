@@ -1606,7 +1606,7 @@ def load_models(config: EvalConfig, adapters: list[str] | None = None):
     from lora import load_adapter, merge_lora, mergeable
     from model import load_model
 
-    tokenizer = Tokenizer(config.tokenizer or config.model)
+    tokenizer = Tokenizer(config.tokenizer or config.model, config.model)
     for adapter in ["", *config.adapter] if adapters is None else adapters:
         model = load_model(config.model, dtype=getattr(torch, config.dtype), device=config.device, quantize=config.quantize.removeprefix("none"))
         check_tokenizer(config, model, tokenizer, quiet=bool(adapter))
@@ -1638,7 +1638,7 @@ def merge(config: EvalConfig, dtype: str | None) -> None:
     from lora import load_adapter, merge_lora
     from model import load_model, save_meta, save_model
 
-    tokenizer, target = Tokenizer(config.tokenizer or config.model), Path(config.merge)
+    tokenizer, target = Tokenizer(config.tokenizer or config.model, config.model), Path(config.merge)
     model = load_model(config.model, dtype=getattr(torch, dtype) if dtype else None, device=config.device).eval()
     check_tokenizer(config, model, tokenizer)
     if config.adapter:
@@ -1708,7 +1708,7 @@ def chat(config: EvalConfig) -> None:
     from lora import disabled, load_adapter
     from model import load_model
 
-    tokenizer = Tokenizer(config.tokenizer or config.model)
+    tokenizer = Tokenizer(config.tokenizer or config.model, config.model)
     model = load_model(config.model, dtype=getattr(torch, config.dtype), device=config.device, quantize=config.quantize.removeprefix("none")).eval()
     check_tokenizer(config, model, tokenizer)
     if config.adapter:

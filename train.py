@@ -1876,7 +1876,7 @@ def make_run(cfg: TrainConfig) -> Run:
     framed = data.frame_bare_tasks(tasks) if kind(cfg.stage) not in JUDGED else ""
     if framed:
         say(framed)
-    tokenizer = data.Tokenizer(cfg.tokenizer or cfg.model)
+    tokenizer = data.Tokenizer(cfg.tokenizer or cfg.model, cfg.model)
     model = load_trained(cfg, None)
     warning = data.check_vocabulary(tokenizer, model.config.vocab_size, model.config.bos_id, model.config.eos_ids, cfg.model)
     if warning:
@@ -2046,7 +2046,7 @@ def pretrain(cfg: TrainConfig) -> None:
 def pretrain_here(cfg: TrainConfig) -> None:
     """`pretrain`, once the run folder is ours."""
     device, _ = pick_device(cfg)
-    tokenizer = data.Tokenizer(cfg.tokenizer)
+    tokenizer = data.Tokenizer(cfg.tokenizer, cfg.model)
     config = dataclasses.replace(PRESETS[cfg.preset], vocab_size=len(tokenizer), bos_id=tokenizer.bos_id,
                                  eos_ids=(tokenizer.eos_id,), prompt_template=cfg.template or "plain")
     model = load_model(cfg.model, device=device) if cfg.model else Llama(config).init_weights(cfg.seed).to(device)
@@ -2149,7 +2149,8 @@ def report_judged(run: Run, ladder: dict[str, Path | None]) -> None:
                   for title, found in results.items()))
     say(f"report: {cfg.out}/report.md")
     if not cfg.full:
-        say(f"next: python eval.py --model {cfg.model} --adapter {ladder['SFT']} {cfg.out} --show-mask {cfg.records or cfg.out + '/judged.jsonl'}")
+        more = "".join(f" --{name} {shlex.quote(getattr(cfg, name))}" for name in ("tokenizer", "template") if f" --{name} " in settings(cfg))
+        say(f"next: python eval.py --model {cfg.model} --adapter {ladder['SFT']} {cfg.out}{more} --show-mask {cfg.records or cfg.out + '/judged.jsonl'}")
 
 
 def measure_mask(run: Run, ladder: dict[str, Path]) -> None:
@@ -2199,7 +2200,7 @@ def summarise(cfg: TrainConfig, seconds: float) -> None:
 def next_command(cfg: TrainConfig) -> str:
     """What to try now, with every setting of this run that is not the default."""
     if cfg.stage in ("sft", "sft-ia"):
-        inputs = "".join(f" --{name} {getattr(cfg, name)}" for name in ("model", "tasks", "paraphrases", "tokenizer")
+        inputs = "".join(f" --{name} {shlex.quote(getattr(cfg, name))}" for name in ("model", "tasks", "paraphrases", "tokenizer", "template")
                          if f" --{name} " in settings(cfg))
         return f"python train.py --stage cat{inputs} --out {cfg.out}-cat"
     if cfg.stage in ("ppo", "constitutional"):              # no candidates to share
@@ -2217,9 +2218,11 @@ def settings(cfg: TrainConfig) -> str:
             argv += [f"--{name}", getattr(cfg, name)]
             words.append(f"--{name} {shlex.quote(getattr(cfg, name))}")
     usual = dataclasses.asdict(parse_config(argv))
+    if cfg.template:                                        # where it was left out, `make_run` has filled it in
+        usual["template"] = read_config(cfg.model).prompt_template or "alpaca"
     for item in dataclasses.fields(TrainConfig):
         value, name, only = getattr(cfg, item.name), item.name.replace("_", "-"), item.metadata["only"]
-        if value != usual[item.name] and (not only or "cat" in only) and item.name not in ("out", "init", "candidates", "records", "lam", "template"):
+        if value != usual[item.name] and (not only or "cat" in only) and item.name not in ("out", "init", "candidates", "records", "lam"):
             words.append(f"--{name}" if value is True else f"--no-{name}" if value is False
                          else f"--{name} {' '.join(map(shlex.quote, value if isinstance(value, list) else [str(value)]))}")
     return "".join(f" {word}" for word in words)

@@ -403,6 +403,15 @@ def test_the_next_command_repeats_what_differs_from_the_defaults(world, tmp_path
     assert dataclasses.replace(again, out=cfg.out, init=cfg.init, candidates=cfg.candidates) == cfg
 
 
+@pytest.mark.parametrize("stage", ["cat", "sft"])
+def test_the_next_command_repeats_the_template_that_was_given(stage, world, tmp_path):
+    own = dataclasses.replace(train.parse_config(cat(world, tmp_path / "run")), stage=stage)
+    given = dataclasses.replace(own, template="vicuna")
+    wanted = train.read_config(own.model).prompt_template or "alpaca"
+    assert " --template vicuna" in train.next_command(given)
+    assert "--template" not in train.next_command(dataclasses.replace(own, template=wanted))       # as `make_run` fills it in
+
+
 def test_a_judgment_longer_than_the_window_is_named(world, judged, tmp_path, capsys):
     rows = [json.loads(line) for line in judged.read_text().splitlines()]
     rows[4]["judgment"] = "wrong " * 200
