@@ -301,9 +301,12 @@ class Template:
         """What every prompt of this template ends in; responses are encoded behind it. A line break where that is open."""
         return "\n" if self.with_input.endswith("}") else self.with_input[-1]
 
-    def render(self, instruction: str, input: str = "", judgment: str | None = None) -> Prompt:
-        """The prompt. A wording with the placeholder {input} places the input itself. Substitutes once, in one pass."""
-        if "{input}" in instruction:
+    def render(self, instruction: str, input: str = "", judgment: str | None = None, *, literal: bool = False) -> Prompt:
+        """The prompt. A task's wording with the placeholder {input} places the input itself; other people's text is `literal`.
+
+        Substitutes once, in one pass.
+        """
+        if "{input}" in instruction and not literal:
             instruction, input = instruction.replace("{input}", input), ""
         if judgment is None:
             text = self.with_input if input else self.without_input
@@ -960,7 +963,8 @@ def load_candidates(path) -> list[dict]:
         if not prompt.strip():
             raise ValueError(f"{where}: the prompt is empty. Remove the record; there is nothing to answer.")
         best = max(answers, key=lambda answer: answer[1])[0]
-        found += [{"task": Path(path).stem, "id": str(number), "instruction": prompt, "wording": prompt, "input": "", "target": best,
+        wording, input = ("{input}", prompt) if "{input}" in prompt else (prompt, "")    # outside text has no placeholders
+        found += [{"task": Path(path).stem, "id": str(number), "instruction": wording, "wording": wording, "input": input, "target": best,
                    "response": response, "reward": reward, "how": "file", "sample": k, "expected": None, "correct": None}
                   for k, (response, reward) in enumerate(answers)]
     return found
@@ -1091,7 +1095,7 @@ def encode_conversation(tokenizer, template: Template, example: dict, *, max_len
     not even the first response fits.
     """
     if "messages" not in example:
-        turns = [(template.render(example["instruction"], example["input"]), example["output"])]
+        turns = [(template.render(example["instruction"], example["input"], literal=True), example["output"])]
     else:
         turns, system = [], None
         for message in example["messages"]:

@@ -765,7 +765,7 @@ def response_logprobs(model, tokenizer, template, records: list[dict], judgments
     from data import encode_example, micro_batches, pack
     from losses import gathered_logprobs, prediction_rows
 
-    groups = [{"documents": [encode_example(tokenizer, template, template.render(record["instruction"], record["input"], judgment),
+    groups = [{"documents": [encode_example(tokenizer, template, template.render(record["instruction"], record["input"], judgment, literal=True),
                                             record["response"], max_len=max_len)]} for record, judgment in zip(records, judgments, strict=True)]
     found, device = [], next(model.parameters()).device
     with torch.inference_mode():
@@ -1536,7 +1536,7 @@ def show_masks(config: EvalConfig) -> None:
 
 def worked_example(name: str, record: dict, mask: dict, template, tokenizer, lam: float) -> str:
     """Markdown: one response as CUT's three kinds of examples, token by token (arXiv 2312.14591, section 4.1)."""
-    told, plain = ("\n    ".join(map(printable, template.render(record["instruction"], record["input"], judgment).split("\n")))
+    told, plain = ("\n    ".join(map(printable, template.render(record["instruction"], record["input"], judgment, literal=True).split("\n")))
                    for judgment in (record["judgment"], None))
     lines = [f"## One judged response, three kinds of examples ({markdown_text(name)})", "",
              "ALIGN_N: the response fits the instruction together with its judgment; it is made likelier under", "", f"    {told}", "",
@@ -1669,11 +1669,13 @@ def answer_instructions(config: EvalConfig) -> None:
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("instruction"), str) or not row["instruction"].strip():
             raise ValueError(f"{path}, record {number}, has no text under instruction. Expected objects with instruction and, if there is one, input.")
+        if not isinstance(row.get("input") or "", str):
+            raise ValueError(f"{path}, record {number}: input is {json.dumps(row['input'])[:60]}. Expected a text, or none.")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     for name, model, tokenizer in load_models(config):
         template = find_template(config.template or model.config.prompt_template or "alpaca")
-        made = complete(model, tokenizer, [template.render(row["instruction"], row.get("input") or "") for row in rows], batch_size=config.batch_size,
+        made = complete(model, tokenizer, [template.render(row["instruction"], row.get("input") or "", literal=True) for row in rows], batch_size=config.batch_size,
                         max_new_tokens=config.max_new_tokens, max_len=config.max_len or None)
         generator = re.sub(r"[^\w.-]+", "-", name).strip("-")
         found = [{"dataset": row["dataset"]} if isinstance(row.get("dataset"), str) else {} for row in rows]

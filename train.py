@@ -1041,7 +1041,7 @@ def check_lengths(cfg: TrainConfig, tokenizer, records: list[dict]) -> None:
 
 def judged_document(run: Run, record: dict, *, judgment: str | None = None) -> dict:
     """The record's response behind its prompt, with or without a judgment in it; the same response ids either way."""
-    prompt = run.template.render(record["instruction"], record["input"], judgment)
+    prompt = run.template.render(record["instruction"], record["input"], judgment, literal=True)
     return data.encode_example(run.tokenizer, run.template, prompt, record["response"], max_len=run.cfg.max_len)
 
 
@@ -1203,6 +1203,9 @@ def collect_judged(run: Run) -> None:
         records = answered(run, todo[start:start + chunk])
         spoken = [record for record in records if record["response"].strip()]
         empty += len(records) - len(spoken)
+        for record in spoken:
+            if "{input}" in record["instruction"]:          # a task's wording; in records of judged responses that is a text like others
+                record |= {"instruction": record["instruction"].replace("{input}", record["input"]), "input": ""}
         data.append_records(path, [{**record, "judgment": judgment} for record, judgment in zip(spoken, critic.critique(spoken), strict=True)])
     judging.RUN.tell(say)
     if empty:

@@ -362,6 +362,16 @@ def test_only_what_the_assistant_says_is_learnt(tokenizer, name):
     assert data.encode_conversation(tokenizer, template, {"messages": messages}, max_len=3) is None
 
 
+def test_place_holders_in_other_peoples_text_are_text(tokenizer, tmp_path):
+    odd, template = "lamp {input} chair {instruction}", TEMPLATES["alpaca"]
+    for input in ("", "the red lamp"):
+        document = data.encode_conversation(tokenizer, template, {"instruction": odd, "input": input, "output": "red"}, max_len=2000)
+        assert odd in tokenizer.decode(document["input_ids"]) and tokenizer.decode(document["input_ids"]).count("the red lamp") == bool(input)
+    rows = data.load_candidates(write(tmp_path / "p.json", [{"prompt": odd, "chosen": "red", "rejected": "blue"}]))
+    assert all(template.render(row[name], row["input"]) == template.render(odd, literal=True) for row in rows for name in ("wording", "instruction"))
+    assert odd in template.render(odd, literal=True) and odd in template.render(odd, "y", "z", literal=True)
+
+
 @needs_shared
 def test_real_conversations_and_alpaca_rows(tokenizer):
     found, left_out = data.load_examples(SHARED / "sharegpt/dummy_conversation.json")

@@ -168,7 +168,7 @@ def test_chat_on_a_quantised_model(adapter, monkeypatch, capsys):
 # Outputs for alpaca_eval ---------------------------------------------------------------------------------------------
 
 
-def test_outputs_in_alpaca_evals_form(adapter, tmp_path, capsys):
+def test_outputs_in_alpaca_evals_form(adapter, tmp_path, monkeypatch, capsys):
     rows = [{"instruction": "name the colour .", "input": "anna has a red hat .", "dataset": "own"}, {"instruction": "say blue ."}]
     (tmp_path / "i.json").write_text(json.dumps(rows))
     evaluation.main(["--instructions", str(tmp_path / "i.json"), "--adapter", str(adapter), "--max-new-tokens", "6", "--out", str(tmp_path / "out")])
@@ -179,6 +179,15 @@ def test_outputs_in_alpaca_evals_form(adapter, tmp_path, capsys):
         assert [list(row) for row in found] == [["instruction", "output", "generator", "dataset"], ["instruction", "output", "generator"]]
         assert found[0]["instruction"] == "name the colour .\nanna has a red hat ." and found[1]["instruction"] == "say blue ."
         assert all(isinstance(row["output"], str) and row["generator"] == file.name.removesuffix("-outputs.json") for row in found)
+    (tmp_path / "i.json").write_text('[{"instruction": "x", "input": ["y"]}]')
+    with pytest.raises(SystemExit):
+        evaluation.main(["--instructions", str(tmp_path / "i.json"), "--out", str(tmp_path)])
+    assert 'record 0: input is ["y"]. Expected a text' in capsys.readouterr().err
+    (tmp_path / "i.json").write_text('[{"instruction": "say {input} .", "input": "red"}]')
+    asked = []
+    monkeypatch.setattr(evaluation, "complete", lambda model, tokenizer, prompts, **how: asked.extend(prompts) or [evaluation.Completion("", [], True)])
+    evaluation.main(["--instructions", str(tmp_path / "i.json"), "--out", str(tmp_path / "out")])
+    assert "say {input} ." in asked[0] and "red" in asked[0]
     (tmp_path / "i.json").write_text('[{"prompt": "x"}]')
     with pytest.raises(SystemExit):
         evaluation.main(["--instructions", str(tmp_path / "i.json"), "--out", str(tmp_path)])
