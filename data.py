@@ -18,7 +18,7 @@ import math
 import os
 import random
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import sentencepiece
@@ -410,7 +410,8 @@ def _template_from_file(path: Path) -> Template:
         if name not in kinds or type(value) is not kinds[name]:
             raise ValueError(f"{path}: {name} is {json.dumps(value)[:60]}. Expected texts under {', '.join(kinds)} (strip: true or false).")
     if "turn" in given and "with_input" not in given and "without_input" not in given:
-        made = _chat(**given)
+        judged = {name: given.pop(name) for name in ("judged_with_input", "judged_without_input") if name in given}
+        made = replace(_chat(**given), **judged)
     else:
         for name, other in (("with_input", "without_input"), ("without_input", "with_input")):
             if name not in given:
@@ -418,7 +419,10 @@ def _template_from_file(path: Path) -> Template:
         told = "{instruction}\n\nJudgment of the response: {judgment}"
         given = {"judged_" + name: given[name].replace("{instruction}", told) for name in ("with_input", "without_input")} | given
         made = Template(**({"turn": "{opening}" + given["without_input"].replace("{instruction}", "{user}"), "between": "\n"} | given))
-    prompts = {"with_input": ("instruction", "input"), "without_input": ("instruction",), "turn": ("user",)}
+    prompts = {"with_input": ("instruction", "input"), "without_input": ("instruction",), "turn": ("user",),
+               "judged_with_input": ("instruction", "input", "judgment"), "judged_without_input": ("instruction", "judgment")}
+    if not made.end.strip():
+        raise ValueError(f"{path}: end is {made.end!r}. Expected the token that ends a response, such as </s>.")
     for name, wanted in prompts.items():
         missing = [word for word in wanted if "{%s}" % word not in getattr(made, name)]
         if missing or getattr(made, name).startswith("<s>"):

@@ -88,6 +88,8 @@ class ModelConfig:
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; RoPE turns pairs, so it must be even and at least 2.")
         self.rope_scaling = checked_scaling(self.rope_scaling, self.max_position_embeddings)
+        if self.rope_theta <= 1 and (self.rope_scaling or {}).get("rope_type") == "yarn":
+            raise ValueError(f"rope_theta is {self.rope_theta}; RoPE scaling 'yarn' needs one above 1. Take the config.json that came with the weights.")
 
     @property
     def context(self) -> int:
@@ -195,7 +197,7 @@ def checked_scaling(scaling: dict | None, longest: int) -> dict | None:
     kind = (scaling or {}).get("rope_type", "default")
     if kind == "default":
         return None
-    if kind not in ROPE_NEEDS:
+    if not isinstance(kind, str) or kind not in ROPE_NEEDS:
         raise ValueError(f"RoPE scaling {kind!r:.60} is not implemented; {', '.join(ROPE_NEEDS)} are.")
     unknown = [name for name in scaling if name not in ROPE_RANGES and name != "rope_type"]
     missing = [name for name in ROPE_NEEDS[kind] if scaling.get(name) is None]
@@ -945,7 +947,8 @@ def weight_files(folder: Path) -> list[Path]:
     if file.suffix != ".json":
         return [file]
     weight_map = read_json(file).get("weight_map")
-    names = list(dict.fromkeys(weight_map.values())) if isinstance(weight_map, dict) else [None]
+    listed = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    names = [*dict.fromkeys(name for name in listed if isinstance(name, str)), *(name for name in listed if not isinstance(name, str))]
     homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")    # links of the Hugging Face cache lead there
     for name in names:
         plain = isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}\.(safetensors|bin)", name)
@@ -1058,6 +1061,8 @@ def read_bin(file: Path) -> dict[str, Tensor]:
                 and tensor.device.type == "cpu" and tensor.is_floating_point()
                 and tensor.nbytes <= tensor.untyped_storage().nbytes()):
             raise ValueError(f"{file}: entry {name!r:.100} is not a plain tensor of floats. It was not loaded.")
+        if tensor.dtype not in SAFETENSORS_TYPES.values():
+            raise ValueError(f"tensor {name!r:.200} in {file} is {tensor.dtype}, expected float32, float16 or bfloat16.")
     return tensors
 
 
@@ -1126,7 +1131,7 @@ def read_meta_config(folder: Path) -> ModelConfig:
     except ValueError as error:
         raise ValueError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
     if vocab_size < 1:
-        rows = [open_weights(part)[0].get("output.weight", (0,))[0] for part in meta_files(folder)]
+        rows = [[*open_weights(part)[0].get("output.weight", ()), 0][0] for part in meta_files(folder)]
         vocab_size = sum(rows)
         if not 1 <= vocab_size <= 2**24:
             raise ValueError(f"{folder}: no output.weight says how large the vocabulary is, and {file.name} does not either.")

@@ -171,7 +171,7 @@ class TrainConfig(JudgeFlags):
     refinements: int = flag(5, "refinements sampled per bad response", ("ilf",))
     # pre-training
     corpus: str = flag("", "JSON Lines of documents: lists of [text, is_label]", ("pretrain",))
-    preset: str = flag("demo", "shape of the new model", ("pretrain",))
+    preset: Literal["tiny", "demo", "tinyllama", "llama2-7b", "llama2-13b"] = flag("demo", "shape of the new model", ("pretrain",))
     export: str = flag("", "folder for the finished model", ("pretrain",))
     # evaluation
     evaluate: bool = flag(True, "answer held-out questions before and after, and write the report", TUNING)

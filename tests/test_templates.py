@@ -290,6 +290,8 @@ def test_a_template_of_ones_own(tmp_path, tokenizer):
     mine = data.find_template(str(file))
     assert mine.render("Hi") == "Q: Hi\nA:" and mine.render("Hi", "x") == "Q: Hi\nx\nA:" and mine.tail == ":"
     assert mine.render_conversation(TOLD + TWO) == "Be kind.\nQ: Hi\nA: Yes?</s>\nQ: Bye\nA:"
+    file = write(tmp_path / "judged.json", {"turn": "{user}:", "judged_with_input": "{instruction} {input} {judgment}:"})
+    assert data.find_template(str(file)).render("Hi", "x", "no") == "Hi x no:"
     assert "no" in mine.render("Hi", "x", "no") and data.encode_response(tokenizer, mine, "red")[-1] == tokenizer.eos_id
     file = write(tmp_path / "lora.json", {"description": "alpaca-lora's form", "prompt_input": "{instruction} | {input} >\n",
                                           "prompt_no_input": "{instruction} >\n", "response_split": ">"})
@@ -302,6 +304,8 @@ def test_a_template_of_ones_own(tmp_path, tokenizer):
     ([1], "holds a list"), ({"turn": 3}, "turn is 3. Expected texts under"), ({"trun": "x"}, "trun is"), ({"strip": "yes", "turn": "{user}"}, "strip is"),
     ({"turn": "Q:"}, "lacks {instruction}|lacks {user}|lacks {input}"), ({"turn": "<s>{user}"}, "begins with <s>"), ({}, "lacks {instruction}|lacks {input}"),
     ({"prompt_input": "{instruction}{input}:", "prompt_no_input": "{instruction}\n"}, "its prompts end in"),
+    ({"turn": "{user}:", "end": ""}, "end is ''"), ({"turn": "{user}:", "judged_with_input": ""}, "judged_with_input lacks {instruction}"),
+    ({"turn": "{user}:", "judged_without_input": "{instruction}:"}, "judged_without_input lacks {judgment}"),
 ])
 def test_templates_that_are_refused(given, words, tmp_path):
     with pytest.raises(ValueError, match=words):

@@ -219,6 +219,7 @@ def test_sft_on_alpaca_and_sharegpt_rows(tmp_path, capsys):
     (["--stage", "cat", "--examples", "x"], '--examples means nothing to stage "cat", only to sft'),
     (["--stage", "sft", "--examples", "gone"], "--examples gone does not exist"),
     (["--stage", "sft", "--quantize", "int4"], "invalid choice: 'int4'"),
+    (["--stage", "pretrain", "--preset", "foo"], "invalid choice: 'foo' (choose from " + ", ".join(map(repr, train.PRESETS)) + ")"),
 ])
 def test_mistakes_in_training_flags(line, said, capsys):
     with pytest.raises(SystemExit) as stop:
