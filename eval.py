@@ -1643,7 +1643,8 @@ def merge(config: EvalConfig, dtype: str | None) -> None:
     check_tokenizer(config, model, tokenizer)
     if config.adapter:
         ids = torch.tensor(tokenizer.encode_prompt("The quick brown fox jumps over the lazy dog."), device=config.device)
-        with torch.no_grad():
+        mixed = len({weight.dtype for weight in model.parameters()}) > 1
+        with torch.no_grad(), torch.autocast(ids.device.type, torch.bfloat16, enabled=mixed, cache_enabled=False):    # for these logits only
             before = load_adapter(model, config.adapter[0])(ids).float()
             after = merge_lora(model, in_place=True)(ids).float()
         print(f"merged {config.adapter[0]}: logits differ from the unmerged ones by at most {(before - after).abs().max():.1e} "

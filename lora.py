@@ -87,8 +87,8 @@ class LoRALinear(nn.Module):
             raise ValueError("the base is quantised, and merging would round the update away; load the model in full "
                              "precision, and merge the adapter into that.")
         scale, weight = self.config.alpha / self.config.rank, self.base.weight           # (out, in)
-        with torch.no_grad():
-            weight.copy_(torch.addmm(weight.float(), self.lora_B, self.lora_A, alpha=scale))
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            weight.copy_(torch.addmm(weight.float(), self.lora_B.float(), self.lora_A.float(), alpha=scale))
         return self.base
 
 

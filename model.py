@@ -1241,21 +1241,20 @@ def save_model(model: Llama, path: str | os.PathLike, *, dtype: torch.dtype | No
     """
     folder, weights = Path(path), plain_weights(model)
     folder.mkdir(parents=True, exist_ok=True)
-    names = list(weights)
-    dtype = dtype or weights[names[0]].dtype
+    types, sizes = {name: dtype or weight.dtype for name, weight in weights.items()}, {}
     shards, room = [], 0
-    for name in names:
-        n_bytes = weights[name].numel() * dtype.itemsize
+    for name, weight in weights.items():
+        n_bytes = weight.numel() * types[name].itemsize
+        sizes[types[name]] = sizes.get(types[name], 0) + n_bytes
         if n_bytes > room:
             shards.append([])
             room = max_shard_bytes
         shards[-1].append(name)
         room -= n_bytes
-    total = sum(weights[name].numel() for name in names) * dtype.itemsize
-    index = {"metadata": {"total_size": total}, "weight_map": {}}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": {}}
     for number, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in shard}
+        tensors = {name: weights[name].detach().to("cpu", types[name]).contiguous() for name in shard}
         write_file(folder / file, lambda target: save_file(tensors, target, {"format": "pt"}))
         index["weight_map"] |= dict.fromkeys(shard, file)
     written = set(index["weight_map"].values())
@@ -1263,7 +1262,7 @@ def save_model(model: Llama, path: str | os.PathLike, *, dtype: torch.dtype | No
         written.add("model.safetensors.index.json")
         text = json.dumps(index, indent=2)
         write_file(folder / "model.safetensors.index.json", lambda target: target.write_text(text))
-    config = json.dumps(model.config.to_hf(str(dtype).removeprefix("torch.")), indent=2)
+    config = json.dumps(model.config.to_hf(str(max(sizes, key=sizes.get)).removeprefix("torch.")), indent=2)     # where types are mixed, the main one
     write_file(folder / "config.json", lambda target: target.write_text(config))
     for old in folder.glob("model*.safetensors*"):                   # an earlier save must not shadow this one
         if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", old.name) and old.name not in written:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import data
 import eval as evaluation
@@ -65,6 +65,32 @@ def test_a_merged_folder_is_read_by_transformers_with_its_tokenizer(dtype, adapt
     twin.save_pretrained(tmp_path / "back")                 # and the way back, bitwise
     again = load_file(tmp_path / "back/model.safetensors")
     assert all(torch.equal(again[name], tensor.float()) for name, tensor in stored.items())
+
+
+@pytest.mark.parametrize("adapter_type", [torch.float32, torch.float16, torch.bfloat16])
+def test_merging_keeps_each_tensors_type_and_rounds_once(adapter_type, adapter, tmp_path, capsys):
+    """A base of mixed types, an adapter of yet another: W + s B A in float32, then the type that the base's tensor has."""
+    base, source, folder = load_model(DEMO), tmp_path / "base", tmp_path / "adapter"
+    kinds = {"norm": torch.float32, "embed": torch.float32, "q_proj": torch.float16, "down_proj": torch.float32}
+    for name, weight in base.named_parameters():
+        weight.data = weight.data.to(next((kind for part, kind in kinds.items() if part in name), torch.bfloat16))
+    save_model(base, source)
+    shutil.copy(DEMO / "tokenizer.model", source)
+    shutil.copytree(adapter, folder)
+    update = {name: tensor.to(adapter_type) for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
+    save_file(update, folder / "adapter_model.safetensors")
+    evaluation.main(["--model", str(source), "--adapter", str(folder), "--merge", str(tmp_path / "out"), "--template", "plain"])
+    assert "logits differ from the unmerged ones by at most" in capsys.readouterr().out
+    found, before = load_file(tmp_path / "out/model.safetensors"), load_file(source / "model.safetensors")
+    raw = json.loads((folder / "adapter_config.json").read_text())
+    assert {name: tensor.dtype for name, tensor in before.items()} == {name: tensor.dtype for name, tensor in found.items()}
+    for name, tensor in before.items():
+        key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        if key + "A.weight" in update:
+            a, b = (update[f"{key}{side}.weight"].float() for side in "AB")
+            assert torch.equal(found[name], torch.addmm(tensor.float(), b, a, alpha=raw["lora_alpha"] / raw["r"]).to(tensor.dtype)), name
+        else:
+            assert torch.equal(found[name], tensor), name
 
 
 def test_every_tokenizer_file_is_carried_over_and_meta_is_written(tmp_path, capsys):
