@@ -333,7 +333,7 @@ import judge as judging                                     # noqa: E402
 import lora                                                 # noqa: E402
 import losses                                               # noqa: E402
 from eval import (MASK_LAMS, VALUE_HEAD, EvalConfig, LocalChat, add_head, complete, confusion_report, cut_masks, document_rewards, evaluate_errors,    # noqa: E402
-                  evaluate_model, evaluate_responses, keyword_logprobs, make_client, mask_report, mask_scores, plot_mask, plot_rollouts,
+                  evaluate_model, evaluate_responses, keyword_logprobs, make_client, mask_report, mask_scores, pick_device, plot_mask, plot_rollouts,
                   reward_report, reward_scores, summary_table, wilson, write_report)
 from model import PRESETS, Llama, Packed, QuantLinear, load_model, read_config, save_model    # noqa: E402
 
@@ -1860,15 +1860,6 @@ def dry_run(cfg: TrainConfig) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The pipeline
-
-
-def pick_device(cfg: TrainConfig) -> tuple[str, torch.dtype]:
-    """The device and the base weights' type that --device and --dtype mean here."""
-    device = cfg.device if cfg.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and "LOCAL_RANK" in os.environ:     # under torchrun every process has a GPU of its own
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    dtype = cfg.dtype if cfg.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
-    return device, getattr(torch, dtype)
 
 
 def make_run(cfg: TrainConfig) -> Run:

@@ -387,13 +387,3 @@ def test_real_conversations_and_alpaca_rows(tokenizer):
         assert document and document["input_ids"].count(tokenizer.bos_id) == 1
         turns = sum(message["role"] == "assistant" for message in example.get("messages", [{"role": "assistant"}]))
         assert document["cut"] or document["labels"].count(tokenizer.eos_id) == turns
-
-
-@pytest.mark.parametrize("who", data.ROLES)
-def test_every_speaker_is_known(who, tmp_path):
-    turns = [("system", "s")] if data.ROLES[who] == "system" else []
-    turns += [("human", "q"), ("gpt", "r")]
-    turns = [(who if data.ROLES[who] == data.ROLES[name] else name, text) for name, text in turns]
-    path = write(tmp_path / "x.json", [{"conversations": [{"from": name, "value": text} for name, text in turns]}])
-    (row,), left_out = data.load_examples(path)
-    assert [m["content"] for m in row["messages"]] == [text for _, text in turns] and not any(left_out.values())

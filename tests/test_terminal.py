@@ -26,8 +26,9 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread(monkeypatch):
     torch.set_num_threads(1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)      # what --device auto takes is compared with the CPU's
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,27 @@ def test_merging_keeps_each_tensors_type_and_rounds_once(adapter_type, adapter, 
             assert torch.equal(found[name], torch.addmm(tensor.float(), b, a, alpha=raw["lora_alpha"] / raw["r"]).to(tensor.dtype)), name
         else:
             assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("gpus, device, dtype, wanted", [
+    (0, "auto", "auto", ("cpu", torch.float32)), (0, "auto", "bfloat16", ("cpu", torch.bfloat16)), (2, "auto", "auto", ("cuda", torch.bfloat16)),
+    (2, "cuda:1", "auto", ("cuda:1", torch.bfloat16)), (2, "cpu", "auto", ("cpu", torch.float32)), (2, "cuda:2", "auto", None), (0, "cuda", "auto", None), (0, "foo", "auto", None)])
+def test_device_and_type_mean_the_same_in_both_programs(gpus, device, dtype, wanted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for config in (evaluation.EvalConfig, train.TrainConfig):
+        given = {item.name: item for item in dataclasses.fields(config) if item.name in ("device", "dtype")}
+        assert [given[name].default for name in given] == ["auto", "auto"]
+        if wanted:
+            assert evaluation.pick_device(config(device=device, dtype=dtype)) == wanted
+    texts = [{item.name: item.metadata["help"] for item in dataclasses.fields(config)} for config in (evaluation.EvalConfig, train.TrainConfig)]
+    assert [texts[0][name] == texts[1][name] for name in ("device", "dtype")] == [True, True]
+    if not wanted:
+        with pytest.raises(SystemExit) as stop:
+            evaluation.main(["--device", device, "--chat"])
+        assert stop.value.code == 2 == train.main(["--stage", "sft", "--device", device, "--out", str(tmp_path)])
+        error = capsys.readouterr().err
+        assert error.count(f"error: --device {device} is not on this machine, which has {gpus} GPUs") == error.count("\n") == 2
 
 
 def test_every_tokenizer_file_is_carried_over_and_meta_is_written(tmp_path, capsys):
