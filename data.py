@@ -1062,10 +1062,10 @@ def encode_document(tokenizer, segments, *, max_len: int) -> dict:
     ids = [tokenizer.bos_id] if tokenizer.add_bos else []
     labels, tail = [IGNORE_INDEX] * len(ids), ""
     for text, is_label in segments:
-        piece = tokenizer.encode_continuation(text, tail) if tail else tokenizer.model.encode(text)
+        piece = tokenizer.encode_continuation(text, tail) if tail else tokenizer.encode_prompt(text)[len(ids):]
         ids += piece
         labels += piece if is_label else [IGNORE_INDEX] * len(piece)
-        tail = text[-1]
+        tail = text[-1:] or tail
     return {"input_ids": ids[:max_len], "labels": labels[:max_len], "cut": int(len(ids) > max_len)}
 
 
