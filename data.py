@@ -216,7 +216,7 @@ def _added_tokens(folder: Path, config: dict) -> tuple[dict[str, int], set[str]]
     """{text: id} of the tokens that were added to the sentencepiece model, and which of them are special.
 
     In added_tokens_decoder of tokenizer_config.json (new), or in added_tokens.json (old), where those are special that
-    special_tokens_map.json or tokenizer_config.json name.
+    special_tokens_map.json or tokenizer_config.json name; or, as transformers 5 writes, in tokenizer.json alone.
     """
     added, special, decoder = {}, set(), config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict) or not all(isinstance(entry, dict) and isinstance(entry.get("content"), str) for entry in decoder.values()):
@@ -232,6 +232,12 @@ def _added_tokens(folder: Path, config: dict) -> tuple[dict[str, int], set[str]]
                 special |= {text} if isinstance(text, str) else set()
     for text, token in _beside(folder, "added_tokens.json").items():
         added.setdefault(text, token)
+    rows = _beside(folder, "tokenizer.json").get("added_tokens") or [] if not added else []
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("content"), str) for row in rows):
+        raise ValueError(f"{folder / 'tokenizer.json'}: added_tokens is {json.dumps(rows)[:60]}. Expected a list of objects with id and content. "
+                         "Take the file that came with the model.")
+    added |= {row["content"]: row.get("id") for row in rows}
+    special |= {row["content"] for row in rows if row.get("special") is True}
     for text, token in added.items():
         if not isinstance(text, str) or not text or type(token) is not int or not 0 <= token < 2**24:
             raise ValueError(f"{folder}: added token {text!r:.60} has the id {token!r:.20}. Expected a text and a number from 0 to {2**24}.")

@@ -210,6 +210,21 @@ def test_a_tokenizer_file_alone_goes_with_the_model_folders_side_files(folder, t
     assert Tokenizer(folder / "tokenizer.model", model).added == tokenizer.added
 
 
+def test_added_tokens_of_a_folder_that_transformers_5_wrote(folder, tokenizer, tmp_path):
+    """It has no tokenizer.model, and names them in tokenizer.json alone."""
+    shutil.copy(folder / "tokenizer.model", tmp_path)
+    decoder = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    (tmp_path / "model").mkdir()
+    write(tmp_path / "model/tokenizer_config.json", {"tokenizer_class": "TokenizersBackend", "legacy": False})
+    write(tmp_path / "model/tokenizer.json", {"added_tokens": [{"id": int(token), **entry} for token, entry in decoder.items()]})
+    ours = Tokenizer(tmp_path / "tokenizer.model", tmp_path / "model")
+    assert (ours.special, ours.added, ours.legacy) == (tokenizer.special, tokenizer.added, False)
+    for odd in ({"a": 1}, ["x"], [{"content": 3}]):
+        write(tmp_path / "model/tokenizer.json", {"added_tokens": odd})
+        with pytest.raises(ValueError, match="tokenizer.json: added_tokens is .*Expected a list of objects"):
+            Tokenizer(tmp_path / "tokenizer.model", tmp_path / "model")
+
+
 @pytest.mark.parametrize("decoder", [[1], {"3": "text"}, {"3": {"content": 4}}, {"3": {}}, "x"])
 def test_an_odd_list_of_added_tokens_is_one_sentence(decoder, folder, tmp_path):
     shutil.copy(folder / "tokenizer.model", tmp_path)
