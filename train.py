@@ -1999,6 +1999,8 @@ def run_stage(run: Run, name: str) -> Path:
     for place in places if name != "reward" else list(dict.fromkeys((places[0], folder))):     # no SFT stage: made where it is not found
         if finished(place, cfg):
             say(f"{name}: found in {place}.")
+            if place == folder:
+                shutil.rmtree(place / CHECKPOINTS, ignore_errors=True)      # of a process that was killed before it came to that
             return place
     before = run_stage(run, stage.needs) if stage.needs and run.tasks else None
     rounds = cfg.rounds if cfg is run.cfg else 1
@@ -2016,6 +2018,7 @@ def run_stage(run: Run, name: str) -> Path:
                 stage.begin(part)                           # from the weights that the stage began with
             train(part, stage, [] if stopped and stage.refresh else stage.groups(part), place / "log.jsonl", stopped)
             on_first_rank(save_trained, part)
+        shutil.rmtree(place / CHECKPOINTS, ignore_errors=True)
         before = place
     return folder
 
