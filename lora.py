@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PREFIX = "base_model.model."                        # PEFT's keys: PREFIX + module + ".lora_A.weight"
 # PEFT options that change what an adapter computes; an adapter that uses one is refused, never half understood.
 UNSUPPORTED = ("use_dora", "modules_to_save", "layer_replication", "target_parameters", "megatron_config",
@@ -86,8 +87,8 @@ class LoRALinear(nn.Module):
             raise ValueError("the base is quantised, and merging would round the update away; load the model in full "
                              "precision, and merge the adapter into that.")
         scale, weight = self.config.alpha / self.config.rank, self.base.weight           # (out, in)
-        with torch.no_grad():
-            weight.copy_(torch.addmm(weight.float(), self.lora_B, self.lora_A, alpha=scale))
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            weight.copy_(torch.addmm(weight.float(), self.lora_B.float(), self.lora_A.float(), alpha=scale))
         return self.base
 
 
@@ -276,7 +277,7 @@ def read_adapter_config(folder: Path) -> tuple[LoraConfig, list[str] | str, str]
     is_list = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
     try:
         re.compile(targets if isinstance(targets, str) else "")
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         targets = None
     if not targets or not (is_list or isinstance(targets, str)):
         raise ValueError(f"{file}: target_modules is {raw.get('target_modules')!r:.60}; expected a list of names or a "
@@ -301,6 +302,6 @@ def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
         reason = " ".join(str(error).split())[:100]
         raise ValueError(f"{file} is damaged or incomplete: {reason}. Get it again.") from None
     values = tensors.values() if isinstance(tensors, dict) else [None]
-    if not all(isinstance(value, Tensor) and value.is_floating_point() for value in values):
-        raise ValueError(f"{file} does not hold tensors by name. It was not loaded.")
+    if not all(isinstance(value, Tensor) and value.dtype in FLOATS for value in values):
+        raise ValueError(f"{file} does not hold tensors by name, of float32, float16 or bfloat16. It was not loaded.")
     return tensors

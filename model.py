@@ -88,6 +88,8 @@ class ModelConfig:
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; RoPE turns pairs, so it must be even and at least 2.")
         self.rope_scaling = checked_scaling(self.rope_scaling, self.max_position_embeddings)
+        if self.rope_theta <= 1 and (self.rope_scaling or {}).get("rope_type") == "yarn":
+            raise ValueError(f"rope_theta is {self.rope_theta}; RoPE scaling 'yarn' needs one above 1. Take the config.json that came with the weights.")
 
     @property
     def context(self) -> int:
@@ -195,7 +197,7 @@ def checked_scaling(scaling: dict | None, longest: int) -> dict | None:
     kind = (scaling or {}).get("rope_type", "default")
     if kind == "default":
         return None
-    if kind not in ROPE_NEEDS:
+    if not isinstance(kind, str) or kind not in ROPE_NEEDS:
         raise ValueError(f"RoPE scaling {kind!r:.60} is not implemented; {', '.join(ROPE_NEEDS)} are.")
     unknown = [name for name in scaling if name not in ROPE_RANGES and name != "rope_type"]
     missing = [name for name in ROPE_NEEDS[kind] if scaling.get(name) is None]
@@ -1041,7 +1043,8 @@ def weight_files(folder: Path) -> list[Path]:
     if file.suffix != ".json":
         return [file]
     weight_map = read_json(file).get("weight_map")
-    names = list(dict.fromkeys(weight_map.values())) if isinstance(weight_map, dict) else [None]
+    listed = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    names = [*dict.fromkeys(name for name in listed if isinstance(name, str)), *(name for name in listed if not isinstance(name, str))]
     homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")    # links of the Hugging Face cache lead there
     for name in names:
         plain = isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}\.(safetensors|bin)", name)
@@ -1154,6 +1157,8 @@ def read_bin(file: Path) -> dict[str, Tensor]:
                 and tensor.device.type == "cpu" and tensor.is_floating_point()
                 and tensor.nbytes <= tensor.untyped_storage().nbytes()):
             raise ValueError(f"{file}: entry {name!r:.100} is not a plain tensor of floats. It was not loaded.")
+        if tensor.dtype not in SAFETENSORS_TYPES.values():
+            raise ValueError(f"tensor {name!r:.200} in {file} is {tensor.dtype}, expected float32, float16 or bfloat16.")
     return tensors
 
 
@@ -1222,7 +1227,7 @@ def read_meta_config(folder: Path) -> ModelConfig:
     except ValueError as error:
         raise ValueError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
     if vocab_size < 1:
-        rows = [open_weights(part)[0].get("output.weight", (0,))[0] for part in meta_files(folder)]
+        rows = [[*open_weights(part)[0].get("output.weight", ()), 0][0] for part in meta_files(folder)]
         vocab_size = sum(rows)
         if not 1 <= vocab_size <= 2**24:
             raise ValueError(f"{folder}: no output.weight says how large the vocabulary is, and {file.name} does not either.")
@@ -1332,21 +1337,20 @@ def save_model(model: Llama, path: str | os.PathLike, *, dtype: torch.dtype | No
     """
     folder, weights = Path(path), plain_weights(model)
     folder.mkdir(parents=True, exist_ok=True)
-    names = list(weights)
-    dtype = dtype or weights[names[0]].dtype
+    types, sizes = {name: dtype or weight.dtype for name, weight in weights.items()}, {}
     shards, room = [], 0
-    for name in names:
-        n_bytes = weights[name].numel() * dtype.itemsize
+    for name, weight in weights.items():
+        n_bytes = weight.numel() * types[name].itemsize
+        sizes[types[name]] = sizes.get(types[name], 0) + n_bytes
         if n_bytes > room:
             shards.append([])
             room = max_shard_bytes
         shards[-1].append(name)
         room -= n_bytes
-    total = sum(weights[name].numel() for name in names) * dtype.itemsize
-    index = {"metadata": {"total_size": total}, "weight_map": {}}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": {}}
     for number, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in shard}
+        tensors = {name: weights[name].detach().to("cpu", types[name]).contiguous() for name in shard}
         write_file(folder / file, lambda target: save_file(tensors, target, {"format": "pt"}))
         index["weight_map"] |= dict.fromkeys(shard, file)
     written = set(index["weight_map"].values())
@@ -1354,7 +1358,7 @@ def save_model(model: Llama, path: str | os.PathLike, *, dtype: torch.dtype | No
         written.add("model.safetensors.index.json")
         text = json.dumps(index, indent=2)
         write_file(folder / "model.safetensors.index.json", lambda target: target.write_text(text))
-    config = json.dumps(model.config.to_hf(str(dtype).removeprefix("torch.")), indent=2)
+    config = json.dumps(model.config.to_hf(str(max(sizes, key=sizes.get)).removeprefix("torch.")), indent=2)     # where types are mixed, the main one
     write_file(folder / "config.json", lambda target: target.write_text(config))
     for old in folder.glob("model*.safetensors*"):                   # an earlier save must not shadow this one
         if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", old.name) and old.name not in written:

@@ -171,7 +171,7 @@ class TrainConfig(JudgeFlags):
     refinements: int = flag(5, "refinements sampled per bad response", ("ilf",))
     # pre-training
     corpus: str = flag("", "JSON Lines of documents: lists of [text, is_label]", ("pretrain",))
-    preset: str = flag("demo", "shape of the new model", ("pretrain",))
+    preset: Literal["tiny", "demo", "tinyllama", "llama2-7b", "llama2-13b"] = flag("demo", "shape of the new model", ("pretrain",))
     export: str = flag("", "folder for the finished model", ("pretrain",))
     # evaluation
     evaluate: bool = flag(True, "answer held-out questions before and after, and write the report", TUNING)
@@ -333,7 +333,7 @@ import judge as judging                                     # noqa: E402
 import lora                                                 # noqa: E402
 import losses                                               # noqa: E402
 from eval import (MASK_LAMS, VALUE_HEAD, EvalConfig, LocalChat, add_head, complete, confusion_report, cut_masks, document_rewards, evaluate_errors,    # noqa: E402
-                  evaluate_model, evaluate_responses, keyword_logprobs, make_client, mask_report, mask_scores, plot_mask, plot_rollouts,
+                  evaluate_model, evaluate_responses, keyword_logprobs, make_client, mask_report, mask_scores, pick_device, plot_mask, plot_rollouts,
                   reward_report, reward_scores, summary_table, wilson, write_report)
 from model import PRESETS, Llama, QuantLinear, attention, load_model, read_config, save_model    # noqa: E402
 
@@ -1053,7 +1053,7 @@ def check_lengths(cfg: TrainConfig, tokenizer, records: list[dict]) -> None:
 
 def judged_document(run: Run, record: dict, *, judgment: str | None = None) -> dict:
     """The record's response behind its prompt, with or without a judgment in it; the same response ids either way."""
-    prompt = run.template.render(record["instruction"], record["input"], judgment)
+    prompt = run.template.render(record["instruction"], record["input"], judgment, literal=True)
     return data.encode_example(run.tokenizer, run.template, prompt, record["response"], max_len=run.cfg.max_len)
 
 
@@ -1210,6 +1210,9 @@ def collect_judged(run: Run) -> None:
         records = answered(run, todo[start:start + chunk])
         spoken = [record for record in records if record["response"].strip()]
         empty += len(records) - len(spoken)
+        for record in spoken:
+            if "{input}" in record["instruction"]:          # a task's wording; in records of judged responses that is a text like others
+                record |= {"instruction": record["instruction"].replace("{input}", record["input"]), "input": ""}
         data.append_records(path, [{**record, "judgment": judgment} for record, judgment in zip(spoken, critic.critique(spoken), strict=True)])
     judging.RUN.tell(say)
     if empty:
@@ -1867,15 +1870,6 @@ def dry_run(cfg: TrainConfig) -> None:
 # The pipeline
 
 
-def pick_device(cfg: TrainConfig) -> tuple[str, torch.dtype]:
-    """The device and the base weights' type that --device and --dtype mean here."""
-    device = cfg.device if cfg.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and "LOCAL_RANK" in os.environ:     # under torchrun every process has a GPU of its own
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    dtype = cfg.dtype if cfg.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
-    return device, getattr(torch, dtype)
-
-
 def make_run(cfg: TrainConfig) -> Run:
     """Read everything that the flags name; whatever is wrong with it shows here, before anything is trained."""
     tasks = data.load_tasks(cfg.tasks) if cfg.tasks else []
@@ -1884,7 +1878,7 @@ def make_run(cfg: TrainConfig) -> Run:
     framed = data.frame_bare_tasks(tasks) if kind(cfg.stage) not in JUDGED else ""
     if framed:
         say(framed)
-    tokenizer = data.Tokenizer(cfg.tokenizer or cfg.model)
+    tokenizer = data.Tokenizer(cfg.tokenizer or cfg.model, cfg.model)
     model = load_trained(cfg, None)
     warning = data.check_vocabulary(tokenizer, model.config.vocab_size, model.config.bos_id, model.config.eos_ids, cfg.model)
     if warning:
@@ -2013,6 +2007,8 @@ def run_stage(run: Run, name: str) -> Path:
     for place in places if name != "reward" else list(dict.fromkeys((places[0], folder))):     # no SFT stage: made where it is not found
         if finished(place, cfg):
             say(f"{name}: found in {place}.")
+            if place == folder:
+                shutil.rmtree(place / CHECKPOINTS, ignore_errors=True)      # of a process that was killed before it came to that
             return place
     before = run_stage(run, stage.needs) if stage.needs and run.tasks else None
     rounds = cfg.rounds if cfg is run.cfg else 1
@@ -2030,6 +2026,7 @@ def run_stage(run: Run, name: str) -> Path:
                 stage.begin(part)                           # from the weights that the stage began with
             train(part, stage, [] if stopped and stage.refresh else stage.groups(part), place / "log.jsonl", stopped)
             on_first_rank(save_trained, part)
+        shutil.rmtree(place / CHECKPOINTS, ignore_errors=True)
         before = place
     return folder
 
@@ -2054,7 +2051,7 @@ def pretrain(cfg: TrainConfig) -> None:
 def pretrain_here(cfg: TrainConfig) -> None:
     """`pretrain`, once the run folder is ours."""
     device, _ = pick_device(cfg)
-    tokenizer = data.Tokenizer(cfg.tokenizer)
+    tokenizer = data.Tokenizer(cfg.tokenizer, cfg.model)
     config = dataclasses.replace(PRESETS[cfg.preset], vocab_size=len(tokenizer), bos_id=tokenizer.bos_id,
                                  eos_ids=(tokenizer.eos_id,), prompt_template=cfg.template or "plain")
     model = load_model(cfg.model, device=device) if cfg.model else Llama(config).init_weights(cfg.seed).to(device)
@@ -2157,7 +2154,8 @@ def report_judged(run: Run, ladder: dict[str, Path | None]) -> None:
                   for title, found in results.items()))
     say(f"report: {cfg.out}/report.md")
     if not cfg.full:
-        say(f"next: python eval.py --model {cfg.model} --adapter {ladder['SFT']} {cfg.out} --show-mask {cfg.records or cfg.out + '/judged.jsonl'}")
+        more = "".join(f" --{name} {shlex.quote(getattr(cfg, name))}" for name in ("tokenizer", "template") if f" --{name} " in settings(cfg))
+        say(f"next: python eval.py --model {cfg.model} --adapter {ladder['SFT']} {cfg.out}{more} --show-mask {cfg.records or cfg.out + '/judged.jsonl'}")
 
 
 def measure_mask(run: Run, ladder: dict[str, Path]) -> None:
@@ -2207,7 +2205,7 @@ def summarise(cfg: TrainConfig, seconds: float) -> None:
 def next_command(cfg: TrainConfig) -> str:
     """What to try now, with every setting of this run that is not the default."""
     if cfg.stage in ("sft", "sft-ia"):
-        inputs = "".join(f" --{name} {getattr(cfg, name)}" for name in ("model", "tasks", "paraphrases", "tokenizer")
+        inputs = "".join(f" --{name} {shlex.quote(getattr(cfg, name))}" for name in ("model", "tasks", "paraphrases", "tokenizer", "template")
                          if f" --{name} " in settings(cfg))
         return f"python train.py --stage cat{inputs} --out {cfg.out}-cat"
     if cfg.stage in ("ppo", "constitutional"):              # no candidates to share
@@ -2225,9 +2223,11 @@ def settings(cfg: TrainConfig) -> str:
             argv += [f"--{name}", getattr(cfg, name)]
             words.append(f"--{name} {shlex.quote(getattr(cfg, name))}")
     usual = dataclasses.asdict(parse_config(argv))
+    if cfg.template:                                        # where it was left out, `make_run` has filled it in
+        usual["template"] = read_config(cfg.model).prompt_template or "alpaca"
     for item in dataclasses.fields(TrainConfig):
         value, name, only = getattr(cfg, item.name), item.name.replace("_", "-"), item.metadata["only"]
-        if value != usual[item.name] and (not only or "cat" in only) and item.name not in ("out", "init", "candidates", "records", "lam", "template"):
+        if value != usual[item.name] and (not only or "cat" in only) and item.name not in ("out", "init", "candidates", "records", "lam"):
             words.append(f"--{name}" if value is True else f"--no-{name}" if value is False
                          else f"--{name} {' '.join(map(shlex.quote, value if isinstance(value, list) else [str(value)]))}")
     return "".join(f" {word}" for word in words)

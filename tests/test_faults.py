@@ -119,6 +119,13 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(name, world, whol
     assert not list(tmp_path.rglob("checkpoints"))          # a finished stage has removed them
 
 
+def test_checkpoints_that_a_kill_left_beside_a_finished_stage_are_removed(world, tmp_path):     # noqa: F811
+    argv = [*arguments(world, tmp_path), "--stage", "sft", "--steps", "2", "--batch-size", "4", "--no-evaluate", "--save-every", "1"]
+    assert train.main(argv) == 0
+    (tmp_path / "checkpoints/step-000002").mkdir(parents=True)
+    assert train.main(argv) == 0 and not (tmp_path / "checkpoints").exists()
+
+
 class Stopped(BaseException):
     """Ends a run at a chosen step, as a kill does."""
 
