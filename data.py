@@ -18,12 +18,8 @@ import math
 import os
 import random
 import re
-<<<<<<< HEAD
 import sys
-from dataclasses import dataclass, field, fields
-=======
 from dataclasses import dataclass, field, fields, replace
->>>>>>> fix6
 from pathlib import Path
 
 import sentencepiece
