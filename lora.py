@@ -77,8 +77,8 @@ class LoRALinear(nn.Module):
             return out
         if self.config.dropout > 0:
             x = F.dropout(x, self.config.dropout, self.training)
-        low = F.linear(x.reshape(-1, x.shape[-1]), self.lora_A.to(x.dtype))              # (N, R)
-        up, scale = self.lora_B.to(x.dtype), self.config.alpha / self.config.rank        # (out, R)
+        low = F.linear(x.reshape(-1, x.shape[-1]), self.lora_A.to(x.dtype)).to(out.dtype)              # (N, R)
+        up, scale = self.lora_B.to(out.dtype), self.config.alpha / self.config.rank        # (out, R)
         return out.view(-1, out.shape[-1]).addmm_(low, up.T, alpha=scale).view(out.shape)        # in place: no second copy
 
     def merged(self) -> nn.Linear:
