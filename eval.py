@@ -33,7 +33,7 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
-from itertools import accumulate, chain, combinations, permutations
+from itertools import combinations, groupby, permutations
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -213,65 +213,50 @@ def _branches(tokenizer, item: int, suffix: str, keywords: tuple[str, str]) -> l
     return [_Branch(item, ids, scored) for ids, scored in targets.items()]
 
 
-def _read_prefixes(model, prefixes: list[list[int]], room: int, max_len: int | None):
-    """A KV cache with a row per prefix and room for `room` more tokens in each; a prefix too long loses its left."""
+def _add_logprobs(model, forks: list[tuple[list[int], list[_Branch]]], results) -> None:
+    """Read each prefix once and its branches behind it; add each target's log-probability to results (items, 2)."""
     import torch
 
-    from data import cut_left
-    from model import KVCache
+    from model import attention
 
-    limit = min(max_len or sys.maxsize, model.config.context) - room
-    if limit < 2:
-        raise ValueError(f"an answer to judge has about {room} tokens and leaves no room for its question within "
-                         f"{limit + room}. Lower --max-new-tokens, or raise --max-len.")
-    prefixes, weight = [cut_left(ids, limit) for ids in prefixes], model.lm_head.weight
-    lengths = [len(ids) for ids in prefixes]
-    cache = KVCache(model.config, len(prefixes), max(lengths) + room, weight.dtype, weight.device)
-    input_ids = torch.tensor(list(chain(*prefixes)), device=weight.device)                          # (N,)
-    unasked = torch.zeros(0, dtype=torch.long, device=weight.device)
-    model(input_ids, lengths=lengths, kv_cache=cache, logits_at=unasked)
-    return cache
-
-
-def _add_logprobs(model, cache, branches: list[_Branch], results) -> None:
-    """Run branches behind their rows of the cache; add each target's log-probability to results (items, 2)."""
-    import torch
-
-    lengths = [len(branch.token_ids) for branch in branches]
-    starts = [0, *accumulate(lengths)]
-    asked = [(branch.item, which, start + position, token) for branch, start in zip(branches, starts, strict=False)
-             for which, position, token in branch.targets]
-    items, which, positions, tokens = torch.tensor(asked).unbind(1)                                 # (M,) each
-    input_ids = torch.tensor(list(chain(*(branch.token_ids for branch in branches))), device=cache.k.device)    # (N,)
-    logits = model(input_ids, lengths=lengths, kv_cache=cache, logits_at=positions.to(cache.k.device))
-    logprobs = logits.float().log_softmax(-1).gather(1, tokens[:, None].to(logits.device)).squeeze(1)    # (M,)
-    results.index_put_((items, which), logprobs.cpu(), accumulate=True)
+    ids, asked, device = [], [], results.device
+    for prefix, branches in forks:
+        ids += prefix
+        for branch in branches:
+            asked += [(branch.item, which, len(ids) + position, token) for which, position, token in branch.targets]
+            ids += branch.token_ids
+    items, which, positions, tokens = torch.tensor(asked, device=device).unbind(1)                  # (M,) each
+    attend = attention([(len(prefix), [len(branch.token_ids) for branch in branches]) for prefix, branches in forks], device)
+    hidden = model.hidden(torch.tensor(ids, device=device), attend).index_select(0, positions)      # (M, D)
+    logprobs = model.lm_head(hidden).float().log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)  # (M,)
+    results.index_put_((items, which), logprobs, accumulate=True)
 
 
 def keyword_logprobs(model, tokenizer, prefixes: list[str], suffixes: list[str], keywords: list[tuple[str, str]], *,
                      batch_size: int = 64, max_len: int | None = None) -> list[tuple[float, float]]:
     """log P(keyword | prefix + suffix), over all tokens of the keyword, for both keywords of every item.
 
-    A prefix that several items share is read once; its row of the cache is forked to their suffixes. Prefixes end in a
-    newline and keywords begin with a space. Raises ValueError where a keyword is no continuation of its suffix.
+    A prefix that several items share is read once for each `batch_size` of them. Prefixes end in a newline and keywords begin
+    with a space. Raises ValueError where a keyword is no continuation of its suffix.
     """
     import torch
+
+    from data import cut_left
 
     by_prefix = {}
     for item, (prefix, suffix, pair) in enumerate(zip(prefixes, suffixes, keywords, strict=True)):
         by_prefix.setdefault(prefix, []).extend(_branches(tokenizer, item, suffix, pair))
-    results, was_training = torch.zeros(len(prefixes), 2), model.training                           # (items, 2)
-    order = sorted(by_prefix, key=len)                                      # like lengths attend together
+    forks = [(text, branch) for text in sorted(by_prefix, key=len) for branch in sorted(by_prefix[text], key=lambda branch: len(branch.token_ids))]
+    room = min(max_len or sys.maxsize, model.config.context) - max((len(branch.token_ids) for _, branch in forks), default=0)
+    if room < 2:
+        raise ValueError(f"an answer to judge is too long: it leaves {room} tokens for its question. Lower --max-new-tokens, or raise --max-len.")
+    results, was_training = torch.zeros(len(prefixes), 2, device=next(model.parameters()).device), model.training           # (items, 2)
     model.eval()
     try:
         with torch.inference_mode():
-            for texts in _chunks(order, batch_size):
-                forks = [(row, branch) for row, text in enumerate(texts) for branch in by_prefix[text]]
-                room = max(len(branch.token_ids) for _, branch in forks)
-                cache = _read_prefixes(model, [tokenizer.encode_prompt(text) for text in texts], room, max_len)
-                for part in _chunks(forks, batch_size):
-                    rows, branches = zip(*part, strict=True)
-                    _add_logprobs(model, cache.select(rows), branches, results)
+            for part in _chunks(forks, batch_size):                         # like lengths attend together
+                _add_logprobs(model, [(cut_left(tokenizer.encode_prompt(text), room), [branch for _, branch in same])
+                                      for text, same in groupby(part, key=lambda fork: fork[0])], results)
     finally:
         model.train(was_training)
     return [tuple(pair) for pair in results.tolist()]

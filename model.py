@@ -42,6 +42,7 @@ MAX_CONFIG_BYTES = 10**6
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK_NUMBERS = 2**20      # weights are converted, checked and quantised so many at a time
 PREFILL_TOKENS = 8192      # prompts enter the cache in calls of about this many tokens, which bounds memory
+SHORTEST_SHARED = 8        # tokens that prompts must have in common to be read together
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -499,6 +500,23 @@ def similar_lengths(lengths: Tensor, ratio: float = 0.75) -> Iterator[Tensor]:
             begin = end
 
 
+def laid_out(lengths: Tensor) -> tuple[list[torch.Size], Tensor | None, Tensor]:
+    """Documents of lengths (B,), end to end, as padded rows of similar length.
+
+    Returns the shapes (rows, width) of the groups, the token at each of their P places, (P,), and the place of each token,
+    (N,). Where nothing moves, the places are None.
+    """
+    starts, offset, places, shapes = lengths.cumsum(0) - lengths, 0, [], []
+    inverse = torch.empty(int(lengths.sum()), dtype=torch.long)
+    for group in similar_lengths(lengths):
+        index, real = right_padded(starts[group], lengths[group])                        # (B, T)
+        inverse[index[real]] = offset + real.flatten().nonzero().squeeze(1)
+        offset += index.numel()
+        places.append(index.flatten())
+        shapes.append(index.shape)
+    return shapes, None if len(shapes) <= 1 and offset == len(inverse) else torch.cat(places), inverse
+
+
 class Packed:
     """Causal attention inside each of the documents that lie end to end in the flat row.
 
@@ -515,28 +533,27 @@ class Packed:
         starts = size.cumsum(0) - size                                                   # (B,)
         position_ids = torch.arange(int(size.sum())) - starts.repeat_interleave(size)    # (N,)
         self.spans = size.repeat_interleave(size).to(device)                             # (N,) length of its document
-        inverse, offset, places, self.shapes = torch.empty_like(position_ids), 0, [], []
-        for group in similar_lengths(size):
-            index, real = right_padded(starts[group], size[group])                       # (B, T)
-            inverse[index[real]] = offset + real.flatten().nonzero().squeeze(1)
-            offset += index.numel()
-            places.append(index.flatten())
-            self.shapes.append(index.shape)
-        self.plain = len(self.shapes) <= 1 and offset == len(inverse)                    # one group without padding
-        self.index = torch.cat(places).to(device) if places else inverse                 # (P,) into the tokens
-        self.inverse = inverse.to(device)                                                # (N,) into the padded places
+        self.shapes, index, inverse = laid_out(size)
+        self.index, self.inverse = None if index is None else index.to(device), inverse.to(device)
         self.position_ids = position_ids.to(device)                                      # (N,)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (N, H, Dh), k and v (N, K, Dh) -> (N, H, Dh)."""
         if not len(q):
             return q
-        if not self.plain:
-            q, k, v = (LayOut.apply(x, self.index, self.inverse) for x in (q, k, v))     # (P, H or K, Dh)
-        sizes = [rows * width for rows, width in self.shapes]
-        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), self.shapes)
-        out = [causal(*(x.unflatten(0, shape) for x in part)) for *part, shape in parts]
-        return out[0] if self.plain else LayBack.apply(torch.cat(out), self.inverse)
+        parts = zip(*(as_rows(x, self.shapes, self.index, self.inverse) for x in (q, k, v)))
+        return as_tokens([causal(*part) for part in parts], self.index, self.inverse)
+
+
+def as_rows(x: Tensor, shapes: list[torch.Size], index: Tensor | None, inverse: Tensor) -> list[Tensor]:
+    """Tokens (N, H, Dh) in the padded groups that `laid_out` has made: (B, T, H, Dh) each."""
+    x = x if index is None else LayOut.apply(x, index, inverse)                          # (P, H, Dh)
+    return [part.unflatten(0, shape) for part, shape in zip(x.split([shape.numel() for shape in shapes]), shapes)]
+
+
+def as_tokens(groups: list[Tensor], index: Tensor | None, inverse: Tensor) -> Tensor:
+    """The way back: (B * T, H, Dh) each -> (N, H, Dh)."""
+    return groups[0] if index is None else LayBack.apply(torch.cat(groups), inverse)
 
 
 def attention(trees: list[tuple[int, list[int]]], device: torch.device | str = "cpu") -> "Packed | Branched":
@@ -563,7 +580,7 @@ class Branched:
         self.stems = Packed([stem for stem, _ in trees], device)
         places, spans, before, start, self.branches = [], [], [], 0, []
         for stem, branches in trees:
-            length, T = torch.tensor(branches, dtype=torch.long), max(branches, default=0)
+            length = torch.tensor(branches, dtype=torch.long)
             own = torch.cat([torch.arange(size) for size in branches]) if branches else length
             places += [torch.arange(stem), stem + own]
             spans += [torch.full((stem,), stem), (stem + length).repeat_interleave(length)]
@@ -571,14 +588,9 @@ class Branched:
             back[own == 0] = start + stem - 1                                            # ... for a branch's first the stem's last
             before += [torch.arange(start, start + stem) - 1, back]
             start += stem + len(own)
-            if branches:
-                index, real = right_padded(length.cumsum(0) - length, length)            # (n, T)
-                inverse = torch.empty(len(own), dtype=torch.long)
-                inverse[index[real]] = real.flatten().nonzero().squeeze(1)
-                mask = torch.arange(stem + T) <= stem + torch.arange(T)[:, None]         # (T, stem + T)
-                self.branches.append([x.to(device) for x in (index.flatten(), inverse, mask)])
-            else:
-                self.branches.append(None)
+            shapes, index, inverse = laid_out(length)
+            masks = [torch.arange(stem + T) <= stem + torch.arange(T)[:, None] for _, T in shapes]       # (T, stem + T)
+            self.branches.append((shapes, None if index is None else index.to(device), inverse.to(device), [m.to(device) for m in masks]))
         self.position_ids, self.spans = torch.cat(places).to(device), torch.cat(spans).to(device)    # (N,) each
         self.before = torch.cat(before)                                                  # (N,), on the CPU: what each token follows
 
@@ -587,25 +599,23 @@ class Branched:
         q, k, v = (x.split(self.sizes) for x in (q, k, v))
         stems = self.stems(layer, *(torch.cat(x[::2]) for x in (q, k, v))).split(self.sizes[::2])
         out = []
-        for tree, (stem, arrays) in enumerate(zip(stems, self.branches)):
+        for tree, (stem, (shapes, index, inverse, masks)) in enumerate(zip(stems, self.branches)):
             out.append(stem)
-            if arrays is not None:
-                out.append(self.branch(*arrays, q[2 * tree + 1], *(x[2 * tree:2 * tree + 2] for x in (k, v))))
+            if shapes:
+                own = zip(*(as_rows(x[2 * tree + 1], shapes, index, inverse) for x in (q, k, v)), masks)
+                out.append(as_tokens([self.branch(*part, k[2 * tree], v[2 * tree]) for part in own], index, inverse))
         return torch.cat(out)
 
     @staticmethod
-    def branch(index: Tensor, inverse: Tensor, mask: Tensor, q: Tensor, k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor]) -> Tensor:
-        """Attention of one tree's branches (n, T) over the stem and themselves. q (N', H, Dh), k and v (stem, branches)."""
-        T, K = len(mask), k[0].shape[1]
-        n = len(index) // T
-        q = LayOut.apply(q, index, inverse).unflatten(0, (n, T)).unflatten(2, (K, -1))   # (n, T, K, H/K, Dh)
-        q = q.transpose(1, 2).flatten(2, 3)                                              # (n, K, T * H/K, Dh)
-        k, v = (torch.cat([stem.expand(n, -1, -1, -1), LayOut.apply(own, index, inverse).unflatten(0, (n, T))], dim=1).transpose(1, 2)
-                for stem, own in (k, v))                                                 # (n, K, stem + T, Dh)
-        mask = mask.repeat_interleave(q.shape[2] // T, dim=0)                            # heads that share keys are more queries
+    def branch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, stem_k: Tensor, stem_v: Tensor) -> Tensor:
+        """Branches of one tree over the stem and themselves: q (n, T, H, Dh), k and v (n, T, K, Dh), stem (S, K, Dh) -> (n * T, H, Dh)."""
+        (n, T), K = q.shape[:2], k.shape[2]
+        q = q.unflatten(2, (K, -1)).transpose(1, 2).flatten(2, 3)      # (n, K, T * H/K, Dh): heads that share keys are more queries
+        k, v = (torch.cat([stem.expand(n, -1, -1, -1), own], dim=1).transpose(1, 2)
+                for stem, own in ((stem_k, k), (stem_v, v)))                             # (n, K, S + T, Dh)
+        mask = mask.repeat_interleave(q.shape[2] // T, dim=0)                            # (T * H/K, S + T)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                    # (n, K, T * H/K, Dh)
-        out = out.unflatten(2, (T, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)      # (n * T, H, Dh)
-        return LayBack.apply(out, inverse)
+        return out.unflatten(2, (T, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
 class KVCache:
@@ -668,9 +678,10 @@ class Cached:
             places = positions[index.clamp(max=len(rows) - 1)]                           # (B, T)
             mask = torch.arange(n_keys) <= places[:, :, None]                            # (B, T, S)
             group = kv_cache.config.n_heads // kv_cache.config.n_kv_heads
-            self.mask = mask.repeat_interleave(group, dim=1)[:, None].to(device)         # (B, 1, T * H/K, S)
-            self.index = index.to(device)
-            self.inverse = None if real.all() else real.flatten().nonzero().squeeze(1).to(device)    # (N,)
+            self.mask = None if mask.all() else mask.repeat_interleave(group, dim=1)[:, None].to(device)     # (B, 1, T * H/K, S)
+            self.shape, self.n_keys, plain = index.shape, n_keys, bool(real.all())
+            self.index = None if plain else index.to(device)                             # (B, T)
+            self.inverse = None if plain else real.flatten().nonzero().squeeze(1).to(device)         # (N,)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (N, H, Dh), k and v (N, K, Dh) -> (N, H, Dh)."""
@@ -678,13 +689,65 @@ class Cached:
         self.cache.v[layer][self.rows, :, self.position_ids] = v.detach()
         if self.packed is not None:
             return self.packed(layer, q, k, v)
-        (B, T), S = self.index.shape, self.mask.shape[-1]
+        (B, T), S = self.shape, self.n_keys
         k, v = self.cache.k[layer, :B, :, :S], self.cache.v[layer, :B, :, :S]            # (B, K, S, Dh)
-        q = take(q, self.index).unflatten(2, (k.shape[1], -1))                           # (B, T, K, H/K, Dh)
-        q = q.transpose(1, 2).flatten(2, 3)            # (B, K, T * H/K, Dh): heads that share keys become more queries
+        q = q.unflatten(0, (B, T)) if self.index is None else take(q, self.index)        # (B, T, H, Dh)
+        q = q.unflatten(2, (k.shape[1], -1)).transpose(1, 2).flatten(2, 3)            # (B, K, T * H/K, Dh): heads that share keys become more queries
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)               # (B, K, T * H/K, Dh)
         out = out.unflatten(2, (T, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)      # (B * T, H, Dh)
         return out if self.inverse is None else take(out, self.inverse)
+
+
+class Prefill:
+    """Read prompts into empty rows of a cache, from row `first` on; what prompts share at their beginning is read once.
+
+    Give `hidden` these `input_ids`, (N,); its states at `last`, (B,), are those of the prompts' last tokens.
+    """
+
+    def __init__(self, kv_cache: KVCache, prompts: list[list[int]], first: int):
+        ids, trees, rows, places, source, last, device = [], [], [], [], [], {}, kv_cache.k.device
+        for stem, members in shared_prompts(prompts):
+            begin = len(ids)
+            ids += prompts[members[0]][:stem]
+            for member in members:
+                own, size = len(ids), len(prompts[member])
+                ids += prompts[member][stem:]
+                source += [*range(begin, begin + stem), *range(own, len(ids))]           # the flat tokens that fill this row
+                rows += [first + member] * size
+                places += range(size)
+                last[member] = len(ids) - 1
+                kv_cache.lengths[first + member] = size
+            trees.append((stem, [len(prompts[member]) - stem for member in members] if len(members) > 1 else []))
+        self.cache, self.attend = kv_cache, attention(trees, device)
+        self.position_ids, self.spans = self.attend.position_ids, self.attend.spans
+        self.input_ids, self.rows, self.places, self.source = (torch.tensor(x, device=device) for x in (ids, rows, places, source))
+        self.last = torch.tensor([last[member] for member in range(len(prompts))], device=device)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (N, H, Dh), k and v (N, K, Dh) -> (N, H, Dh)."""
+        self.cache.k[layer][self.rows, :, self.places] = k[self.source]
+        self.cache.v[layer][self.rows, :, self.places] = v[self.source]
+        return self.attend(layer, q, k, v)
+
+
+def shared_prompts(prompts: list[list[int]]) -> list[tuple[int, list[int]]]:
+    """Prompts in groups that begin alike: (tokens they share, their indices); each keeps at least its last token to itself.
+
+    Neighbours in alphabetical order, for as long as one more member saves tokens. A group of one shares all of itself.
+    """
+    groups, order = [], sorted(range(len(prompts)), key=prompts.__getitem__)
+    for member in order:
+        ids = prompts[member]
+        if groups:
+            stem, members = groups[-1]
+            other = prompts[members[0]]
+            most = min(len(ids), len(other)) - 1 if len(members) == 1 else min(len(ids) - 1, stem)
+            same = next((i for i in range(most) if ids[i] != other[i]), most)
+            if same >= SHORTEST_SHARED and len(members) * same >= (len(members) - 1) * stem:
+                groups[-1] = (same, [*members, member])
+                continue
+        groups.append((len(ids), [member]))
+    return groups
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -823,15 +886,16 @@ def documents(input_ids: Tensor, attention_mask: Tensor | None, segment_ids: Ten
 
 @dataclass
 class Answer:
-    """One row of `generate`: its prompt, the name of its own random stream, and what has come out so far."""
+    """One row of `generate`: its prompt, the most tokens it may get, its own random stream, and what has come out so far."""
 
     prompt: list[int]
+    most: int
     stream: str
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
 
-def generate(model: Llama, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 0.0,
+def generate(model: Llama, prompts: list[list[int]], *, max_new_tokens: int | list[int], temperature: float = 0.0,
              top_p: float = 1.0, top_k: int = 0, eos_ids: tuple[int, ...] | None = None, seed: int | list[int] = 0,
              batch_size: int = 64, progress: Callable[[int], None] | None = None,
              watch: Callable[[list[int]], None] | None = None, return_logprobs: bool = False):
@@ -841,6 +905,7 @@ def generate(model: Llama, prompts: list[list[int]], *, max_new_tokens: int, tem
 
     Args:
         prompts: token ids, ragged, none empty.
+        max_new_tokens: one number, or one per prompt.
         temperature: 0 takes the most probable token; else top_k (0: off), then top_p (1: off), then a draw.
         eos_ids: by default those of the model's config.
         seed: one int for all (row i draws from (seed, i)), or one int per row.
@@ -852,23 +917,23 @@ def generate(model: Llama, prompts: list[list[int]], *, max_new_tokens: int, tem
     Raises:
         ValueError: a prompt that is empty or leaves no room, a setting out of range, or non-finite logits.
     """
-    if not (max_new_tokens >= 1 and batch_size >= 1 and temperature >= 0 and 0 < top_p <= 1 and top_k >= 0):
+    most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if not (min(most, default=1) >= 1 and len(most) == len(prompts) and batch_size >= 1 and temperature >= 0 and 0 < top_p <= 1 and top_k >= 0):
         raise ValueError(f"max_new_tokens {max_new_tokens}, batch_size {batch_size}, temperature {temperature}, top_p "
-                         f"{top_p}, top_k {top_k}: expected >= 1, >= 1, >= 0, in (0, 1] and >= 0.")
-    room = model.config.context - max_new_tokens
+                         f"{top_p}, top_k {top_k}: expected >= 1 (one number, or one per prompt), >= 1, >= 0, in (0, 1] and >= 0.")
     for index, prompt in enumerate(prompts):
-        if not 1 <= len(prompt) <= room:
-            raise ValueError(f"prompt {index} has {len(prompt)} tokens; expected 1 to {room}, since the model takes "
-                             f"{model.config.context} positions, max_new_tokens {max_new_tokens}.")
+        if not 1 <= len(prompt) <= model.config.context - most[index]:
+            raise ValueError(f"prompt {index} has {len(prompt)} tokens; expected 1 to {model.config.context - most[index]}, since the "
+                             f"model takes {model.config.context} positions, max_new_tokens {most[index]}.")
     streams = [f"{seed},{index}" for index in range(len(prompts))] if isinstance(seed, int) else list(map(str, seed))
     if len(streams) != len(prompts):
         raise ValueError(f"{len(streams)} seeds for {len(prompts)} prompts; give one int, or one per prompt.")
-    answers = [Answer(prompt, stream) for prompt, stream in zip(prompts, streams)]
+    answers = [Answer(*row) for row in zip(prompts, most, streams)]
     was_training = model.training
     model.eval()
     try:
         stop = set(model.config.eos_ids if eos_ids is None else eos_ids)
-        decode(model, answers, max_new_tokens, (temperature, top_k, top_p), stop, batch_size, progress, watch)
+        decode(model, answers, (temperature, top_k, top_p), stop, batch_size, progress, watch)
     finally:
         model.train(was_training)
     tokens = [answer.tokens for answer in answers]
@@ -881,16 +946,16 @@ def uniform(stream: str, step: int) -> float:
 
 
 @torch.inference_mode()
-def decode(model: Llama, answers: list[Answer], max_new_tokens: int, how: tuple, eos_ids: set[int], batch_size: int,
+def decode(model: Llama, answers: list[Answer], how: tuple, eos_ids: set[int], batch_size: int,
            progress: Callable[[int], None] | None, watch: Callable[[list[int]], None] | None) -> None:
     """Fill in the answers. Live rows stay in front of a static cache; a quarter of free slots is refilled at once."""
     if not answers:
         return
     weight = model.model.embed_tokens.weight
     slots = min(batch_size, len(answers))
-    max_len = max(len(answer.prompt) for answer in answers) + max_new_tokens
+    max_len = max(len(answer.prompt) + answer.most for answer in answers)
     cache = KVCache(model.config, slots, max_len, weight.dtype, weight.device)
-    waiting = sorted(answers, key=lambda answer: len(answer.prompt))                     # longest last, taken first
+    waiting = sorted(answers, key=lambda answer: (len(answer.prompt), answer.prompt))    # longest last, taken first
     live: list[Answer] = []                                                              # live[i] has the cache's row i
     while waiting or live:
         begin = 0                                                                        # rows [begin, live) move on
@@ -900,11 +965,13 @@ def decode(model: Llama, answers: list[Answer], max_new_tokens: int, how: tuple,
                 live.append(waiting.pop())
                 room -= len(live[-1].prompt)
         moving = live[begin:]
-        inputs = [answer.tokens[-1:] or answer.prompt for answer in moving]
-        counts = [0] * begin + [len(ids) for ids in inputs] + [0] * (slots - len(live))
-        input_ids = torch.tensor([token for ids in inputs for token in ids], device=weight.device)    # (N,)
-        last = torch.tensor(counts[begin:len(live)], device=weight.device).cumsum(0) - 1              # (B,)
-        logits = model(input_ids, lengths=counts, kv_cache=cache, logits_at=last)        # (B, V)
+        if moving[0].tokens:                                                             # one more token each
+            input_ids = torch.tensor([answer.tokens[-1] for answer in moving], device=weight.device)      # (B,)
+            hidden = model.hidden(input_ids, Cached(cache, [1] * len(live) + [0] * (slots - len(live))))  # (B, D)
+        else:
+            prompts = Prefill(cache, [answer.prompt for answer in moving], begin)
+            hidden = model.hidden(prompts.input_ids, prompts).index_select(0, prompts.last)               # (B, D)
+        logits = model.lm_head(hidden)                                                   # (B, V)
         draws = [uniform(answer.stream, len(answer.tokens)) for answer in moving]
         chosen, logprobs = sample(logits.float(), torch.tensor(draws, dtype=torch.float64, device=weight.device), *how)
         for answer, token, logprob in zip(moving, chosen.tolist(), logprobs.tolist()):
@@ -914,7 +981,7 @@ def decode(model: Llama, answers: list[Answer], max_new_tokens: int, how: tuple,
                 watch(answer.tokens)
         was_live = len(live)
         for slot in reversed(range(begin, was_live)):
-            if live[slot].tokens[-1] in eos_ids or len(live[slot].tokens) == max_new_tokens:
+            if live[slot].tokens[-1] in eos_ids or len(live[slot].tokens) == live[slot].most:
                 cache.move(len(live) - 1, slot)                                          # the last row fills the hole
                 live[slot] = live[-1]
                 live.pop()

@@ -394,9 +394,9 @@ def test_keyword_logprobs_read_a_shared_prefix_once():
     from model import PRESETS, Llama
 
     model, read = Llama(PRESETS["tiny"]), []
-    model.register_forward_pre_hook(lambda module, args: read.append(len(args[0])))
+    model.model.embed_tokens.register_forward_pre_hook(lambda module, args: read.append(len(args[0])))
     keyword_logprobs(model, ToyTokenizer(), ["long prefix\n"] * 3, ["a:", "b:", "c:"], [(" y", " n")] * 3)
-    assert read == [1 + len("long prefix\n") - 1, 3 * 2]                     # " p" is one token; one branch per item
+    assert read == [1 + len("long prefix\n") - 1 + 3 * 2]                    # " p" is one token; one branch per item
     assert model.training
 
 
