@@ -123,6 +123,7 @@ class EvalConfig(JudgeFlags):
     instances: int = flag(0, "... with so many instances per subset, at most (0: all)")
     paraphrase: int = flag(0, "write this many wordings of each task's instruction with the judge's model, instead of evaluating")
     quantize: Literal["none", "int8", "nf4"] = flag("none", "keep the model's linears in 8 or 4 bits")
+    compile: bool = flag(False, "compile the one-token step of sampling: some 20 s for each shape, then faster")
     chat: bool = flag(False, "talk to the model, or to its first adapter, at the terminal, instead of evaluating")
     temperature: float = flag(0.7, "... with this sampling temperature (0: the most probable token)")
     instructions: str = flag("", "JSON file of instructions: write OUT/NAME-outputs.json in alpaca_eval's form, instead of evaluating")
@@ -1609,6 +1610,7 @@ def load_models(config: EvalConfig, adapters: list[str] | None = None):
     tokenizer = Tokenizer(config.tokenizer or config.model, config.model)
     for adapter in ["", *config.adapter] if adapters is None else adapters:
         model = load_model(config.model, dtype=dtype, device=device, quantize=config.quantize.removeprefix("none"))
+        model.compiling = config.compile
         check_tokenizer(config, model, tokenizer, quiet=bool(adapter))
         if adapter:
             load_adapter(model, adapter)

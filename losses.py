@@ -66,6 +66,11 @@ def head_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperatur
     return _HeadLogprobs.apply(hidden, weight, targets, temperature)
 
 
+def head_rows(device: str) -> int:
+    """How many rows of logits exist at a time: on a CPU as many as its cache holds."""
+    return 256 if device == "cpu" else 4096
+
+
 class _HeadLogprobs(torch.autograd.Function):
     """With q the distribution over the words other than the target y, and u = (W_y - q W) / temperature,
 
@@ -76,7 +81,7 @@ class _HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
-        rows = 256 if hidden.device.type == "cpu" else 4096        # a processor's cache holds that many rows of logits
+        rows = head_rows(hidden.device.type)
         found, slopes = [], []
         for h, y in zip(hidden.split(rows), targets.split(rows)):
             logits = h @ weight.T                                  # (m, V)

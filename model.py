@@ -429,7 +429,11 @@ class QuantLinear(nn.Module):
         return QUANTIZERS[self.kind][1](self.codes, self.scales, dtype)[:, :self.in_features]
 
     def forward(self, x: Tensor) -> Tensor:
-        out = FrozenProduct.apply(x, self)
+        if self.kind == "int8" and x.dtype == torch.bfloat16 and x.device.type == "cpu" and x[..., 0].numel() <= 16 and not x.requires_grad:
+            rows = x.reshape(-1, x.shape[-1])                                            # a few rows: the codes are read as they are
+            out = torch._weight_int8pack_mm(rows, self.codes, self.scales.flatten()).view(*x.shape[:-1], -1)
+        else:
+            out = FrozenProduct.apply(x, self)
         return out if self.bias is None else out + self.bias
 
 
@@ -698,6 +702,23 @@ class Cached:
         return out if self.inverse is None else take(out, self.inverse)
 
 
+class Step:
+    """One more token for every row of a cache, idle rows too. All shapes stay as they are, so that this compiles once."""
+
+    def __init__(self, kv_cache: KVCache, position_ids: Tensor):
+        self.cache, self.position_ids, self.spans = kv_cache, position_ids, position_ids + 1             # (B,) each
+        self.rows = torch.arange(len(position_ids), device=position_ids.device)
+        places = torch.arange(kv_cache.k.shape[3], device=position_ids.device)           # (S,)
+        self.mask = (places <= position_ids[:, None])[:, None, None]                     # (B, 1, 1, S)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B, H, Dh), k and v (B, K, Dh) -> (B, H, Dh)."""
+        self.cache.k[layer][self.rows, :, self.position_ids] = k
+        self.cache.v[layer][self.rows, :, self.position_ids] = v
+        q = q.unflatten(1, (k.shape[1], -1))                                             # (B, K, H/K, Dh)
+        return F.scaled_dot_product_attention(q, self.cache.k[layer], self.cache.v[layer], attn_mask=self.mask).flatten(1, 2)
+
+
 class Prefill:
     """Read prompts into empty rows of a cache, from row `first` on; what prompts share at their beginning is read once.
 
@@ -765,12 +786,13 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """LLaMA with a language-model head. `Llama(config).init_weights(seed)` is a fresh one, `load_model` a trained one.
 
-    Set `checkpointing = True` to recompute each block in the backward pass instead of keeping its activations.
+    Set `checkpointing = True` to recompute each block in the backward pass instead of keeping its activations, `compiling =
+    True` to have `generate` compile its one-token step.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config, self.checkpointing = config, False
+        self.config, self.checkpointing, self.compiling = config, False, False
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.tie_weights()
@@ -945,6 +967,11 @@ def uniform(stream: str, step: int) -> float:
     return (int.from_bytes(hashlib.sha256(f"{stream},{step}".encode()).digest()[:8], "big") >> 11) / 2**53
 
 
+def one_token(model: Llama, input_ids: Tensor, kv_cache: KVCache, position_ids: Tensor) -> Tensor:
+    """Logits (B, V) behind one more token (B,) of every row, at position_ids (B,)."""
+    return model.lm_head(model.hidden(input_ids, Step(kv_cache, position_ids)))
+
+
 @torch.inference_mode()
 def decode(model: Llama, answers: list[Answer], how: tuple, eos_ids: set[int], batch_size: int,
            progress: Callable[[int], None] | None, watch: Callable[[list[int]], None] | None) -> None:
@@ -955,6 +982,7 @@ def decode(model: Llama, answers: list[Answer], how: tuple, eos_ids: set[int], b
     slots = min(batch_size, len(answers))
     max_len = max(len(answer.prompt) + answer.most for answer in answers)
     cache = KVCache(model.config, slots, max_len, weight.dtype, weight.device)
+    step = torch.compile(one_token, dynamic=False) if model.compiling else None
     waiting = sorted(answers, key=lambda answer: (len(answer.prompt), answer.prompt))    # longest last, taken first
     live: list[Answer] = []                                                              # live[i] has the cache's row i
     while waiting or live:
@@ -965,13 +993,16 @@ def decode(model: Llama, answers: list[Answer], how: tuple, eos_ids: set[int], b
                 live.append(waiting.pop())
                 room -= len(live[-1].prompt)
         moving = live[begin:]
-        if moving[0].tokens:                                                             # one more token each
-            input_ids = torch.tensor([answer.tokens[-1] for answer in moving], device=weight.device)      # (B,)
-            hidden = model.hidden(input_ids, Cached(cache, [1] * len(live) + [0] * (slots - len(live))))  # (B, D)
-        else:
+        if not moving[0].tokens:
             prompts = Prefill(cache, [answer.prompt for answer in moving], begin)
-            hidden = model.hidden(prompts.input_ids, prompts).index_select(0, prompts.last)               # (B, D)
-        logits = model.lm_head(hidden)                                                   # (B, V)
+            logits = model.lm_head(model.hidden(prompts.input_ids, prompts).index_select(0, prompts.last))      # (B, V)
+        elif model.compiling:
+            input_ids = torch.tensor([answer.tokens[-1] for answer in moving] + [0] * (slots - len(live)), device=weight.device)
+            logits = step(model, input_ids, cache, cache.lengths.to(weight.device))[:len(live)]
+            cache.lengths[:len(live)] += 1
+        else:
+            input_ids = torch.tensor([answer.tokens[-1] for answer in moving], device=weight.device)            # (B,)
+            logits = model(input_ids, lengths=[1] * len(live) + [0] * (slots - len(live)), kv_cache=cache)
         draws = [uniform(answer.stream, len(answer.tokens)) for answer in moving]
         chosen, logprobs = sample(logits.float(), torch.tensor(draws, dtype=torch.float64, device=weight.device), *how)
         for answer, token, logprob in zip(moving, chosen.tolist(), logprobs.tolist()):
@@ -997,7 +1028,8 @@ def sample(logits: Tensor, draws: Tensor, temperature: float, top_k: int, top_p:
     if temperature == 0:
         ids = logits.argmax(-1, keepdim=True)                                            # (B, 1)
     else:
-        probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)     # (B, V)
+        scaled = logits if temperature == 1 else (logits - logits.amax(-1, keepdim=True)) / temperature
+        probs = scaled.softmax(-1)                                                       # (B, V)
         order = None
         if top_k or top_p < 1:
             probs, order = probs.topk(min(top_k or probs.shape[-1], probs.shape[-1]))    # (B, k), falling

@@ -79,6 +79,7 @@ class TrainConfig(JudgeFlags):
     sft_steps: int = flag(200, "steps of the SFT stages on the way", AFTER_SFT)
     sft_lr: float = flag(2e-4, "learning rate of the SFT stages on the way", AFTER_SFT)
     micro_tokens: int = flag(8192, "most tokens per forward pass; bounds memory, changes no result (but of --combine half --reduction token)")
+    compile: bool = flag(False, "compile the one-token step of sampling: some 20 s for each shape, then faster")
     checkpointing: bool = flag(False, "keep each block's input only and compute it again in the backward pass: less memory, a third slower, same result")
     lr: float = flag(2e-4, "peak learning rate")
     warmup_ratio: float = flag(0.05, "share of the steps that warm up")
@@ -1827,7 +1828,9 @@ def estimate(cfg: TrainConfig) -> list[tuple[str, float, str]]:
     state = 12 if cfg.full else 16
     in_group = documents_per_group(cfg)
     micro = max(cfg.micro_tokens, in_group * cfg.max_len)   # a group is never torn
-    logits = micro * config.vocab_size * (dtype.itemsize + (4 if dtype.itemsize == 4 else 8))
+    kept = cfg.full or kind(cfg.stage) == "unlikelihood" and cfg.level == "token" or "lm_head" in cfg.adapt     # else a piece at a time, and a vector each
+    rows_at_once = micro if kept else min(micro, losses.head_rows(pick_device(cfg)[0]))
+    logits = rows_at_once * config.vocab_size * (dtype.itemsize + (4 if dtype.itemsize == 4 else 8)) + (0 if kept else micro * config.dim * dtype.itemsize)
     cache = 2 * cfg.eval_batch * min(cfg.max_len, config.context) * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
     merged = 0 if cfg.full or cfg.quantize != "none" else base
     training = base + state * trained + activation_bytes(config, cfg, dtype, micro) + logits
@@ -1836,7 +1839,7 @@ def estimate(cfg: TrainConfig) -> list[tuple[str, float, str]]:
             ("weights", base, cfg.quantize if cfg.quantize != "none" else str(dtype).removeprefix("torch.")),
             ("gradients and AdamW", state * trained, f"float32, {state} bytes for each trained parameter" + ("" if cfg.full else ", itself included")),
             ("activations", training - base - state * trained - logits, f"of one micro-batch, {micro:,} tokens: --micro-tokens, or a group of {in_group} x --max-len"),
-            ("logits", logits, "if each of its tokens is a target; usually a fraction"),
+            ("logits", logits, "if each of its tokens is a target; usually a fraction" if kept else f"of {rows_at_once:,} tokens at a time"),
             ("training, at most", training, "the four above"),
             ("merged copy", merged, "while sampling and evaluating"),
             ("cache", cache, f"of --eval-batch {cfg.eval_batch} rows of --max-len {cfg.max_len} tokens"),
@@ -1920,7 +1923,7 @@ def finished(folder: Path, cfg: TrainConfig) -> bool:
     done = (folder / "adapter_config.json").exists() or (folder / "model/config.json").exists()
     if not done and not any((folder / name).exists() for name in (*RECORDS, CHECKPOINTS)):
         return False
-    old, ignore = json.loads((folder / "config.json").read_text()), {"out", "device", "evaluate", "compare", "split", "micro_tokens", "checkpointing", "dry_run", "save_every"}
+    old, ignore = json.loads((folder / "config.json").read_text()), {"out", "device", "evaluate", "compare", "split", "micro_tokens", "checkpointing", "compile", "dry_run", "save_every"}
     ignore |= JudgeFlags.__annotations__.keys() - {"judge_url", "judge_model"}
     if folder != Path(cfg.out):
         ignore.add("init")
@@ -1943,6 +1946,7 @@ def load_trained(cfg: TrainConfig, folder: Path | None, *, trainable: bool = Fal
                        quantize="" if whole else cfg.quantize.removeprefix("none"))
     if folder and not whole:
         lora.load_adapter(model, folder, trainable=trainable)
+    model.compiling = cfg.compile
     if folder and (folder / VALUE_HEAD).exists():
         add_head(model).load_state_dict(safetensors.torch.load_file(folder / VALUE_HEAD))
     return model

@@ -322,8 +322,8 @@ def stream(system, dtype):
         model = own_model(dtype)
         if "int8" in system:
             model = quantized(model)
-        work, how = (lambda **more: generate(model, [asked], max_new_tokens=new, eos_ids=(), **more)), {"compiled": True} if "compiled" in system else {}
-        return timed(lambda: work(**how), 3, new, bytes=weight_bytes(model))
+        model.compiling = "compiled" in system
+        return timed(lambda: generate(model, [asked], max_new_tokens=new, eos_ids=()), 3, new, bytes=weight_bytes(model))
     model = peer_model(dtype)
     how = {"generate (default)": {}, "generate, compiled": {"cache_implementation": "static"}}[system]
     if how:                                                 # compiled by hand: on a CPU generate does not do it by itself

@@ -47,6 +47,44 @@ def near(values):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The head without logits
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+def test_head_logprobs_equal_those_of_logits_with_their_gradients(scale, temperature, monkeypatch):
+    hidden, weight = (torch.randn(700, 8, dtype=torch.float64) * scale).requires_grad_(), torch.randn(50, 8, dtype=torch.float64)
+    targets, slopes = torch.randint(0, 50, (700,)), torch.randn(2, 700, dtype=torch.float64)
+    logits = hidden @ weight.T / temperature
+    plain = torch.stack([losses.gathered_logprobs(logits, targets), losses.complement_logprobs(logits, targets)])
+    direct = torch.stack(losses.head_logprobs(hidden, weight, targets, temperature=temperature))
+    assert torch.allclose(direct, plain, atol=1e-10, rtol=1e-12)
+    wanted, = torch.autograd.grad((plain * slopes).sum(), hidden)
+    found, = torch.autograd.grad((direct * slopes).sum(), hidden)
+    assert torch.allclose(found, wanted, atol=1e-9)
+
+
+def test_head_logprobs_of_a_sure_model_stay_finite():
+    """p(target) is 1 to the last bit: log(1 - p) is still told, and still pushes the target down with the full weight."""
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    hidden = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    logprobs, complements = losses.head_logprobs(hidden, weight, torch.tensor([0]))
+    assert logprobs.item() == 0 and complements.item() == pytest.approx(-200)
+    slope, = torch.autograd.grad(complements.sum(), hidden)
+    assert torch.allclose(slope, weight[1:2] - weight[:1])
+
+
+def test_head_logprobs_of_no_rows_and_without_gradients():
+    weight = torch.randn(9, 4)
+    hidden = torch.zeros(0, 4, requires_grad=True)
+    logprobs, _ = losses.head_logprobs(hidden, weight, torch.zeros(0, dtype=torch.long))
+    logprobs.sum().backward()
+    assert logprobs.shape == (0,)
+    with torch.no_grad():
+        assert losses.head_logprobs(torch.randn(3, 4), weight, torch.tensor([1, 2, 3]))[0].isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The shift
 
 

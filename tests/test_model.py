@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import (PRESETS, Cached, KVCache, Llama, ModelConfig, Packed, generate, load_model, sample, save_model,
-                   similar_lengths, weight_files)
+from model import (PRESETS, Branched, Cached, KVCache, Llama, ModelConfig, Packed, generate, load_model, sample, save_model,
+                   shared_prompts, similar_lengths, weight_files)
 
 TINY = PRESETS["tiny"]
 
@@ -296,6 +296,64 @@ def test_an_answer_depends_on_its_own_prompt_and_seed_only(tiny):
     assert same != generate(tiny, [prompts[0]] * 6, seed=1, **how)
     longer = generate(tiny, prompts, seed=seeds, **(how | {"max_new_tokens": 15}))
     assert [answer[:12] for answer in longer] == whole                                   # a prefix of the longer one
+
+
+def test_prompts_that_begin_alike_are_read_once_and_answered_as_alone(tiny):
+    dice = random.Random()
+    for _ in range(5):
+        heads = [[dice.randrange(TINY.vocab_size) for _ in range(size)] for size in (30, 12, 50)]
+        prompts = [head + [dice.randrange(TINY.vocab_size) for _ in range(dice.randrange(9))] for head in heads for _ in range(5)] + [heads[0]] * 3 + [[3]]
+        dice.shuffle(prompts)
+        groups = shared_prompts(prompts)
+        assert sorted(member for _, members in groups for member in members) == list(range(len(prompts)))
+        for stem, members in groups:
+            assert len({tuple(prompts[member][:stem]) for member in members}) == 1
+            assert all(len(prompts[member]) > stem or len(members) == 1 for member in members)
+        read, hook = [], tiny.model.embed_tokens.register_forward_pre_hook(lambda module, args: read.append(len(args[0])))
+        how = {"max_new_tokens": 5, "eos_ids": (), "return_logprobs": True, "temperature": 1.0}
+        together = generate(tiny, prompts, seed=list(range(len(prompts))), **how)
+        hook.remove()
+        assert read[0] < 0.6 * sum(map(len, prompts))
+        alone = [generate(tiny, [prompt], seed=[k], **how) for k, prompt in enumerate(prompts)]
+        assert together[0] == [ids[0] for ids, _ in alone]
+        assert torch.allclose(torch.tensor(together[1]), torch.tensor([logprobs[0] for _, logprobs in alone]), atol=1e-4)
+
+
+def test_every_row_has_its_own_most_tokens(tiny):
+    prompts, most = [row.tolist() for row in ragged([4, 9, 6])], [3, 1, 7]
+    whole = generate(tiny, prompts, max_new_tokens=7, eos_ids=())
+    assert generate(tiny, prompts, max_new_tokens=most, eos_ids=(), batch_size=2) == [answer[:size] for answer, size in zip(whole, most)]
+    with pytest.raises(ValueError, match="one per prompt"):
+        generate(tiny, prompts, max_new_tokens=[3, 1])
+
+
+def test_branches_equal_documents_with_a_copy_of_the_stem_each(tiny):
+    dice = random.Random()
+    trees = [(dice.randint(2, 9), [dice.randint(1, 12) for _ in range(dice.randrange(5))]) for _ in range(6)] + [(3, [4, 4, 4])]
+    model, row, documents, places = copy.deepcopy(tiny).double(), [], [], []
+    for stem, branches in trees:
+        head = [dice.randrange(TINY.vocab_size) for _ in range(stem)]
+        at = len(row)
+        row += head
+        if not branches:
+            documents.append(head)
+            places += range(at, at + stem)
+        for size in branches:
+            own = [dice.randrange(TINY.vocab_size) for _ in range(size)]
+            documents.append(head + own)
+            places += [*range(at, at + stem), *range(len(row), len(row) + size)]
+            row += own
+    attend = Branched(trees)
+    shared = model.hidden(torch.tensor(row), attend)
+    plain = model.hidden(torch.tensor([token for document in documents for token in document]), Packed([len(document) for document in documents]))
+    assert torch.allclose(shared[places], plain, atol=1e-10)
+    assert [row[i] for i in attend.before[torch.tensor(places)].tolist() if i >= 0][:3] == documents[0][:3]
+    weights, found = list(model.parameters()), []
+    slope = torch.randn_like(plain)
+    for hidden in (shared[places], plain):
+        found.append(torch.autograd.grad((hidden * slope).sum(), weights, allow_unused=True, retain_graph=True))
+    for one, two in zip(*found):                                                         # norms compute in float32
+        assert one is two is None or (one - two).abs().max() <= 1e-5 * two.abs().max()
 
 
 def test_eos_is_kept_and_ends_the_row(tiny):

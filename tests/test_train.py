@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import eval as evaluation
 import losses
 import lora
 import train
@@ -522,3 +523,37 @@ def test_preference_steps_equal_their_equations(cat_run):
     found = {"dpo": found["dpo"], "slic": found["rank"], "ce": found["ce"], "rrhf": train.rrhf_step(run.model, batch, cfg)["rank"],
              "pro": train.pro_step(run.model, batch, cfg)["rank"]}
     assert {name: value.item() for name, value in found.items()} == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared prompts
+
+
+@pytest.mark.parametrize("stage", ["cat", "dpo", "slic", "rrhf", "pro", "reward", "sft"])
+def test_a_shared_prompt_trains_as_copies_of_it(stage, monkeypatch):
+    """Losses, counts and gradients of a step whose groups lay their prompt down once, and of one that repeats it."""
+    dice = random.Random()
+    config = PRESETS["tiny"]
+
+    def group():
+        prompt = [dice.randrange(config.vocab_size) for _ in range(dice.randint(10, 30))]
+        answers = [[dice.randrange(config.vocab_size) for _ in range(dice.randint(1, 9))] for _ in range(3)]
+        documents = [{"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer, "cut": False} for answer in answers]
+        return {"documents": documents, "n_best": 1, "pairs": [(0, 1), (0, 2)], "imitated": [0, 0], "rewards": [2.0, 1.0, 0.0], "pair_weights": [0.5, 0.5],
+                "reference": [-3.0, -2.0, -5.0]}
+    groups, cfg, found = [group() for _ in range(4)], train.TrainConfig(stage=stage), []
+    model = lora.apply_lora(Llama(config).init_weights(0).double(), lora.LoraConfig(rank=4)).double()
+    evaluation.add_head(model)
+    for weight in lora.lora_parameters(model):
+        torch.nn.init.normal_(weight, std=0.1)
+    torch.nn.init.normal_(model.value_head.weight)
+    for shared in (True, False):
+        if not shared:
+            monkeypatch.setattr(data, "shared_start", lambda group: 0)
+        batch = {**train.collate(groups, "cpu"), "step": 0}
+        means = train.backward(model, train.STAGES[stage], [batch], cfg)
+        found.append((len(batch["input_ids"]), means, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+        model.zero_grad(set_to_none=True)
+    (fewer, one, slopes), (tokens, two, others) = found
+    assert fewer < 0.7 * tokens and one == pytest.approx(two, abs=1e-6) and len(slopes) == len(others)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(slopes, others))
