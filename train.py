@@ -198,8 +198,9 @@ STAGE_DEFAULTS = {
 DEMO_MODEL = {                                              # a model of two million parameters wants larger steps
     "sft": dict(lr=2e-3, steps=400), "sft-ia": dict(lr=2e-3, steps=400),
     **{stage: dict(lr=3e-4, sft_lr=2e-3, sft_steps=400) for stage in PREFERENCE},
-    "ppo": dict(lr=3e-4, sft_lr=2e-3, sft_steps=400, rm_lr=3e-4),
-    "rlaif": dict(lr=3e-4, sft_lr=2e-3, sft_steps=400, labels="scores"),     # it never saw a comparison of letters
+    **{stage: dict(lr=3e-5, sft_lr=2e-3, sft_steps=400) for stage in ("dpo", "rso")},       # without a likelihood term they walk far
+    "ppo": dict(lr=3e-4, sft_lr=2e-3, sft_steps=400, rm_lr=3e-4, rollouts=512, batch_size=256),
+    "rlaif": dict(lr=3e-5, sft_lr=2e-3, sft_steps=400, labels="scores"),     # it never saw a comparison of letters
 }
 DEMO_MODEL |= {stage: dict(lr=5e-4, steps=200, sft_lr=2e-3, sft_steps=200) for stage in JUDGED}
 DEMO_MODEL["cut"] |= dict(detect_lam=1.5, judged_warmup=60)
@@ -850,6 +851,11 @@ def ppo_groups(run: Run) -> list[dict]:
     ids = torch.repeat_interleave(torch.arange(len(answers)), torch.tensor([len(a.token_ids) for a in answers]))
     rewards = losses.shaped_rewards(scores, old, reference, ids, beta=memory["beta"])
     rewards = losses.whiten(rewards, shift_mean=False) if cfg.whiten_rewards else rewards
+    if memory["phase"] == 0:                                # the value head starts at the mean, else all layers would carry it there
+        mean = losses.gae(rewards, torch.zeros_like(values), ids, gamma=cfg.gamma)[1].mean()
+        values = values + mean
+        with torch.no_grad():
+            run.model.value_head.bias += mean.to(device)
     advantages, returns = losses.gae(rewards, values, ids, gamma=cfg.gamma, lam=cfg.gae_lam)
     per_token = {"old": old, "old_values": values, "advantages": losses.whiten(advantages), "returns": returns}
     for k, group in enumerate(groups):

@@ -249,7 +249,7 @@ def test_ppo_raises_the_reward_and_keeps_the_books(world, tmp_path):    # noqa: 
 
 
 def test_ppo_first_step_is_on_policy(world, tmp_path):                  # noqa: F811
-    """Before any update every ratio is 1, the reference is the policy, and the values are the head's zeros."""
+    """Before any update every ratio is 1, the reference is the policy, and all values are the mean of what was returned."""
     argv = cat(world, tmp_path, "--temperature", "0.7", "--no-fit-reward")
     argv[argv.index("cat")] = "ppo"
     run = train.make_run(train.parse_config(argv))
@@ -260,7 +260,9 @@ def test_ppo_first_step_is_on_policy(world, tmp_path):                  # noqa: 
     batch = train.collate(groups[:5], "cpu")
     logprobs, values = train.policy_and_values(run.model, batch, run.cfg)
     torch.testing.assert_close(logprobs.detach(), batch["old"], atol=1e-5, rtol=0)
-    assert not values.any() and not batch["old_values"].any()
+    returned = [value for group in groups for value in group["per_token"]["returns"]]
+    assert values.detach().unique().numel() == 1 and values[0].item() == pytest.approx(sum(returned) / len(returned), abs=1e-4)
+    torch.testing.assert_close(values.detach(), batch["old_values"], atol=1e-5, rtol=0)
     for group in groups[:5]:                                # the scored ids are the sampled ones, at the sampling temperature
         document = group["documents"][0]
         ids = torch.tensor(document["input_ids"])
