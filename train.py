@@ -315,7 +315,7 @@ import data                                                 # noqa: E402
 import judge as judging                                     # noqa: E402
 import lora                                                 # noqa: E402
 import losses                                               # noqa: E402
-from eval import (MASK_LAMS, VALUE_HEAD, EvalConfig, LocalChat, add_head, complete, confusion_report, cut_masks, document_rewards, evaluate_errors,    # noqa: E402
+from eval import (MASK_LAMS, VALUE_HEAD, Completion, EvalConfig, LocalChat, add_head, complete, confusion_report, cut_masks, document_rewards, evaluate_errors,    # noqa: E402
                   evaluate_model, evaluate_responses, keyword_logprobs, make_client, mask_report, mask_scores, plot_mask, plot_rollouts,
                   reward_report, reward_scores, summary_table, wilson, write_report)
 from model import PRESETS, Llama, Packed, QuantLinear, load_model, read_config, save_model    # noqa: E402
@@ -670,7 +670,7 @@ def collect_preferences(run: Run) -> None:
     """rlaif: pairs of different answers to one question, and how probable the judge finds it that the first is better."""
     cfg, path = run.cfg, run.folder / "preferences.jsonl"
     collect_candidates(run)
-    done = {(record["task"], record["id"], record["number"]) for record in data.read_records(path, own=True)}
+    done = collected(path, lambda record: (record["task"], record["id"], record["number"]))
     todo = []
     for group in grouped_candidates(run):
         distinct = list({c["response"]: c for c in group if c["response"].strip()}.values())
@@ -680,11 +680,11 @@ def collect_preferences(run: Run) -> None:
                 todo.append({"task": first["task"], "id": first["id"], "number": number, "instruction": first["instruction"], "input": first["input"],
                              "first": {k: first[k] for k in CHOSEN}, "second": {k: second[k] for k in CHOSEN}})
     label, unread = make_labeller(dataclasses.replace(run, model=plain(run.model))), 0
-    for start in tqdm(range(0, len(todo), 4 * cfg.eval_batch), desc="label", unit="chunk", disable=None):
+    for start in tqdm(range(0, len(todo), 4 * cfg.eval_batch), desc="label", unit="chunk", disable=None if ranks()[0] == 0 else True):
         part = todo[start:start + 4 * cfg.eval_batch]
-        labelled = [{**pair, "probability": q} for pair, q in zip(part, label(part), strict=True)]
+        labelled = [{**pair, "probability": q} for pair, q in zip(part, from_first_rank(lambda: label(part)), strict=True)]
         unread += sum(pair["probability"] is None for pair in labelled)
-        data.append_records(path, [pair for pair in labelled if pair["probability"] is not None])
+        keep(path, [pair for pair in labelled if pair["probability"] is not None])
     if unread:
         say(f"rlaif: {unread} of {len(todo)} pairs got no label and are left out.")
 
@@ -705,12 +705,12 @@ def make_labeller(run: Run) -> Callable[[list[dict]], list[float | None]]:
             scores = [(score(pair["first"]), score(pair["second"])) for pair in pairs]
             return [None if a is None or b is None else 1 / (1 + math.exp(min(700.0, b - a))) for a, b in scores]
         return label
-    ask = make_client(cfg, run.folder).ask if cfg.judge == "http" else LocalChat(run.model, run.tokenizer, run.template, batch_size=cfg.eval_batch).ask
+    client = first_client(run) if cfg.judge == "http" else LocalChat(run.model, run.tokenizer, run.template, batch_size=cfg.eval_batch)
 
     def letters(pairs):
         texts = [{"input": f"{pair['instruction']}\n\n{pair['input']}".strip(), "output_1": pair["first"]["response"],
                   "output_2": pair["second"]["response"]} for pair in pairs]
-        return judging.preference_probabilities(ask, texts)
+        return judging.preference_probabilities(client.ask, texts)
     return letters
 
 
@@ -723,12 +723,13 @@ def collect_revisions(run: Run) -> None:
         if not principles:
             raise ValueError(f"{cfg.principles} holds no principle. Expected one sentence per line.")
     run = dataclasses.replace(run, model=plain(run.model))
-    client = make_client(cfg, run.folder) if cfg.judge == "http" else LocalChat(run.model, run.tokenizer, run.template, batch_size=cfg.eval_batch)
-    done = {candidate_key(record) for record in data.read_records(path, own=True)}
+    client = first_client(run) if cfg.judge == "http" else LocalChat(run.model, run.tokenizer, run.template, batch_size=cfg.eval_batch)
+    done = collected(path, candidate_key)
     todo, chunk = [record for record in unanswered(run) if candidate_key(record) not in done], 4 * cfg.eval_batch
-    for start in tqdm(range(0, len(todo), chunk), desc="revise", unit="chunk", disable=None):
-        data.append_records(path, judging.constitutional(client.ask, answered(run, todo[start:start + chunk]), principles, rounds=cfg.revisions, seed=cfg.seed))
-    if cfg.judge == "http":
+    for start in tqdm(range(0, len(todo), chunk), desc="revise", unit="chunk", disable=None if ranks()[0] == 0 else True):
+        made = answered(run, todo[start:start + chunk])
+        keep(path, from_first_rank(lambda: judging.constitutional(client.ask, made, principles, rounds=cfg.revisions, seed=cfg.seed)))
+    if cfg.judge == "http" and client:
         say(client.summary())
 
 
@@ -791,7 +792,7 @@ def ppo_groups(run: Run) -> list[dict]:
     prompts = [run.template.render(r["wording"], r["input"]) for r in records]
     answers = sampled(dataclasses.replace(run, model=plain(run.model)), records, prompts)
     room, labels = cfg.max_len - cfg.max_new_tokens, {task.name: task.labels for task in run.tasks}
-    verdicts = memory["judge"].judge([{**r, "response": a.text, "labels": labels[r["task"]]} for r, a in zip(records, answers)])
+    verdicts = verdicts_of(run, memory["judge"], [{**r, "response": a.text, "labels": labels[r["task"]]} for r, a in zip(records, answers)])
     scores = torch.tensor([(v.reward or 0.0) if a.finished else cfg.unfinished_reward for a, v in zip(answers, verdicts)])
     groups = []
     for record, prompt, answer in zip(records, prompts, answers):
@@ -884,13 +885,13 @@ def collect_candidates(run: Run) -> None:
     cfg, path = run.cfg, run.folder / "candidates.jsonl"
     if cfg.candidates or cfg.preferences:
         return
-    done = {candidate_key(record) for record in data.read_records(path, own=True)}
+    done = collected(path, candidate_key)
     todo = [record for record in unanswered(run) if candidate_key(record) not in done]
     run = dataclasses.replace(run, model=plain(run.model))
     judge, chunk = make_judge(run), 4 * cfg.eval_batch
-    for start in tqdm(range(0, len(todo), chunk), desc="collect", unit="chunk", disable=None):
-        data.append_records(path, score_candidates(run, judge, todo[start:start + chunk]))
-    if cfg.judge != "rule" and not (run.folder / "canaries.json").exists():
+    for start in tqdm(range(0, len(todo), chunk), desc="collect", unit="chunk", disable=None if ranks()[0] == 0 else True):
+        keep(path, score_candidates(run, judge, todo[start:start + chunk]))
+    if cfg.judge != "rule" and not from_first_rank((run.folder / "canaries.json").exists):
         measure_canaries(run, judge, unanswered(run))
     say_usage(judge)
 
@@ -898,9 +899,10 @@ def collect_candidates(run: Run) -> None:
 def measure_canaries(run: Run, judge, items: list[dict]) -> None:
     """canaries.json: how many answers without content the judge calls correct; more than 5 % are worth a warning."""
     asked = judging.canary_items(items)
-    passed = sum(verdict.correct is True for verdict in judge.judge(asked))
+    passed = sum(verdict.correct is True for verdict in verdicts_of(run, judge, asked))
     low, high = wilson(passed, len(asked))
-    (run.folder / "canaries.json").write_text(json.dumps({"asked": len(asked), "passed": passed, "ci95": [low, high]}) + "\n")
+    text = json.dumps({"asked": len(asked), "passed": passed, "ci95": [low, high]}) + "\n"
+    on_first_rank(lora.write_file, run.folder / "canaries.json", lambda file: file.write_text(text))
     if passed > 0.05 * len(asked):
         say(f"warning: the judge called {passed} of {len(asked)} answers without content correct ({100 * passed / len(asked):.0f} %, 95 % interval "
             f"{100 * low:.0f} to {100 * high:.0f} %); treat its scores with care.")
@@ -945,8 +947,13 @@ def sampled(run: Run, records: list[dict], prompts: list[str]) -> list:
     """One completion per record; each draws from its own seed, so chunks change nothing."""
     cfg = run.cfg
     seeds = [random.Random(f"{cfg.seed}/{candidate_key(record)}").getrandbits(31) for record in records]
-    return complete(run.model, run.tokenizer, prompts, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                    top_p=cfg.top_p, seed=seeds, batch_size=cfg.eval_batch, max_len=cfg.max_len)
+
+    def work(part):
+        texts, numbers = zip(*part)
+        made = complete(run.model, run.tokenizer, list(texts), max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+                        top_p=cfg.top_p, seed=list(numbers), batch_size=cfg.eval_batch, max_len=cfg.max_len)
+        return [(answer.text, answer.token_ids, answer.finished) for answer in made]
+    return [Completion(*row) for row in shared(list(zip(prompts, seeds)), work)]
 
 
 def answered(run: Run, records: list[dict]) -> list[dict]:
@@ -958,9 +965,21 @@ def answered(run: Run, records: list[dict]) -> list[dict]:
 def score_candidates(run: Run, judge, records: list[dict]) -> list[dict]:
     """The records with a sampled response and its reward."""
     labels, records = {task.name: task.labels for task in run.tasks}, answered(run, records)
-    verdicts = judge.judge([{**record, "labels": labels[record["task"]]} for record in records])
+    verdicts = verdicts_of(run, judge, [{**record, "labels": labels[record["task"]]} for record in records])
     return [{**record, "reward": verdict.reward, "how": verdict.how, "expected": verdict.type, "correct": verdict.correct,
              "p_expected": verdict.p_expected, "p_correct": verdict.p_correct} for record, verdict in zip(records, verdicts)]
+
+
+def verdicts_of(run: Run, judge, items: list[dict]) -> list[judging.Verdict]:
+    """What the judge says of the items, on every rank; a server is asked by rank 0 alone."""
+    if run.cfg.judge != "http":
+        return judge.judge(items)
+    return [judging.Verdict(**row) for row in from_first_rank(lambda: [dataclasses.asdict(verdict) for verdict in judge.judge(items)])]
+
+
+def first_client(run: Run):
+    """The client of the judge behind HTTP on rank 0, which alone asks; None on the others."""
+    return make_client(run.cfg, run.folder) if ranks()[0] == 0 else None
 
 
 def make_judge(run: Run):
@@ -973,17 +992,20 @@ def make_judge(run: Run):
         return judging.ScoreJudge(judging.length_scores)
     if fitted:
         model = load_trained(cfg, Path(fitted))
-        return judging.ScoreJudge(lambda items: reward_scores(model, run.tokenizer, run.template, items, max_len=cfg.max_len, max_tokens=cfg.micro_tokens))
+        return judging.ScoreJudge(lambda items: shared(items, lambda part: reward_scores(
+            model, run.tokenizer, run.template, part, max_len=cfg.max_len, max_tokens=cfg.micro_tokens)))
     config = judging.JudgeConfig(mode=cfg.reward_mode, steps=cfg.reward_steps, show_target=cfg.show_target)
     if cfg.judge == "http":
-        client = make_client(cfg, run.folder)
+        client = first_client(run)
+        if not client:
+            return None
         judge = judging.HttpJudge(client.ask, config, max_unparsed=cfg.max_unparsed, name=f"http {client.name}")
         judge.client = client
         return judge
 
     def ask(prefixes, suffixes, keywords):
-        return keyword_logprobs(run.model, run.tokenizer, prefixes, suffixes, keywords, batch_size=cfg.eval_batch,
-                                max_len=cfg.max_len)
+        return shared(list(zip(prefixes, suffixes, keywords, strict=True)), lambda part: keyword_logprobs(
+            run.model, run.tokenizer, *map(list, zip(*part)), batch_size=cfg.eval_batch, max_len=cfg.max_len))
     return judging.LocalJudge(ask, config)
 
 
@@ -1165,15 +1187,16 @@ def collect_judged(run: Run) -> None:
     cfg, path = run.cfg, run.folder / "judged.jsonl"
     if cfg.records:
         return
-    done = {candidate_key(record) for record in data.read_records(path, own=True)}
+    done = collected(path, candidate_key)
     todo = [record for record in unanswered(run) if candidate_key(record) not in done]
     critic, chunk, empty = make_critic(run), 4 * cfg.eval_batch, 0
     run = dataclasses.replace(run, model=plain(run.model))
-    for start in tqdm(range(0, len(todo), chunk), desc="collect", unit="chunk", disable=None):
+    for start in tqdm(range(0, len(todo), chunk), desc="collect", unit="chunk", disable=None if ranks()[0] == 0 else True):
         records = answered(run, todo[start:start + chunk])
         spoken = [record for record in records if record["response"].strip()]
         empty += len(records) - len(spoken)
-        data.append_records(path, [{**record, "judgment": judgment} for record, judgment in zip(spoken, critic.critique(spoken), strict=True)])
+        judgments = critic.critique(spoken) if "http" not in (cfg.judge, cfg.critic) else from_first_rank(lambda: critic.critique(spoken))
+        keep(path, [{**record, "judgment": judgment} for record, judgment in zip(spoken, judgments, strict=True)])
     say_usage(critic)
     if empty:
         say(f"{cfg.stage}: {empty} empty responses were not recorded.")
@@ -1183,7 +1206,7 @@ def collect_refined(run: Run) -> None:
     """ilf: judged responses, then for each bad one the best of several refinements by the model itself."""
     collect_judged(run)
     cfg, path = run.cfg, run.folder / "refined.jsonl"
-    done = {record["key"] for record in data.read_records(path, own=True)}
+    done = collected(path, lambda record: record["key"])
     todo = [r for r in judged_records(run) if r["judgment"] is not None and not r["refinement"] and record_key(r) not in done]
     if cfg.judge == "rule" and any(record["target"] is None for record in todo):
         raise ValueError(f"{cfg.records} has records without a target, which --judge rule needs. Give --judge self.")
@@ -1194,13 +1217,13 @@ def collect_refined(run: Run) -> None:
         asked = [{**record, "task": "", "id": record_key(record), "wording": "", "sample": k} for record in part for k in range(cfg.refinements)]
         prompts = [run.template.render(*judging.refine_prompt(r["instruction"], r["input"], r["response"], r["judgment"])) for r in asked]
         made = sampled(run, asked, prompts)
-        judged = judge.judge([{**record, "response": answer.text} for record, answer in zip(asked, made)])
+        judged = verdicts_of(run, judge, [{**record, "response": answer.text} for record, answer in zip(asked, made)])
         for k, record in enumerate(part):
             span = range(k * cfg.refinements, (k + 1) * cfg.refinements)
             best = max(span, key=lambda i: (judged[i].reward or 0, -i))
             text = made[best].text
             good = text.strip() and text.strip() != record["response"].strip()
-            data.append_records(path, [{"key": record_key(record), "refinement": text if good else None, "reward": judged[best].reward}])
+            keep(path, [{"key": record_key(record), "refinement": text if good else None, "reward": judged[best].reward}])
 
 
 def record_key(record: dict) -> str:
@@ -1212,7 +1235,9 @@ def make_critic(run: Run):
     """Who writes judgments: a server, rules, or the model with --critic's adapter (its own without)."""
     cfg = run.cfg
     if "http" in (cfg.judge, cfg.critic):
-        client = make_client(cfg, run.folder)
+        client = first_client(run)
+        if not client:
+            return None
         critic = judging.HttpCritic(client.ask)
         critic.client = client
         return critic
@@ -1222,8 +1247,8 @@ def make_critic(run: Run):
 
     def write(asked):
         prompts = [run.template.render(*pair) for pair in asked]
-        return [(answer.text, answer.finished) for answer in complete(model, run.tokenizer, prompts, max_new_tokens=cfg.max_new_tokens,
-                                                                      batch_size=cfg.eval_batch, max_len=cfg.max_len)]
+        return shared(prompts, lambda part: [(answer.text, answer.finished) for answer in complete(
+            model, run.tokenizer, part, max_new_tokens=cfg.max_new_tokens, batch_size=cfg.eval_batch, max_len=cfg.max_len)])
     return judging.LocalCritic(write)
 
 
@@ -1261,7 +1286,7 @@ class Stage:
     groups: Callable                                        # Run -> [{"documents": [...], ...}], one per item of a step
     step: Callable                                          # (model, batch, cfg) -> {term: weighted loss sum}
     counts: Callable                                        # (batch, cfg) -> {term: n}
-    collect: Callable = lambda run: None                    # Run -> records in the run folder
+    collect: Callable = lambda run: None                    # Run -> records in the run folder; every rank calls it, rank 0 writes (`keep`)
     needs: str = ""                                         # the stage whose adapter this one continues
     beside: tuple[str, ...] = ()                            # stages that the table shows next to it
     head: bool = False                                      # a value head on the final hidden states
@@ -1361,7 +1386,7 @@ def on_first_rank(action: Callable, *arguments) -> None:
     if rank == 0:
         try:
             action(*arguments)
-        except (ValueError, OSError) as problem:
+        except (ValueError, OSError, judging.JudgeStopped) as problem:
             failed, error = torch.ones(1), problem
     if size > 1:
         dist.broadcast(failed, 0)
@@ -1369,6 +1394,47 @@ def on_first_rank(action: Callable, *arguments) -> None:
         raise error
     if failed:
         sys.exit(1)
+
+
+def from_first_rank(action: Callable):
+    """What `action` returns on rank 0, on every rank. It travels as JSON: exact for numbers, and nothing is unpickled."""
+    found = []
+    on_first_rank(lambda: found.append(action()))
+    return exchanged(found)[0]
+
+
+def shared(items: list, work: Callable[[list], list]) -> list:
+    """work(items), of which each rank does its share; every rank gets all results, in the order of one process."""
+    rank, size = ranks()
+    if size == 1:
+        return work(items)
+    mine = items[len(items) * rank // size:len(items) * (rank + 1) // size]
+    return exchanged(work(mine) if mine else [])
+
+
+def exchanged(values: list) -> list:
+    """The values of all ranks, rank by rank."""
+    size = ranks()[1]
+    if size == 1:
+        return values
+    blob = torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.long) for _ in range(size)]
+    dist.all_gather(lengths, torch.tensor([len(blob)]))
+    room = max(int(n) for n in lengths)
+    blobs = [torch.zeros(room, dtype=torch.uint8) for _ in range(size)]
+    dist.all_gather(blobs, torch.cat([blob, torch.zeros(room - len(blob), dtype=torch.uint8)]))
+    return [value for part, n in zip(blobs, lengths) for value in json.loads(part[:int(n)].numpy().tobytes())]
+
+
+def keep(path: Path, records: list[dict]) -> None:
+    """Append records that every rank has to a file of the run, once."""
+    on_first_rank(data.append_records, path, records)
+
+
+def collected(path: Path, key: Callable[[dict], object]) -> set:
+    """The keys of the records that a file of the run holds already; rank 0 reads it, and mends its torn end."""
+    found = from_first_rank(lambda: [key(record) for record in data.read_records(path, own=True)])
+    return {tuple(item) if isinstance(item, list) else item for item in found}
 
 
 def all_sum(values: dict) -> dict:
@@ -1964,7 +2030,7 @@ def run_stage(run: Run, name: str) -> Path:
                 add_head(part.model)
             stopped = find_checkpoint(place)
             on_first_rank(prepare_folder, part, stopped)
-            on_first_rank(stage.collect, part)
+            stage.collect(part)
             if stopped:
                 stage.begin(part)                           # from the weights that the stage began with
             train(part, stage, [] if stopped and stage.refresh else stage.groups(part), place / "log.jsonl", stopped)
@@ -2029,23 +2095,23 @@ def align(cfg: TrainConfig) -> None:
             folder = run_stage(run, name)
             rounds = cfg.rounds - 1 if name == cfg.stage else 0
             ladder |= {f"{stage.title}, round {k + 1}": folder / f"round{k + 1}" for k in range(rounds)} | {STAGES[name].title: folder}
-        on_first_rank(report, run, {"base": None, **ladder} if cfg.compare else {stage.title: ladder[stage.title]})
+        report(run, {"base": None, **ladder} if cfg.compare else {stage.title: ladder[stage.title]})
 
 
 def report(run: Run, ladder: dict[str, Path | None]) -> None:
-    """Evaluate {title: adapter folder} and write metrics.json, judge.json, report.md and plots."""
+    """Evaluate {title: adapter folder} and write metrics.json, judge.json, report.md and plots. Ranks share the answering."""
     cfg = run.cfg
-    judged = measure_judge(run) if STAGES[cfg.stage].collect is collect_candidates and not cfg.preferences else ""
+    judged = from_first_rank(lambda: measure_judge(run)) if STAGES[cfg.stage].collect is collect_candidates and not cfg.preferences else ""
     if not cfg.evaluate:
         return
     if cfg.preferences:
         return say(f"{cfg.stage}: no candidates with rewards, so nothing is compared. The reward model is in {cfg.out}.")
     if cfg.stage == "reward":
-        return report_rewards(run)
+        return on_first_rank(report_rewards, run)
     if not run.tasks:
         return say(f"{cfg.stage}: no --tasks, so nothing is evaluated. The adapter is in {cfg.out}.")
     if kind(cfg.stage) in JUDGED:
-        return report_judged(run, ladder)
+        return on_first_rank(report_judged, run, ladder)
     rows = data.questions(run.tasks, split=cfg.split, wordings=cfg.eval_wordings, per_task=cfg.eval_per_task)
     config = EvalConfig(template=cfg.template, max_new_tokens=cfg.max_new_tokens, max_len=cfg.max_len, batch_size=cfg.eval_batch)
     judge, results, tables = judging.RuleJudge(rouge_threshold=cfg.rouge_threshold), {}, {}
@@ -2053,7 +2119,15 @@ def report(run: Run, ladder: dict[str, Path | None]) -> None:
     for title, folder in ladder.items():
         model = plain(load_trained(cfg, folder))
         asked = dataclasses.replace(config, prefix=best_mark(run)) if title == STAGES["conditional"].title else config
-        results[title], tables[title] = evaluate_responses(evaluate_model(model, run.tokenizer, rows, asked), judge=judge)
+        answers = shared(rows, lambda part: evaluate_model(model, run.tokenizer, part, asked))
+        if ranks()[0] == 0:
+            results[title], tables[title] = evaluate_responses(answers, judge=judge)
+    on_first_rank(finish_report, run, results, tables, judged)
+
+
+def finish_report(run: Run, results: dict, tables: dict, judged: str) -> None:
+    """Write what the evaluation found, and say it."""
+    cfg = run.cfg
     write_report(cfg.out, results, tables)
     if cfg.stage == "ppo" and (Path(cfg.out) / "plots").is_dir():       # there with matplotlib
         plot_rollouts(data.read_records(run.folder / "rollouts.jsonl"), Path(cfg.out) / "plots" / "ppo.png")

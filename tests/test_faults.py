@@ -492,3 +492,33 @@ def test_a_spike_is_flagged_in_the_log_with_its_records(world, tmp_path, monkeyp
     assert train.main(command(world, tmp_path, "sft")) == 0
     log = data.read_records(tmp_path / "log.jsonl")
     assert [row["step"] for row in log if "spike" in row] == [10] and ("colour/" in log[10]["spike"] or "person/" in log[10]["spike"])
+
+
+# Many processes ------------------------------------------------------------------------------------------------------
+
+
+COLLECT = {"cat": ["--stage", "cat", "--judge", "rule"], "cat, greedy": ["--stage", "cat", "--judge", "rule", "--temperature", "0"],
+           "cat, self": ["--stage", "cat", "--judge", "self"], "ilf": ["--stage", "ilf", "--judge", "rule", "--refinements", "2", "--downsample", "0"],
+           "rlaif": ["--stage", "rlaif", "--judge", "self", "--labels", "scores"]}
+
+
+@pytest.mark.parametrize("name, size", [("cat", 2), *(pytest.param(name, size, marks=pytest.mark.faults) for name in COLLECT for size in (2, 3, 4) if (name, size) != ("cat", 2))])
+def test_processes_share_sampling_judging_and_evaluation(name, size, world, tmp_path):     # noqa: F811
+    """Records bitwise as one process writes them (a self-judge's probabilities within rounding), also where the work is uneven; the adapter within rounding."""
+    extra = [] if name == "ilf" else ["--wordings", "3", "--pool-wordings", "2", "--no-compare"]
+    argv = lambda out: [*arguments(world, out, *COLLECT[name], "--pool-per-task", "3", "--steps", "2", "--sft-steps", "40", "--sft-lr", "5e-3",   # noqa: E731
+                                   "--batch-size", "4", "--samples", "1", *extra)]
+    one, many = tmp_path / "one", tmp_path / "many"
+    alone, statuses = lives(argv(one), [])[1], None
+    shutil.copytree(one / ("sft" if name == "ilf" else "sft-ia"), many / ("sft" if name == "ilf" else "sft-ia"))      # the same start, to the bit
+    statuses = together(argv(many), size)
+    assert statuses == [alone] * size
+    for path in [path for path in one.iterdir() if path.name in train.RECORDS]:
+        rows = [data.read_records(folder / path.name) for folder in (one, many)]
+        if name in ("cat, self", "rlaif"):
+            rows = [json.loads(json.dumps(part), parse_float=lambda text: f"{float(text):.3f}") for part in rows]
+        assert rows[0] and rows[0] == rows[1]
+        assert name in ("cat, self", "rlaif") or path.read_bytes() == (many / path.name).read_bytes()
+    if alone == 0:
+        assert (one / "report.md").exists() == (many / "report.md").exists()
+        assert json.loads((one / "metrics.json").read_text()).keys() == json.loads((many / "metrics.json").read_text()).keys()
