@@ -14,6 +14,7 @@ import difflib
 import functools
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -109,6 +110,8 @@ class Tokenizer:
         """[text, id, text, id, ..., text]: the ids of added tokens, and of control tokens where the part is trusted."""
         runs = [""]
         for text, trusted in parts:
+            if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ValueError(f"{ascii(text[:60])} holds half of a character (a lone surrogate), which no tokenizer takes. Mend it where it comes from.")
             names = self.special | self.added if trusted else self.added
             pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
             for k, piece in enumerate(re.split(f"({pattern})", text) if names else [text]):
@@ -307,7 +310,7 @@ class Template:
     def _fill(self, text: str, values: dict) -> Prompt:
         """The template's own text is trusted, the values are not."""
         pieces = re.split(r"\{(%s)\}" % "|".join(values), text)
-        said = {name: value.strip() if self.strip and isinstance(value, str) else value for name, value in values.items()}
+        said = {name: value.strip() if self.strip and isinstance(value, str) and name != "system" else value for name, value in values.items()}
         return Prompt.of([(said[piece], False) if k % 2 else (piece, True) for k, piece in enumerate(pieces)], self.end)
 
 
@@ -335,7 +338,7 @@ def _alpaca(tail: str) -> Template:
     response = "### Response:" + tail
     return Template(ALPACA[0] + instruction + input + response, ALPACA[1] + instruction + response,
                     ALPACA_JUDGED[0] + instruction + input + judgment + response, ALPACA_JUDGED[1] + instruction + judgment + response,
-                    turn="{opening}### Instruction:\n{user}\n\n" + response, opening="{system}", system=ALPACA[1], between="\n\n")
+                    turn="{opening}### Instruction:\n{user}\n\n" + response, opening="{system}\n\n", system=ALPACA[1].rstrip(), between="\n\n")
 
 
 TEMPLATES = {
@@ -638,7 +641,8 @@ def load_pairs(path) -> dict[str, list[dict]]:
         if not isinstance(rows, list) or not rows:
             raise ValueError(f"{file} holds no list. Expected a JSON list of {{input, output_1, output_2, label}}.")
         for number, row in enumerate(rows):
-            if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("input", "output_1", "output_2")) or row.get("label") not in (1, 2):
+            if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("input", "output_1", "output_2")) or not (
+                    type(row.get("label")) is int and row["label"] in (1, 2)):
                 raise ValueError(f"{file}, record {number} is {json.dumps(row)[:60]}. Expected input, output_1 and output_2 as text and a label 1 or 2.")
         if name in subsets:
             raise ValueError(f"{file}: subset {name!r} is there twice. Rename one of the files.")
@@ -767,7 +771,7 @@ def _conversation(turns, where: str) -> tuple[dict, str]:
     messages = []
     for number, turn in enumerate(turns):
         role, text = (turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) if isinstance(turn, dict) else (None, None)
-        if role not in ROLES or not isinstance(text, str):
+        if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
             raise ValueError(f"{where}, turn {number} is {json.dumps(turn)[:80]}. Expected role (or from) of {', '.join(sorted(ROLES))}, and content "
                              "(or value) as text.")
         messages.append({"role": ROLES[role], "content": text})
@@ -902,7 +906,6 @@ def keep_judged(records: list[dict], *, downsample: float, seed: int) -> tuple[l
 # Scored candidates
 
 CANDIDATE = ("task", "id", "instruction", "wording", "input", "target", "response", "reward", "how")
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "system": "system"}
 
 
 def load_candidates(path) -> list[dict]:
@@ -921,6 +924,12 @@ def load_candidates(path) -> list[dict]:
             missing = [name for name in CANDIDATE if name not in row]
             if missing:
                 raise ValueError(f'{where}: field "{missing[0]}" is missing. Expected a candidate with {", ".join(CANDIDATE)}.')
+            reward = row["reward"]
+            if reward is not None and (type(reward) not in (int, float) or not math.isfinite(reward)):
+                raise ValueError(f"{where}: reward is {json.dumps(reward)[:40]}. Expected a number, or null where there is no verdict.")
+            for name in ("instruction", "wording", "input", "target", "response", "how"):
+                if not isinstance(row[name], str):
+                    raise ValueError(f"{where}: {name} is {json.dumps(row[name])[:40]}. Expected a text.")
         return [row for _, row in rows]
     found = []
     for number, (where, row) in enumerate(rows):

@@ -78,6 +78,7 @@ class JudgeFlags:
     judge_deadline: float = flag(300.0, "seconds for a request with all its tries")
     judge_proxy: str = flag("", "proxy, http://host:port (those of the environment are not used)")
     judge_ca: str = flag("", "file of certificates to trust instead of the usual ones")
+    judge_max_tokens: int = flag(0, "let every answer of the judge have at least so many tokens, e.g. to think (0: as few as its verdict needs)")
     max_requests: int = flag(0, "stop before sending more requests than this (0: no limit)")
     budget: float = flag(0.0, "stop before spending more than this, at --price-in and --price-out (0: no limit)")
     price_in: float = flag(0.0, "price of a million prompt tokens")
@@ -636,20 +637,21 @@ def sampled_kl(model, reference, tokenizer, questions: list[dict], config: EvalC
 
     room = prompt_room(model, config.max_new_tokens, config.max_len or None)
     template, answers = find_template(config.template or model.config.prompt_template or "alpaca"), sampled_answers(model, tokenizer, questions, config, n=1)
-    groups = []
-    for question, (answer,) in zip(questions, answers, strict=True):
-        prompt = cut_left(tokenizer.encode_prompt(template.render(config.prefix + question["wordings"][0], question["input"])), room)
-        groups.append({"documents": [{"input_ids": prompt + answer.token_ids, "labels": [-100] * len(prompt) + answer.token_ids}]})
-    totals, device = [], next(model.parameters()).device
-    with torch.inference_mode():
-        for part in micro_batches(groups, 8192):
-            batch, both = pack([group["documents"][0] for group in part]), []
-            rows, targets = prediction_rows(batch["labels"].to(device))
-            for judge in (model, reference):
-                both.append(gathered_logprobs(judge(batch["input_ids"].to(device), lengths=batch["lengths"], logits_at=rows), targets))
-            sizes = [sum(label != -100 for label in group["documents"][0]["labels"]) for group in part]
-            totals += [float(part.sum()) for part in (both[0] - both[1]).split(sizes)]
-    return bootstrap(totals, seed=config.seed)
+    device, sums = next(model.parameters()).device, []
+    for judge, prefix in ((model, config.prefix), (reference, "")):         # what the prefix changes is part of the distance
+        documents, found = [], []
+        for question, (answer,) in zip(questions, answers, strict=True):
+            prompt = cut_left(tokenizer.encode_prompt(template.render(prefix + question["wordings"][0], question["input"])), room)
+            documents.append({"input_ids": prompt + answer.token_ids, "labels": [-100] * len(prompt) + answer.token_ids})
+        with torch.inference_mode():
+            for part in micro_batches([{"documents": [document]} for document in documents], 8192):
+                batch = pack([group["documents"][0] for group in part])
+                rows, targets = prediction_rows(batch["labels"].to(device))
+                logprobs = gathered_logprobs(judge(batch["input_ids"].to(device), lengths=batch["lengths"], logits_at=rows), targets)
+                sizes = [sum(label != -100 for label in group["documents"][0]["labels"]) for group in part]
+                found += [float(piece.sum()) for piece in logprobs.split(sizes)]
+        sums.append(found)
+    return bootstrap([a - b for a, b in zip(*sums)], seed=config.seed)
 
 
 def best_of_table(rewards: list[list[float]], truths: list[list[float]]) -> list[dict]:
@@ -667,7 +669,10 @@ def best_of_table(rewards: list[list[float]], truths: list[list[float]]) -> list
 
 
 def evaluate_best_of(config: EvalConfig, asked: list[dict], judge) -> None:
-    """Print and write best_of.json: per model, the exact answers among the best of n by exact rules, and by a reward model."""
+    """Print and write best_of.json: per model, the exact answers among the best of n by the judge, and by a reward model.
+
+    A question with a sample that the judge gave no reward is left out of its table.
+    """
     from data import find_template
 
     found, scorer = {}, None
@@ -680,14 +685,18 @@ def evaluate_best_of(config: EvalConfig, asked: list[dict], judge) -> None:
         items = [{**question, "instruction": "", "target": question["targets"][0], "targets": question["targets"],
                   "wording": question["wordings"][0], "response": answer.text} for question, made in zip(asked, answers) for answer in made]
         truths = [float(exact_match(item["response"], item["targets"])) for item in items]
-        choosers = {"exact rules": [verdict.reward for verdict in judge.judge(items)]}
+        choosers = {"exact rules" if config.judge == "rule" else judge.name: [verdict.reward for verdict in judge.judge(items)]}
         if scorer is not None:
             template = find_template(config.template or model.config.prompt_template or "alpaca")
             choosers["reward model"] = reward_scores(scorer, tokenizer, template, items)
         cut = [list(range(k, k + config.best_of)) for k in range(0, len(items), config.best_of)]
         for chooser, rewards in choosers.items():
-            rows = found.setdefault(name, {})[chooser] = best_of_table([[rewards[i] for i in part] for part in cut], [[truths[i] for i in part] for part in cut])
-            print(f"{name}, best of n by {chooser}, {len(asked)} questions:")
+            kept = [part for part in cut if all(rewards[i] is not None for i in part)]
+            if not kept:
+                raise ValueError(f"{chooser} left a sample of every question without a reward, so there is no best of n. Give another judge.")
+            rows = found.setdefault(name, {})[chooser] = best_of_table([[rewards[i] for i in part] for part in kept], [[truths[i] for i in part] for part in kept])
+            left = f" ({len(cut) - len(kept)} left out: a sample got no reward)" if len(kept) < len(cut) else ""
+            print(f"{name}, best of n by {chooser}, {len(kept)} questions{left}:")
             for row in rows:
                 print(f"  n {row['n']:4d} | KL <= {row['kl']:5.3f} nats | reward {row['reward']:6.3f} | exact {100 * row['truth']:5.1f} %")
     Path(config.out).mkdir(parents=True, exist_ok=True)
@@ -849,7 +858,7 @@ def marked(tokenizer, ids: list[int], flags: list[bool]) -> str:
 JUDGE_COLUMNS = {                                          # name in metrics.json: (column title, what it says)
     "accuracy": ("Acc", "share of verdicts that agree with people's label, mean of both orders"),
     "accuracy_both": ("Both", "share of instances that are right in both orders"),
-    "agreement": ("Agr", "share of instances with the same verdict in both orders"),
+    "agreement": ("Agr", "share of instances with the same verdict in both orders (two unread ones count as the same, as published)"),
 }
 
 
@@ -941,10 +950,13 @@ def self_preference(pairs: list[dict], winners: list[list], own: str) -> dict | 
 
 
 def retest_agreement(repeats: list[list[dict]]) -> dict | None:
-    """How often the same question gets the same verdict when it is asked again, mean over pairs of repeats; None for one."""
+    """How often the same question gets the same verdict when it is asked again, mean over pairs of repeats; None for one.
+
+    A verdict that cannot be read agrees with nothing.
+    """
     if len(repeats) < 2:
         return None
-    return bootstrap([float(np.mean([a["winners"][k] == b["winners"][k] for a, b in combinations(rows, 2) for k in (0, 1)])) for rows in zip(*repeats, strict=True)])
+    return bootstrap([float(np.mean([a["winners"][k] == b["winners"][k] is not None for a, b in combinations(rows, 2) for k in (0, 1)])) for rows in zip(*repeats, strict=True)])
 
 
 def average_metrics(subsets: dict[str, dict], names: list[str]) -> dict:
@@ -1011,7 +1023,7 @@ def check_judge(flags: JudgeFlags, *, asked: bool) -> None:
         from judge import chat_address, read_key
 
         client_config(flags, flags.judge_model.split(",")[0], "")
-        read_key(flags.judge_key_env, chat_address(flags.judge_url))
+        read_key(flags.judge_key_env, chat_address(flags.judge_url), flags.judge_proxy)
 
 
 def client_config(flags: JudgeFlags, model: str, cache: str):
@@ -1019,17 +1031,17 @@ def client_config(flags: JudgeFlags, model: str, cache: str):
     from judge import ClientConfig
 
     return ClientConfig(url=flags.judge_url, model=model.strip(), key_env=flags.judge_key_env, cache=cache, workers=flags.judge_workers,
-                        tries=flags.judge_tries, timeout=flags.judge_timeout, deadline=flags.judge_deadline, max_requests=flags.max_requests,
-                        budget=flags.budget, price_in=flags.price_in, price_out=flags.price_out, proxy=flags.judge_proxy, ca=flags.judge_ca)
+                        tries=flags.judge_tries, timeout=flags.judge_timeout, deadline=flags.judge_deadline, max_tokens=flags.judge_max_tokens,
+                        max_requests=flags.max_requests, budget=flags.budget, price_in=flags.price_in, price_out=flags.price_out, proxy=flags.judge_proxy, ca=flags.judge_ca)
 
 
 def make_client(flags: JudgeFlags, out, model: str = ""):
-    """The client that the flags describe, with its answers in --judge-cache or in `out`."""
-    from judge import ChatClient
+    """The client that the flags describe, with its answers in --judge-cache or in `out`; its limits are those of the run."""
+    from judge import RUN, ChatClient
 
     cache = Path(flags.judge_cache or Path(out) / "judge.jsonl")
     cache.parent.mkdir(parents=True, exist_ok=True)
-    return ChatClient(client_config(flags, model or flags.judge_model, str(cache)))
+    return ChatClient(client_config(flags, model or flags.judge_model, str(cache)), ledger=RUN)
 
 
 def make_judge(config: EvalConfig):
@@ -1039,21 +1051,21 @@ def make_judge(config: EvalConfig):
     if config.judge == "rule":
         return RuleJudge(rouge_threshold=config.rouge_threshold)
     client = make_client(config, config.out)
-    judge = HttpJudge(client.ask, max_unparsed=config.max_unparsed, name=f"http {client.name}")
-    judge.client = client
-    return judge
+    return HttpJudge(client.ask, max_unparsed=config.max_unparsed, name=f"http {client.name}")
 
 
 def evaluators(config: EvalConfig):
     """Yield (name, function from pairs and the number of the repeat to rows, client or None) for each evaluator asked for."""
     from data import find_template
-    from judge import PAIR_RULES, evaluate_by_rule, evaluate_pairs, find_strategy
+    from judge import PAIR_RULES, check_parse, evaluate_by_rule, evaluate_pairs, find_strategy
 
     if config.judge == "rule":
         for rule in config.strategy or PAIR_RULES:
             yield rule, lambda pairs, repeat, rule=rule: evaluate_by_rule(pairs, rule), None
         return
     strategies = {name: find_strategy(name) for name in config.strategy or ["rules"]}
+    for strategy in strategies.values():
+        check_parse(strategy, config.verdict_rule)
     if config.judge == "http":
         backends = [(model.strip(), make_client(config, config.out, model.strip())) for model in config.judge_model.split(",")]
     else:
@@ -1083,17 +1095,19 @@ def meta_evaluate(config: EvalConfig) -> None:
     usage = [client.usage() for client in clients.values()]
     report = write_judge_report(config.out, subsets, results, judged, {"judge": config.judge, "verdict_rule": config.verdict_rule, "usage": usage})
     print(judge_table(results))
-    for client in clients.values():
-        print(client.summary())
     print(f"report: {report}")
 
 
 def summarize_judge(subsets: dict[str, list], judged: dict[str, list], *, own: str = "", seed: int = 0) -> dict:
-    """{subset: judge_metrics and "retest", "Average", and with LLMBar's subsets "Adversarial"}."""
+    """{subset: judge_metrics and "retest", "Average", and with LLMBar's subsets "Adversarial"}.
+
+    The average is over LLMBar's five sets where all are there, else over all there are.
+    """
     found = {name: judge_metrics(pairs, judged[name][0], own=own, seed=seed) | {"retest": retest_agreement(judged[name])} for name, pairs in subsets.items()}
     adversarial = [name for name in ("Neighbor", "GPTInst", "GPTOut", "Manual") if name in subsets]
     means = {"Adversarial": average_metrics(found, adversarial)} if len(adversarial) == 4 else {}
-    return found | means | {"Average": average_metrics(found, list(subsets))}
+    published = ["Natural", *adversarial] if len(adversarial) == 4 and "Natural" in subsets else list(subsets)
+    return found | means | {"Average": average_metrics(found, published)}
 
 
 def judge_table(results: dict[str, dict], *, markdown: bool = False) -> str:
@@ -1204,6 +1218,7 @@ def write_paraphrases(config: EvalConfig) -> None:
     from judge import paraphrase
 
     client, out = make_client(config, config.out), Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)                  # before anything is paid for
     rows = paraphrase(client.ask, {task.name: task.definition for task in load_tasks(config.tasks or DEMO / "tasks")}, config.paraphrase, model=client.name)
     (out / "paraphrases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     kept = {}
@@ -1213,7 +1228,7 @@ def write_paraphrases(config: EvalConfig) -> None:
     (out / "paraphrases.json").write_text(json.dumps(kept, indent=1) + "\n")
     reasons = Counter(row["reason"] for row in rows if not row["kept"])
     print(f"{len(rows) - sum(reasons.values())} of {len(rows)} wordings kept" + (f"; dropped: {', '.join(f'{n} {why}' for why, n in reasons.items())}" if reasons else "")
-          + f".\n{client.summary()}\nwordings: {out / 'paraphrases.json'}")
+          + f".\nwordings: {out / 'paraphrases.json'}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1472,6 +1487,8 @@ def check_config(config: EvalConfig) -> None:
     if config.benchmark and not config.data:
         raise ValueError(f"--benchmark {config.benchmark} needs --data DIR, the folder with its instances.")
     check_judge(config, asked=config.judge == "http" or config.paraphrase > 0)
+    if (config.benchmark or config.paraphrase) and config.max_unparsed != JudgeFlags.max_unparsed:
+        raise ValueError("--max-unparsed stops no --benchmark or --paraphrase: they count unreadable verdicts in what they write. Leave it out.")
     given = [("--model", config.model), ("--tasks", config.tasks), ("--paraphrases", config.paraphrases),
              ("--show-mask", config.show_mask), ("--data", config.data), ("--instructions", config.instructions)]
     for flag, path in given + [("--adapter", path) for path in config.adapter]:
@@ -1549,14 +1566,17 @@ def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def plot_mask(scores: list[dict], path) -> Path:
-    """Precision and recall of the mask against lambda."""
+def plot_mask(found: dict[str, list[dict]], path) -> Path:
+    """Precision and recall of the mask against lambda, of each model: {title: scores as `mask_scores` has them}."""
     figure, axes = _figure(6, 3.8)
-    for k, name in enumerate(("precision", "recall")):
-        axes.plot([s["lam"] for s in scores], [100 * s[name] if s[name] is not None else float("nan") for s in scores], marker="o",
-                  color=COLOURS[k], label=name)
+    for (title, scores), style in zip(found.items(), ("--", "-", ":")):
+        for k, name in enumerate(("precision", "recall")):
+            values = [100 * s[name] if s[name] is not None else float("nan") for s in scores]
+            axes.plot([s["lam"] for s in scores], values, style, marker="o", color=COLOURS[k], label=f"{name}, {title}", clip_on=False)
+    shown = [s["lam"] for s in scores if s["lam"] != 1.1]
     axes.set(xscale="log", xlabel="lambda", ylim=(0, 100))
-    axes.set_xticks([s["lam"] for s in scores], [f"{s['lam']:g}" for s in scores])
+    axes.set_xticks(shown, [f"{lam:g}" for lam in shown])
+    axes.minorticks_off()
     _tidy(axes)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path)
@@ -1593,6 +1613,7 @@ def load_models(config: EvalConfig, adapters: list[str] | None = None):
         if adapter:
             load_adapter(model, adapter)
             model = merge_lora(model, in_place=True) if mergeable(model) else model.eval()
+            model.config.prompt_template = adapter_template(adapter) or model.config.prompt_template
             if Path(adapter, VALUE_HEAD).exists():
                 add_head(model).load_state_dict(load_file(Path(adapter, VALUE_HEAD)))
         yield adapter or Path(config.model).name, model, tokenizer
@@ -1627,8 +1648,9 @@ def merge(config: EvalConfig, dtype: str | None) -> None:
             after = merge_lora(model, in_place=True)(ids).float()
         print(f"merged {config.adapter[0]}: logits differ from the unmerged ones by at most {(before - after).abs().max():.1e} "
               f"(largest logit {before.abs().max():.1f}).")
-    if config.template and not config.template.endswith(".json"):
-        model.config.prompt_template = config.template
+    template = config.template or (adapter_template(config.adapter[0]) if config.adapter else "")
+    if template and not template.endswith(".json"):
+        model.config.prompt_template = template
     if config.layout == "meta":
         save_meta(model, target)
         (target / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
@@ -1669,6 +1691,15 @@ CHAT_HELP = """/reset            begin a new conversation
 /quit             leave, as the end of the input does"""
 
 
+def adapter_template(folder) -> str:
+    """The template that an adapter of ours was trained with, from its run's config.json; "" where that says nothing."""
+    try:
+        found = json.loads(Path(folder, "config.json").read_text(encoding="utf-8")).get("template")
+    except (OSError, ValueError, AttributeError):           # another program's adapter
+        return ""
+    return found if isinstance(found, str) else ""
+
+
 def chat(config: EvalConfig) -> None:
     """Read lines, print answers as they come. The adapter stays apart, so that it can be switched off."""
     import torch
@@ -1682,7 +1713,7 @@ def chat(config: EvalConfig) -> None:
     check_tokenizer(config, model, tokenizer)
     if config.adapter:
         load_adapter(model, config.adapter[0])
-    name = config.template or model.config.prompt_template or "alpaca"
+    name = config.template or (adapter_template(config.adapter[0]) if config.adapter else "") or model.config.prompt_template or "alpaca"
     print(f"{config.model}{' with ' + config.adapter[0] if config.adapter else ''}, template {name}. /help lists the commands.")
     messages, on, temperature = [], bool(config.adapter), config.temperature
     for line in iter(lambda: _ask("> "), None):
@@ -1699,8 +1730,13 @@ def chat(config: EvalConfig) -> None:
             print(CHAT_HELP if config.adapter else CHAT_HELP.replace("/adapter on|off   with", "(no --adapter)    with"))
         elif line.strip():
             messages.append({"role": "user", "content": line})
-            with disabled(model) if not on else nullcontext():
-                answer = _say_answer(model, tokenizer, find_template(name), messages, config, temperature)
+            try:
+                with disabled(model) if not on else nullcontext():
+                    answer = _say_answer(model, tokenizer, find_template(name), messages, config, temperature)
+            except (KeyboardInterrupt, ValueError) as error:        # the line is forgotten, the conversation goes on
+                print(f"\n({str(error) or 'stopped'})")
+                messages.pop()
+                continue
             messages.append({"role": "assistant", "content": answer})
 
 
@@ -1745,10 +1781,10 @@ def main(argv=None) -> None:
     given = parse_flags(EvalConfig, argv)
     other = any(given.get(name) for name in ("tasks", "chat", "instructions", "merge"))
     config = EvalConfig(**({} if other else DEMO_DEFAULTS) | given)
+    from judge import RUN, JudgeStopped
+
     try:
         check_config(config)
-        from judge import JudgeStopped
-
         if config.merge:
             return merge(config, given.get("dtype"))
         if config.chat:
@@ -1773,14 +1809,16 @@ def main(argv=None) -> None:
             if reference is not None:
                 results[name]["kl"] = sampled_kl(model, reference, tokenizer, asked, config)
         report = write_report(config.out, results, tables)[2]
+        print(f"{summary_table(results)}\nreport: {report}")
+        for name, found in results.items() if reference is not None else ():
+            print(f"KL of {name} to {config.reference}: {found['kl']['mean']:.3f} nats per answer")
     except (ValueError, OSError) as error:
         fail(str(error))
     except JudgeStopped as error:
         complain(str(error))
         raise SystemExit(1) from None
-    if config.judge == "http":
-        print(judge.client.summary())
-    print(f"{summary_table(results)}\nreport: {report}")
+    finally:
+        RUN.close(print)
 
 
 if __name__ == "__main__":

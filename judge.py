@@ -6,7 +6,6 @@ Methods:
     gated_verdicts, combine_reward   the two answers as a reward 0, 1, 2                        its author's code
     RuleJudge             exact match for labels, ROUGE-L for free text: offline, no model
     RuleCritic, LocalCritic, HttpCritic   judgments in words                                    CUT, arXiv 2312.14591
-    similarity_matrix     which responses to one question agree; feeds CR and MCR               CAT, section on metrics
     confusion             one judge measured against another
     STRATEGIES, evaluate_pairs   which of two outputs follows the instruction better            LLMBar, arXiv 2310.07641;
                           several samples (2305.17926), both orders or a draw (2306.05685), majorities
@@ -76,7 +75,7 @@ class JudgeConfig:
             raise ValueError(f"judge mode {self.mode!r}, steps {self.steps!r}: use gated or sum, and two or one.")
 
 
-VERDICTS = ("exact", "empty", "judged", "unparsed", "rule")     # how a reward of 0, 1, 2 came about; unparsed: no answer
+VERDICTS = ("exact", "empty", "wordless", "judged", "unparsed", "rule")     # how a reward of 0, 1, 2 came about; unparsed: no answer
 
 
 @dataclass(frozen=True)
@@ -430,25 +429,7 @@ def wrong_words(response: str, target: str) -> list[bool]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Agreement: of responses with each other, of a judge with another
-
-
-def similarity_matrix(responses: list[str], similar: Callable[[str, str], bool], *,
-                      symmetrize: Literal["and", "or", "first"] = "and") -> list[list[bool]]:
-    """The symmetric (n, n) matrix `similar` of one question's responses, for CR and MCR (arXiv 2403.14221).
-
-    Equal strings are similar without a call; an ordered pair of different texts is asked once. A judge need not be
-    symmetric: "and" asks both orders and wants both, "or" wants either, "first" asks only in order of appearance.
-    """
-    if symmetrize not in ("and", "or", "first"):
-        raise ValueError(f"symmetrize {symmetrize!r} is unknown; use 'and', 'or' or 'first'.")
-    texts = list(dict.fromkeys(responses))
-    agree = {(text, text): True for text in texts}
-    for i, a in enumerate(texts):
-        for b in texts[i + 1:]:
-            verdicts = [bool(similar(a, b))] + ([] if symmetrize == "first" else [bool(similar(b, a))])
-            agree[a, b] = agree[b, a] = any(verdicts) if symmetrize == "or" else all(verdicts)
-    return [[agree[a, b] for b in responses] for a in responses]
+# Agreement of a judge with another
 
 
 def confusion(items: list[dict], verdicts: list[Verdict], truths: list[Verdict]) -> dict:
@@ -490,6 +471,10 @@ def _ratio(part, whole):
 # Questions to a chat model, and verdicts that nobody but the judge can speak
 
 PROMPT_VERSION = ("1")
+NO_VERDICT = "no verdict"
+UNPARSED_AFTER = 100                                        # verdicts, before their share of unparsed ones can stop a run
+UNPARSED_BLOCK = 200                                        # verdicts that are asked for between two looks at that share
+CUT_SHORT = ("cut at max_tokens", "cut while thinking")     # failures that more tokens may cure
 REASK_TEMPERATURE = 0.7                                     # at 0 an unreadable verdict would be said again
 SEPARATOR = r"(?:[\s:=*_`\"'()\[\]>|\u2013\u2014]|-(?=\s))*"
 INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
@@ -569,22 +554,52 @@ def _answer(question: Question, reply: Reply) -> Answer:
     if reply.failure or not question.menu:
         return Answer(None, reply.text, reply.failure)
     said = parse_verdict(reply.text, question.nonce, question.menu)
-    return Answer(said, reply.text.strip().rpartition("\n")[0].strip() if said else reply.text, "" if said else "no verdict")
+    return Answer(said, reply.text.strip().rpartition("\n")[0].strip() if said else reply.text, "" if said else NO_VERDICT)
 
 
 def ask_all(ask: Backend, questions: list[Question], *, read=_answer, temperature: float = 0.0, sample: int = 0,
             reask: int = 1) -> list[Answer]:
-    """One Answer per question. Verdicts that could not be read are asked for again, `reask` times, as other samples."""
+    """One Answer per question. An answer that ended by itself without a verdict is asked for again, `reask` times, as another sample.
+
+    No other failure is: it cost its tries already, or would come again.
+    """
     replies = ask(questions, temperature=temperature, sample=sample)
     answers = [read(question, reply) for question, reply in zip(questions, replies, strict=True)]
     for number in range(1, reask + 1):
-        bad = [i for i, answer in enumerate(answers) if answer.failure and questions[i].menu]
+        bad = [i for i, answer in enumerate(answers) if answer.failure == NO_VERDICT and questions[i].menu]
         if not bad:
             break
         replies = ask([questions[i] for i in bad], temperature=max(temperature, REASK_TEMPERATURE), sample=sample + 1000 * number)
         for i, reply in zip(bad, replies, strict=True):
             answers[i] = read(questions[i], reply)
     return answers
+
+
+class Unread:
+    """Counts the verdicts of a run that could not be read, and stops it when they are too many."""
+
+    def __init__(self, most: float):
+        self.most, self.asked, self.missing = most, 0, Counter()
+
+    def ask_all(self, ask: Backend, questions: list[Question], *, reask: int) -> list[Answer]:
+        """ask_all in blocks, so that a judge that cannot be read is not paid for to the end."""
+        answers = []
+        for start in range(0, len(questions), UNPARSED_BLOCK):
+            answers += ask_all(ask, questions[start:start + UNPARSED_BLOCK], reask=reask)
+            self.count(answers[start:])
+        return answers
+
+    def count(self, answers: list[Answer]) -> None:
+        """Count these; JudgeStopped when more than the share `most` of a hundred or more are missing."""
+        self.asked += len(answers)
+        self.missing.update(answer.failure.split(":")[0] for answer in answers if answer.failure)
+        bad = sum(self.missing.values())
+        if self.asked >= UNPARSED_AFTER and bad > self.most * self.asked:
+            causes = ", ".join(f"{n} {cause}" for cause, n in self.missing.most_common())
+            cut = sum(self.missing[cause] for cause in CUT_SHORT)
+            advice = "Raise --judge-max-tokens, use" if 2 * cut >= bad else "Use"
+            raise JudgeStopped(f"{bad} of {self.asked} judge replies had no readable verdict ({causes}). {advice} another judge, or "
+                               "allow more with --max-unparsed.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -594,6 +609,8 @@ ANSWER_LIMIT = 8 << 20                                      # bytes of one HTTP 
 LONGEST_WAIT = 120.0                                        # seconds: a server that asks for more is come back to another day
 FAILURES_IN_A_ROW = 10                                      # requests that fail for good, with none answered between them
 DIALECT = ("max_tokens", "temperature", "top_p", "seed")    # what some servers refuse, and can do without
+UNSUPPORTED = re.compile(r"unsupported|unrecogni[sz]ed|unknown.(?:parameter|argument|field|name)|unexpected (?:keyword|argument|parameter|field)|"
+                         r"(?:not|n't) (?:be )?support|(?:inputs are|fields) not permitted|(?:was|were) unexpected", re.I)      # but not: must be, at most
 CONTEXT = re.compile("context|too long|maximum.{0,20}tokens", re.I)
 
 
@@ -611,6 +628,7 @@ class ClientConfig:
     timeout: float = field(default=60.0, metadata={"help": "seconds of silence from the server"})
     deadline: float = field(default=300.0, metadata={"help": "seconds for a request with all its tries"})
     backoff: float = field(default=0.5, metadata={"help": "first wait after a failed try; it doubles up to 16 times this"})
+    max_tokens: int = field(default=0, metadata={"help": "let every answer have at least so many tokens (0: what its question says)"})
     max_requests: int = field(default=0, metadata={"help": "stop before sending more requests than this (0: no limit)"})
     budget: float = field(default=0.0, metadata={"help": "stop before spending more than this (0: no limit)"})
     price_in: float = field(default=0.0, metadata={"help": "price of a million prompt tokens"})
@@ -625,7 +643,7 @@ class ClientConfig:
         for name in ("connect_timeout", "timeout", "deadline"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"judge {name} {getattr(self, name)} is no time. Give seconds above 0.")
-        for name in ("backoff", "max_requests", "budget", "price_in", "price_out"):
+        for name in ("backoff", "max_tokens", "max_requests", "budget", "price_in", "price_out"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"judge {name} {getattr(self, name)} is not possible. Give 0 or more.")
         if not self.model:
@@ -641,6 +659,32 @@ class ClientConfig:
 
 class JudgeStopped(RuntimeError):
     """Nothing more can be asked: no server, no credit, the budget is used up. All answers so far are kept."""
+
+
+@dataclass
+class Ledger:
+    """What all clients of one run of the program have sent and spent: --max-requests and --budget hold for them together."""
+
+    requests: int = 0
+    spent: float = 0.0
+    held: float = 0.0                                       # what requests under way can cost at most
+    clients: list = field(default_factory=list)             # those whose usage has not been told yet
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def tell(self, say: Callable[[str], None]) -> None:
+        """Say what each client was asked and what it cost, once."""
+        while self.clients:
+            client = self.clients.pop(0)
+            if client.counts:
+                say(client.summary())
+
+    def close(self, say: Callable[[str], None]) -> None:
+        """The run is over, however it ended: tell, and count from zero."""
+        self.tell(say)
+        self.requests, self.spent, self.held = 0, 0.0, 0.0
+
+
+RUN = Ledger()                                              # that of this process; main() closes it
 
 
 @dataclass(frozen=True)
@@ -660,11 +704,11 @@ def chat_address(url: str) -> str:
     """The address of chat completions behind a base URL, as the client will really connect to it."""
     wanted = "Expected an address such as https://host/v1 or http://127.0.0.1:8000"
     if not re.fullmatch(r"https?://[!-~]+", url, re.I) or "\\" in url:
-        raise ValueError(f"the judge's address {_without_secrets(url)!r} is not one. {wanted}.")
+        raise ValueError(f"the judge's address {_without_secrets(url)} is not one. {wanted}.")
     try:
         parts = urllib3.util.parse_url(requests.Request("POST", url).prepare().url)
     except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError):
-        raise ValueError(f"the judge's address {_without_secrets(url)!r} is not one. {wanted}.") from None
+        raise ValueError(f"the judge's address {_without_secrets(url)} is not one. {wanted}.") from None
     if parts.auth or parts.query or parts.fragment or not parts.host:
         raise ValueError("the judge's address holds a user, a password or a query, and may not (it is not shown). "
                          f"{wanted}; a key goes into the environment variable that --judge-key-env names.")
@@ -675,12 +719,14 @@ def chat_address(url: str) -> str:
 
 
 def _without_secrets(url):
-    """The URL up to whatever could hide a key in it."""
-    return re.sub(r"(//)[^/]*@|[?#].*", r"\1...", url)[:80]
+    """The URL up to whatever could hide a key in it; nothing of one that may hold a password."""
+    if "@" in url or "%40" in url:
+        return "(not shown, since it holds an @)"
+    return repr(re.sub(r"[?#].*", "...", url, flags=re.S)[:80])
 
 
-def read_key(name: str, address: str) -> str:
-    """The key in the environment variable `name`, or ""; a ValueError if it cannot or must not be sent to `address`."""
+def read_key(name: str, address: str, proxy: str = "") -> str:
+    """The key in the environment variable `name`, or ""; a ValueError if it cannot or must not be sent there."""
     if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,63}", name):
         raise ValueError("the judge's key is given as the name of an environment variable, such as JUDGE_API_KEY; keys are not "
                          "accepted on the command line. (What was given is not shown.)")
@@ -690,10 +736,11 @@ def read_key(name: str, address: str) -> str:
             "a character outside ASCII, such as a curly quote" if not key.isascii() else "")
     if flaw:
         raise ValueError(f"the key in {name} has {flaw}; HTTP cannot carry it. Set it again without it. (The key is not shown.)")
-    parts = urllib3.util.parse_url(address)
-    if key and parts.scheme != "https" and not _is_loopback(parts.host):
-        raise ValueError(f"refusing to send the key in {name} over plain http to {parts.host}. Use https, or a tunnel to "
-                         "127.0.0.1, or unset the key if that server needs none.")
+    for place in filter(None, (address, proxy)) if urllib3.util.parse_url(address).scheme != "https" else ():
+        host = urllib3.util.parse_url(place).host or ""
+        if key and not _is_loopback(host):                  # a proxy of plain http reads along
+            raise ValueError(f"refusing to send the key in {name} over plain http to {host}. Use https, or a tunnel to "
+                             "127.0.0.1, or unset the key if that server needs none.")
     return key
 
 
@@ -727,7 +774,7 @@ STOPS = {                                                   # by status; the cli
     401: "the judge at {address} refused the key (401). Correct the key in {key_env} and run the same command.",
     402: "the judge's account at {address} is out of credit.",
     404: '{address} has no chat completions (404). Does --judge-url end in /v1, and is the model "{model}" served?{offers}',
-    429: "the judge at {address} asks to wait longer than 120 s (429). Run the same command later.",
+    429: "the judge at {address} asks to wait longer than 120 s ({status}). Run the same command later.",
 }
 
 
@@ -750,13 +797,13 @@ def read_response(status: int, headers, data: bytes, *, sent: list[str]) -> tupl
         return "stop", STOPS[402], None
     if status in (401, 404):
         return "stop", STOPS[status], None
-    refused = [name for name in sent if status in (400, 422) and name in f"{message} {code}" and not CONTEXT.search(message)]
-    if refused:
+    refused = [name for name in sent if name in f"{message} {code}"]
+    if refused and status in (400, 422) and UNSUPPORTED.search(f"{message} {code}") and not CONTEXT.search(message):
         return "dialect", refused[0], None
     again = headers.get("x-should-retry", "")
     if again == "true" or again != "false" and (status in (408, 409, 429) or status >= 500):
         pause = retry_after(headers)
-        return ("stop", STOPS[429], None) if pause and pause > LONGEST_WAIT else ("retry", f"http {status}", pause)
+        return ("stop", STOPS[429].replace("{status}", str(status)), None) if pause and pause > LONGEST_WAIT else ("retry", f"http {status}", pause)
     return "fail", f"http {status}: {message}", None
 
 
@@ -816,6 +863,8 @@ def read_completion(body) -> dict | str:
         text, finish = message["refusal"], "refusal"
     if not isinstance(text or "", str) or not isinstance(finish or "", str):
         return "no message"
+    if finish not in (*FINISHED, *FAILURES):
+        finish = "other"                                    # a server's own words go into no file but as the answer
     counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else []
     known = len(counts) == 2 and all(type(n) is int and 0 <= n < 1 << 40 for n in counts)
     return {"text": text or "", "finish": finish, "usage": counts if known else None}
@@ -844,14 +893,25 @@ def usable(record: dict) -> tuple[str, str]:
     return text, "" if text.strip() else "empty message"
 
 
+ANSWER_FIELDS = {"address": str, "request": dict, "sent": dict, "finish": (str, type(None)), "usage": (list, type(None))}
+
+
+def is_answer(record: dict) -> bool:
+    """Does a record hold all that the client reads of an answer?"""
+    return all(name in record and isinstance(record[name], kind) for name, kind in ANSWER_FIELDS.items()) and (
+        {"model", "messages"} <= record["request"].keys())
+
+
 class AnswerFile:
     """Append-only JSON Lines, {"key": ...} each; whole lines only, safe against kill -9 and against a second process.
 
     Every write happens under a lock on the file, and begins by reading what others have appended meanwhile. A torn last
-    line, which only a killed writer leaves, is cut off and kept in PATH.torn; damage elsewhere is a ValueError.
+    line, which only a killed writer leaves, is cut off and kept in PATH.torn (if it lacks nothing but its end, it is ended);
+    damage elsewhere is a ValueError.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, is_answer: Callable[[dict], bool] = lambda record: True):
+        self.is_answer = is_answer                          # of a record with a key and a text
         self.path, self.records, self.offset, self.lines, self.lock = path, {}, 0, 0, threading.Lock()
         self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666) if path else None
         self.append(None)
@@ -899,6 +959,10 @@ class AnswerFile:
         while self.offset + len(blob) < size:
             blob += os.pread(self.handle, size - self.offset - len(blob), self.offset + len(blob))
         *lines, torn = blob.split(b"\n")
+        if torn and self._whole(_json(torn)):               # an editor, or a copy, has lost the last line's end
+            self._write(b"\n")
+            self.lines -= 1                                 # it is counted below
+            lines, torn, size = [*lines, torn], b"", size + 1
         if torn:
             with open(f"{self.path}.torn", "ab") as kept:
                 kept.write(torn + b"\n")
@@ -915,13 +979,17 @@ class AnswerFile:
     def _parsed(self, line):
         try:
             record = json.loads(line)
-            if isinstance(record, dict) and ("failed" in record or isinstance(record.get("key"), str) and "text" in record):
+            if self._whole(record):
                 return record
-            flaw = "is no answer"
+            flaw = "is no answer, or lacks a part of one"
         except (ValueError, RecursionError) as error:
             flaw = f"is not JSON: {error}"
         raise ValueError(f"{self.path}, line {self.lines}, {flaw}. Only a torn last line is repaired automatically. Fix or "
                          "delete that line, or give another file.")
+
+    def _whole(self, record):
+        return isinstance(record, dict) and ("failed" in record or (
+            isinstance(record.get("key"), str) and isinstance(record.get("text"), str) and self.is_answer(record)))
 
     def _keep(self, record):
         self.records.setdefault(record["key"], record)
@@ -931,21 +999,24 @@ class ChatClient:
     """Asks an OpenAI-compatible server, many requests at a time; every answer is on file before anyone sees it.
 
     `ask` takes Questions and returns Replies in their order. Requests that are equal, in all that is sent and in `sample`
-    and the version of the prompts, are sent once; answers in the cache are not asked for again. `sleep` is for tests.
+    and the version of the prompts, are sent once; answers in the cache are not asked for again. Clients with one `ledger`
+    share their limits. `sleep` is for tests.
     """
 
-    def __init__(self, config: ClientConfig, *, sleep=None):
+    def __init__(self, config: ClientConfig, *, ledger: Ledger | None = None, sleep=None):
         self.config, self.name = config, config.model
         self.address = chat_address(config.url)
-        self.key = read_key(config.key_env, self.address)
-        self.answers = AnswerFile(config.cache)
+        self.key = read_key(config.key_env, self.address, config.proxy)
+        self.answers = AnswerFile(config.cache, is_answer)
         self.pool, self.lock, self.local = ThreadPoolExecutor(config.workers), threading.Lock(), threading.local()
         self.halt, self.stopped = threading.Event(), None
         self.sleep = sleep or self.halt.wait
-        self.counts, self.failures, self.spent, self.held, self.in_a_row = Counter(), Counter(), 0.0, 0.0, 0
+        self.counts, self.failures, self.seen, self.spent, self.in_a_row = Counter(), Counter(), set(), 0.0, 0
         mine = (self.address, self.name)
         sent = [r["sent"] for r in self.answers.records.values() if (r["address"], r["request"]["model"]) == mine]
         self.dialect = dict(sent[-1]) if sent else {}       # what this server was found to want in place of DIALECT's names
+        self.ledger = ledger or Ledger()
+        self.ledger.clients.append(self)
 
     def ask(self, questions: list[Question], *, temperature: float = 0.0, sample: int = 0, progress=None) -> list[Reply]:
         """One reply per question, in order. Raises JudgeStopped when nothing more can be asked; what was answered is kept."""
@@ -954,6 +1025,7 @@ class ChatClient:
         self.answers.append(None)
         fresh = [key for key in todo if key not in self.answers.records]
         replies = {key: self._kept(self.answers.records[key], cached=True) for key in todo if key in self.answers.records}
+        self.seen.update(replies)
         self.counts["cached"] += len(replies)
         self.counts["repeated"] += len(wanted) - len(todo)
         futures = {self.pool.submit(self._ask_one, key, todo[key]): key for key in fresh}
@@ -976,15 +1048,15 @@ class ChatClient:
 
     def _request(self, question, temperature, sample):
         """(cache key, request): the key covers the address, all that is sent, the sample and the version of the prompts."""
-        request = {"model": self.config.model, "messages": question.messages, "max_tokens": question.max_tokens,
-                   "temperature": temperature}
+        request = {"model": self.config.model, "messages": question.messages,
+                   "max_tokens": max(question.max_tokens, self.config.max_tokens), "temperature": temperature}
         if temperature > 0:
             request["seed"] = sample                        # else a server with a fixed seed says the same in every sample
         said = {"address": self.address, "request": request, "sample": sample, "version": PROMPT_VERSION}
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest(), said
 
     def _saved(self):
-        answered, place = self.counts["answered"] + self.counts["cached"], self.config.cache
+        answered, place = len(self.seen), self.config.cache
         return (f"{answered} answers are saved in {place}; run the same command to go on, nothing is asked twice." if place else
                 f"{answered} answers were got, and are lost without a --judge-cache FILE.")
 
@@ -1026,23 +1098,25 @@ class ChatClient:
         texts = [message["content"] for message in request["request"]["messages"]]
         size = sum(len(text.encode(errors="surrogatepass")) + 16 for text in texts)     # no token is less than a byte
         most = (size * self.config.price_in + request["request"]["max_tokens"] * self.config.price_out) / 1e6
-        with self.lock:
-            if not self.stopped and 0 < self.config.max_requests <= self.counts["requests"]:
+        with self.lock, self.ledger.lock:
+            book = self.ledger
+            if not self.stopped and 0 < self.config.max_requests <= book.requests:
                 self.stopped = JudgeStopped(f"--max-requests {self.config.max_requests} is reached.")
-            elif not self.stopped and 0 < self.config.budget < self.spent + self.held + most:
-                self.stopped = JudgeStopped(f"the next request could pass --budget {self.config.budget:g}: {self.spent:.4f} is "
-                                            f"spent and {self.held:.4f} held back for requests under way.")
+            elif not self.stopped and 0 < self.config.budget < book.spent + book.held + most:
+                self.stopped = JudgeStopped(f"the next request could pass --budget {self.config.budget:g}: {book.spent:.4f} is "
+                                            f"spent and {book.held:.4f} held back for requests under way.")
             if self.stopped:
                 self.halt.set()
                 raise self.stopped
             self.counts["requests"] += 1
-            self.held += most
+            book.requests, book.held = book.requests + 1, book.held + most
         return most
 
     def _settle(self, held, cost, **counts):
         """Give back what was held and book what was spent; what may have been paid for without an answer counts as spent."""
-        with self.lock:
-            self.spent, self.held = self.spent + cost, self.held - held
+        with self.lock, self.ledger.lock:
+            self.spent += cost
+            self.ledger.spent, self.ledger.held = self.ledger.spent + cost, self.ledger.held - held
         self._count(**counts)
 
     def _count(self, **counts):
@@ -1054,6 +1128,8 @@ class ChatClient:
         with self.lock:
             if self.dialect == tried:                       # else another worker has settled it already
                 self.dialect = {**tried, name: "max_completion_tokens" if name == "max_tokens" else ""}
+                print(f"warning: {self.address} does not take {name}; from now on it gets {self.dialect[name] or 'no ' + name}.",
+                      file=sys.stderr)
 
     def _record(self, key, request, dialect, found, held) -> Reply:
         """Write the answer down, then count it, then hand it out."""
@@ -1065,6 +1141,7 @@ class ChatClient:
         self._settle(held, cost, answered=1, prompt_tokens=prompt, completion_tokens=completion, without_usage=int(usage is None))
         with self.lock:
             self.in_a_row = 0
+            self.seen.add(key)
         return self._kept(self.answers.records[key])
 
     def _kept(self, record, cached=False) -> Reply:
@@ -1133,7 +1210,8 @@ class ChatClient:
                             "--judge-ca FILE."), None
         if isinstance(error, requests.exceptions.ProxyError):
             return "stop", f"the proxy {self.config.proxy} does not answer. Check --judge-proxy.", None
-        if isinstance(error, requests.exceptions.ConnectTimeout) or re.search("refused|resol|unreachable", str(error)):
+        cause = getattr(error.args[0] if error.args else None, "reason", None)
+        if isinstance(error, requests.exceptions.ConnectTimeout) or isinstance(cause, urllib3.exceptions.NewConnectionError):
             return "retry", "no server", None
         return "retry", "no answer in time" if isinstance(error, requests.exceptions.Timeout) else "connection lost", None
 
@@ -1178,7 +1256,7 @@ class ChatClient:
         names = ("requests", "answered", "cached", "repeated", "retries", "possibly_paid", "prompt_tokens", "completion_tokens",
                  "without_usage")
         return {"model": self.name, "address": self.address, **{name: self.counts[name] for name in names},
-                "cost": round(self.spent, 6), "failures": dict(sorted(self.failures.items()))}
+                "cost": round(self.spent, 6), "dialect": dict(self.dialect), "failures": dict(sorted(self.failures.items()))}
 
     def summary(self) -> str:
         """The same in one line."""
@@ -1189,6 +1267,8 @@ class ChatClient:
             text += f", cost {self.spent:.4f}"
         if found["possibly_paid"]:
             text += f" ({found['possibly_paid']} tries may have been paid without an answer)"
+        if found["dialect"]:
+            text += "; not taken: " + ", ".join(f"{name} (sent as {other})" if other else name for name, other in found["dialect"].items())
         if found["failures"]:
             text += "; failed: " + ", ".join(f"{n} {cause}" for cause, n in found["failures"].items())
         return text + "."
@@ -1206,13 +1286,12 @@ SIMILAR_TASK = ("Two responses to the same question are given. Do they say the s
 CRITIC_TASK = ("Say what is wrong in the response: what is false, missing, unasked for or badly put, and where, in a "
                "few sentences, without writing the better response yourself. If nothing is wrong, there is nothing to "
                "say. The verdict is perfect if nothing is, else flawed.")
-UNPARSED_AFTER = 100                                        # verdicts, before their share of unparsed ones can stop a run
 
 
 class HttpJudge:
     """A judge that answers in words, behind any backend: CAT's reward, and whether two responses agree.
 
-    `ask` is ChatClient.ask or the like. Verdicts that cannot be read are asked for once more (`reask`), then missing. When
+    `ask` is ChatClient.ask or the like. Answers without a verdict are asked for once more (`reask`), then missing. When
     more than `max_unparsed` of a hundred or more are missing, the run stops with a sentence.
     """
 
@@ -1221,38 +1300,31 @@ class HttpJudge:
     def __init__(self, ask: Backend, config: JudgeConfig | None = None, *, reask: int = 1, max_unparsed: float = 0.1,
                  name: str = "http"):
         self.ask, self.config, self.name = ask, config or JudgeConfig(), name
-        self.reask, self.max_unparsed, self.asked, self.missing = reask, max_unparsed, 0, Counter()
+        self.reask, self.unread = reask, Unread(max_unparsed)
 
     def judge(self, items: list[dict]) -> list[Verdict]:
-        """One verdict per item, as LocalJudge gives them; a response without a letter or digit is wrong unasked."""
-        return gated_verdicts(items, self.config, self._probabilities)
+        """One verdict per item, as LocalJudge gives them.
+
+        A response without a letter or digit is wrong unasked (such texts are known to please judges), unless a target has none.
+        """
+        blank = [_wordless(item) for item in items]
+        asked = iter(gated_verdicts([item for item, skip in zip(items, blank) if not skip], self.config, self._probabilities))
+        return [Verdict(False, False, 0, "wordless") if skip else next(asked) for skip in blank]
 
     def _probabilities(self, keys, question, words):
-        choices, asked, known = tuple(word.strip() for word in words), {}, {}
+        choices, asked = tuple(word.strip() for word in words), {}
         for key in keys:
             instruction, input, target, response = key
-            if not any(map(str.isalnum, response)):
-                known[key] = 0.0
-                continue
             criterion = "answers the instruction rightly" if target is None else "says the same as the reference"
             task = TYPE_TASK if words == TYPE_WORDS else CORRECT_TASK.format(criterion=criterion)
             parts = {"instruction": instruction, "input": input or None, "reference": target, "response": response}
             shown = {name: text for name, text in parts.items() if text is not None}
             asked[key] = make_question(task, shown, choices=choices)
-        for key, answer in zip(asked, self._answers(list(asked.values())), strict=True):
-            known[key] = None if answer.said is None else float(answer.said == choices[0])
-        return known
+        answers = self._answers(list(asked.values()))
+        return {key: None if answer.said is None else float(answer.said == choices[0]) for key, answer in zip(asked, answers, strict=True)}
 
     def _answers(self, questions):
-        answers = ask_all(self.ask, questions, reask=self.reask)
-        self.asked += len(answers)
-        self.missing.update(answer.failure.split(":")[0] for answer in answers if answer.failure)
-        bad = sum(self.missing.values())
-        if self.asked >= UNPARSED_AFTER and bad > self.max_unparsed * self.asked:
-            causes = ", ".join(f"{n} {cause}" for cause, n in self.missing.most_common())
-            raise JudgeStopped(f"{bad} of {self.asked} judge replies had no readable verdict ({causes}). Use another judge, or "
-                               "allow more with --max-unparsed.")
-        return answers
+        return self.unread.ask_all(self.ask, questions, reask=self.reask)
 
     def similar_pairs(self, pairs: list[tuple[dict, str, str]]) -> list[bool | None]:
         """Does each (question, first, second) say the same? In this order only; None where the judge cannot be read.
@@ -1269,6 +1341,12 @@ class HttpJudge:
     def similar(self, a: str, b: str, labels: list[str] | None = None) -> bool | None:
         """Do two responses say the same?"""
         return self.similar_pairs([({}, a, b)])[0]
+
+
+def _wordless(item: dict) -> bool:
+    """Has the response marks, but no letter or digit, where a target (if known) has some?"""
+    texts = item.get("targets") or [item["target"] or "unknown"]
+    return bool(item["response"].strip()) and not any(map(str.isalnum, item["response"])) and all(any(map(str.isalnum, text)) for text in texts)
 
 
 CANARIES = (                                                # talk without content, known to please judges (arXiv 2507.08794)
@@ -1288,15 +1366,15 @@ class HttpCritic:
 
     name = "http"
 
-    def __init__(self, ask: Backend, *, reask: int = 1):
-        self.ask, self.reask = ask, reask
+    def __init__(self, ask: Backend, *, reask: int = 1, max_unparsed: float = 0.1):
+        self.ask, self.reask, self.unread = ask, reask, Unread(max_unparsed)
 
     def critique(self, items: list[dict]) -> list[str | None]:
         """One judgment per item: None for satisfaction, FAILED where the critic was cut, or found a flaw without naming it."""
         questions = [make_question(CRITIC_TASK, _shown(item, "response"), choices=("perfect", "flawed"), think=True)
                      for item in items]
         return [None if answer.said == "perfect" else answer.text if answer.said and answer.text else FAILED
-                for answer in ask_all(self.ask, questions, reask=self.reask)]
+                for answer in self.unread.ask_all(self.ask, questions, reask=self.reask)]
 
 
 def _shown(item: dict, *names: str) -> dict[str, str]:
@@ -1380,6 +1458,15 @@ def find_strategy(name: str) -> Strategy:
     return STRATEGIES[name]
 
 
+def check_parse(strategy: Strategy, parse: str) -> None:
+    """Raise ValueError for a rule of reading that is unknown, or that cannot read this strategy's answers."""
+    if parse not in ("live", "llmbar", "llmbar_verdict"):
+        raise ValueError(f"unknown verdict rule {parse!r}. Rules: live, llmbar, llmbar_verdict.")
+    if strategy.score == "both" and parse != "live":
+        raise ValueError(f"--verdict-rule {parse} cannot read scores side by side, which LLMBar does not ask for. Give --verdict-rule live, or "
+                         "leave faireval out.")
+
+
 def evaluate_pairs(ask: Backend, pairs: list[dict], strategy: Strategy, *, parse: str = "live", reask: int = 1,
                    sample: int = 0) -> list[dict]:
     """Which of two outputs is better, for each {input, output_1, output_2}: rows of {"winners", "draw", "stages", "failures"}.
@@ -1390,8 +1477,7 @@ def evaluate_pairs(ask: Backend, pairs: list[dict], strategy: Strategy, *, parse
     `parse` live: the verdict line with its nonce, in an answer that ended by itself; llmbar: the published rules, by the
     strategy's own form; llmbar_verdict: those of short verdicts whatever the form (the published PaLM2 CoT runs).
     """
-    if parse not in ("live", "llmbar", "llmbar_verdict"):
-        raise ValueError(f"unknown verdict rule {parse!r}. Rules: live, llmbar, llmbar_verdict.")
+    check_parse(strategy, parse)
     rows = [{"winners": [None, None], "draw": False, "stages": [], "failures": []} for _ in pairs]
     form = _Form(ask, strategy, parse, 0 if parse != "live" else reask, sample)
     helps = _helpers(form, pairs, rows)
@@ -1436,11 +1522,11 @@ def published_verdict(text: str, kind: str) -> str | None:
 
 
 def _published_answer(question, reply, kind):
-    """A reply under LLMBar's rules, which read any text, cut or not; a reply without text stays a failure."""
-    if not question.menu or not reply.text:
+    """A reply under LLMBar's rules, which read any text, cut or not; no text, or a thought that never ends, stays a failure."""
+    if not question.menu or not reply.text or reply.failure == "cut while thinking":
         return Answer(None, reply.text, reply.failure)
     said = published_verdict(reply.text, kind)
-    return Answer(said, reply.text.strip(), "" if said else "no verdict")
+    return Answer(said, reply.text.strip(), "" if said else NO_VERDICT)
 
 
 def _helpers(form, pairs, rows) -> list[dict[str, str]]:

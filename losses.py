@@ -310,7 +310,7 @@ def dpo_loss(h: Tensor, *, beta: float = 0.1, kind: str = "sigmoid", label_smoot
     its probability that the pair stands the wrong way round (RLAIF, arXiv 2309.00267).
     """
     e = label_smoothing
-    if not (0 <= e < 0.5 if isinstance(e, float) else kind == "sigmoid" and ((0 <= e) & (e <= 1)).all()):
+    if not (0 <= e < 0.5 if isinstance(e, (int, float)) else kind == "sigmoid" and ((0 <= e) & (e <= 1)).all()):
         raise ValueError(f"label smoothing {e} is no share below one half (soft labels, one per pair, go with sigmoid).")
     right, wrong = torch.nn.functional.logsigmoid(beta * h), torch.nn.functional.logsigmoid(-beta * h)
     if kind == "sigmoid":

@@ -3,16 +3,18 @@
     python train.py --stage cat                                   # the demo: base, SFT, SFT(IA), CAT, and a table
     python train.py --stage cat --model DIR --tasks DIR --paraphrases FILE --out runs/x
 
-Stages so far: `pretrain` (next token), `sft` and `sft-ia` (instruction fine-tuning without and with instruction
-augmentation, arXiv 2403.14221 stage 1), `cat` (consistency alignment training, stage 2: sample answers to paraphrased
-instructions, let the model reward them itself, rank the good over the bad), and on judged responses `cut` (arXiv
-2312.14591), `forward`, `ilf`, `hindsight`, `unlikelihood` and `critic`. A stage that needs an earlier one finds
+Stages: `pretrain` (next token), `sft` and `sft-ia` (instruction fine-tuning without and with instruction augmentation,
+arXiv 2403.14221 stage 1), `cat` (consistency alignment training, stage 2: sample answers to paraphrased instructions, let
+the model reward them itself, rank the good over the bad); on the same scored candidates `dpo`, `rso`, `slic`, `rrhf`, `pro`,
+`expert`, `conditional`, `reward`, `ppo`, `rlaif`, and `constitutional`; on judged responses `cut` (arXiv 2312.14591),
+`forward`, `ilf`, `hindsight`, `unlikelihood` and `critic`. A stage that needs an earlier one finds
 its adapter in the run folder, or trains it first. Order of this file: flags, stages, loop, pipeline, command line.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -95,7 +97,7 @@ class TrainConfig(JudgeFlags):
     samples: int = flag(2, "answers per instance and wording", AFTER_SFT)
     temperature: float = flag(1.0, "sampling temperature", AFTER_SFT)
     top_p: float = flag(1.0, "nucleus sampling", AFTER_SFT)
-    candidates: str = flag("", "train on this candidates.jsonl instead of collecting", PREFERENCE)
+    candidates: str = flag("", "train on this candidates.jsonl instead of collecting", tuple(x for x in PREFERENCE if x != "constitutional"))
     judge: Literal["self", "rule", "http", "reward", "length"] = flag("self", "who judges sampled answers: the model itself, exact rules, a "
                                                                        "server, a reward model, or their length alone (a control)", AFTER_SFT)
     reward_model: str = flag("", "run folder of a reward stage, for --judge reward", PREFERENCE)
@@ -112,10 +114,10 @@ class TrainConfig(JudgeFlags):
     ranking: bool = flag(True, "use the ranking term (off: cross-entropy alone, a control)", ("cat",))
     # preferences
     preference: Literal["sigmoid", "robust", "ipo", "hinge"] = flag("sigmoid", "DPO, its robust form, IPO, or RSO's hinge-norm", ("dpo", "rso"))
-    beta: float = flag(0.1, "inverse temperature of DPO; IPO's tau, RSO's gamma", ("dpo", "rso"))
+    beta: float = flag(0.1, "inverse temperature of DPO; IPO's tau, RSO's gamma", ("dpo", "rso", "rlaif"))
     label_smoothing: float = flag(0.0, "share of pairs taken for wrongly ordered (cDPO, robust)", ("dpo", "rso"))
-    length_normalize: bool = flag(False, "means of log-probabilities instead of sums", ("dpo", "rso", "slic"))
-    reference_free: bool = flag(False, "leave the reference model out (with hinge: RSO's third loss, SLiC's)", ("dpo", "rso"))
+    length_normalize: bool = flag(False, "means of log-probabilities instead of sums", ("dpo", "rso", "rlaif", "slic"))
+    reference_free: bool = flag(False, "leave the reference model out (with hinge: RSO's third loss, SLiC's)", ("dpo", "rso", "rlaif"))
     rso_keep: int = flag(8, "answers that rejection sampling keeps per question", ("rso",))
     rso_beta: float = flag(0.5, "its temperature: small keeps the best, large takes them as they come", ("rso",))
     rso_ranking: Literal["first", "tournament", "all"] = flag("first", "pairs among those kept: neighbours, a knock-out, or every pair", ("rso",))
@@ -211,7 +213,7 @@ def kind(stage: str) -> str:
 
 def parse_config(argv=None) -> TrainConfig:
     """Command line -> config. A mistake prints one sentence and exits with 2."""
-    given = parse_flags(TrainConfig, argv, __doc__.split("Stages so far")[0])
+    given = parse_flags(TrainConfig, argv, __doc__.split("Stages:")[0])
     stage = given.get("stage", "cat")
     if stage not in STAGE_DEFAULTS:
         near = difflib.get_close_matches(stage, STAGE_DEFAULTS, 1)
@@ -256,17 +258,32 @@ def check_config(cfg: TrainConfig) -> str:
         return "--critic writes judgments only with --judge self. Add that, or leave --critic out."
     if kind(cfg.stage) in JUDGED and cfg.model and not cfg.tasks and not cfg.records:
         return f"--stage {cfg.stage} with --model needs --tasks DIR to sample answers to, or --records FILE of judged responses."
+    if cfg.reward_model and cfg.judge != "reward":
+        return f"--reward-model is for --judge reward, not {cfg.judge}. Add that, or leave it out."
+    if cfg.reward_model and Path(cfg.reward_model).exists() and not Path(cfg.reward_model, "value_head.safetensors").exists():
+        return f"--reward-model {cfg.reward_model} has no value_head.safetensors. Give the run folder of --stage reward."
+    if kind(cfg.stage) in JUDGED and cfg.judge in ("reward", "length"):
+        return f"--judge {cfg.judge} writes no judgments. Give --judge rule, self or http."
+    if cfg.label_smoothing and cfg.preference in ("ipo", "hinge") and kind(cfg.stage) in ("dpo", "rso"):
+        return f"--label-smoothing changes nothing in --preference {cfg.preference}. Give --preference sigmoid or robust, or leave it out."
+    if kind(cfg.stage) == "rlaif" and cfg.labels == "letters" and cfg.judge not in ("self", "http"):
+        return f"--judge {cfg.judge} has no letters to choose from. Add --labels scores."
+    if kind(cfg.stage) == "reward" and cfg.rounds > 1:
+        return "--stage reward has one round: a reward model samples nothing. Leave out --rounds."
+    if kind(cfg.stage) in ("ppo", "constitutional") and cfg.model and not cfg.tasks:
+        return f"--stage {cfg.stage} samples its own answers and needs --tasks DIR."
     if cfg.judge == "reward" and not cfg.reward_model:
         return "--judge reward needs --reward-model DIR, the run folder of --stage reward."
-    if cfg.stage == "reward" and cfg.judge == "reward":
+    if kind(cfg.stage) == "reward" and cfg.judge == "reward":
         return "--stage reward learns from another judge. Give --judge self or rule."
-    if cfg.stage == "ppo" and (cfg.dropout or cfg.top_p < 1 or cfg.temperature == 0):
+    if kind(cfg.stage) == "ppo" and (cfg.dropout or cfg.top_p < 1 or cfg.temperature == 0):
         return "--stage ppo compares probabilities of what it sampled: it needs --dropout 0, --top-p 1 and a --temperature above 0."
-    if cfg.stage == "ppo" and cfg.rollouts * cfg.ppo_epochs < cfg.batch_size:
-        return f"--rollouts {cfg.rollouts} in {cfg.ppo_epochs} epochs make no batch of {cfg.batch_size}. Raise them, or lower --batch-size."
-    if cfg.stage == "constitutional" and cfg.judge not in ("self", "http"):
+    if kind(cfg.stage) == "ppo" and cfg.rollouts * cfg.ppo_epochs % cfg.batch_size:
+        return (f"--rollouts {cfg.rollouts} in {cfg.ppo_epochs} epochs make no whole number of batches of {cfg.batch_size}. "
+                "Make --batch-size divide them.")
+    if kind(cfg.stage) == "constitutional" and cfg.judge not in ("self", "http"):
         return f"--judge {cfg.judge} writes no critiques. Give --judge self or http."
-    if cfg.stage == "rlaif" and cfg.labels == "scores" and cfg.judge == "http":
+    if kind(cfg.stage) == "rlaif" and cfg.labels == "scores" and cfg.judge == "http":
         return "--judge http gives letters, not scores. Add --labels letters."
     if cfg.quantize != "none" and cfg.full:
         return f"--quantize {cfg.quantize} keeps the base frozen under adapters. Leave out --full, or --quantize."
@@ -439,14 +456,14 @@ def cat_item(run: Run, best: dict, worse: list[dict]) -> dict:
     cfg, good = run.cfg, best["target"] if run.cfg.ce_target == "gold" else best["response"]
     wording = {"own": lambda c: c["wording"], "original": lambda c: c["instruction"], "worse": lambda c: c["wording"]}[cfg.condition]
     tops = list(dict.fromkeys(wording(c) for c in worse)) if cfg.condition == "worse" else [wording(best)]
-    documents = [run.document(text, best["input"], good if cfg.stage == "cat" else best["response"]) for text in tops]
+    documents = [run.document(text, best["input"], good if kind(cfg.stage) == "cat" else best["response"]) for text in tops]
     documents += [run.document(wording(c), c["input"], c["response"]) for c in worse]
     n = len(tops)
     if cfg.condition == "worse":
         pairs = [(tops.index(c["wording"]), n + k) for k, c in enumerate(worse)]
     else:
         pairs = list(zip(*losses.best_vs_lower_pairs([best["reward"]] + [c["reward"] for c in worse], rule=cfg.pairs, best=best["reward"])))
-    if cfg.stage == "slic":                                 # imitates the better answer, or SFT's target (SLiC-HF's y_ref)
+    if kind(cfg.stage) == "slic":                                 # imitates the better answer, or SFT's target (SLiC-HF's y_ref)
         if cfg.ce_target == "gold":
             documents.append(run.document(tops[0], best["input"], best["target"]))
         imitated = [better if cfg.ce_target == "best" else len(documents) - 1 for better, _ in pairs]
@@ -474,7 +491,7 @@ def with_reference(run: Run, groups: list[dict]) -> list[dict]:
         return groups
     seen = {i for step in range(cfg.steps) for i in data.batch_indices(len(groups), cfg.batch_size, step, cfg.seed)}
     run.model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), precision(cfg, device.type):
         for part in data.micro_batches([groups[i] for i in sorted(seen)], cfg.micro_tokens):
             sums = iter(document_logprobs(run.model, collate(part, device))[0].tolist())
             for group in part:
@@ -521,8 +538,7 @@ def ranked_groups(run: Run) -> list[dict]:
         known.sort(key=lambda c: -c["reward"])              # stable: equal rewards stay shuffled
         if not known or known[0]["reward"] == known[-1]["reward"]:
             continue
-        lower = [c for c in known if c["reward"] < known[0]["reward"]]
-        kept = [known[0], *lower[-cfg.max_worse:]]
+        kept = sorted(spread_rewards(known, cfg.max_worse + 1), key=lambda c: -c["reward"])
         rewards = [float(c["reward"]) for c in kept]
         groups.append({"documents": [run.document(c["wording"], c["input"], c["response"]) for c in kept], "n_best": 1, "rewards": rewards,
                        "pairs": list(zip(*losses.best_vs_lower_pairs(rewards, rule="all"))), "name": record_name(kept[0])})
@@ -548,7 +564,8 @@ def conditional_groups(run: Run) -> list[dict]:
     for group in grouped_candidates(run):
         best, worse = best_answers(group)
         records += [(c, True) for c in best] + [(c, False) for c in worse]
-    records.sort(key=lambda item: item[0]["reward"])        # stable: as in the file where rewards are equal
+    random.Random(f"{cfg.seed}/quantiles").shuffle(records)  # of equal rewards no task is better than another
+    records.sort(key=lambda item: item[0]["reward"])
     groups, size = [], max(1, len(records) // cfg.quantiles)
     for k, (record, good) in enumerate(records):
         quantile = min(k // size, cfg.quantiles - 1) + 1    # the last part takes the remainder
@@ -562,8 +579,9 @@ def conditional_groups(run: Run) -> list[dict]:
 
 def best_mark(run: Run) -> str:
     """The mark of the best answers, with which a conditional model is asked."""
-    rewards = [c["reward"] for group in grouped_candidates(run) for c in group if c["reward"] is not None]
-    return reward_mark(run.cfg, good=True, quantile=run.cfg.quantiles, reward=max(rewards, default=0))
+    known = Path(run.cfg.candidates or run.folder / "candidates.jsonl").exists()
+    rewards = [c["reward"] for group in grouped_candidates(run) for c in group if c["reward"] is not None] if known else []
+    return reward_mark(run.cfg, good=True, quantile=run.cfg.quantiles, reward=max(rewards, default=2))      # 2: the best verdict
 
 
 def reward_mark(cfg: TrainConfig, *, good: bool, quantile: int, reward: float) -> str:
@@ -587,8 +605,14 @@ def dpo_step(model, batch, cfg) -> dict:
         sums, reference = sums / lengths, reference / lengths
     h = losses.preference_logits(sums, reference, batch["better"], batch["worse"])
     smoothing = 1 - batch["probability"].to(h) if "probability" in batch else cfg.label_smoothing    # soft labels of an AI judge
+    right = likelier(batch, h) * h.detach()
     return {"loss": losses.dpo_loss(h, beta=cfg.beta, kind=cfg.preference, label_smoothing=smoothing)[0],
-            "margin": cfg.beta * h.detach().sum(), "accuracy": (h.detach() > 0).sum().to(h)}
+            "margin": cfg.beta * right.sum(), "accuracy": (right > 0).sum().to(h)}
+
+
+def likelier(batch, like):
+    """1 where the first answer of a pair is the better one, -1 where a soft label says that the second is."""
+    return 1 - 2 * (batch["probability"] < 0.5).to(like) if "probability" in batch else torch.ones_like(like)
 
 
 def dpo_counts(batch, cfg) -> dict:
@@ -669,7 +693,7 @@ def rlaif_groups(run: Run) -> list[dict]:
 def collect_preferences(run: Run) -> None:
     """rlaif: pairs of different answers to one question, and how probable the judge finds it that the first is better."""
     cfg, path = run.cfg, run.folder / "preferences.jsonl"
-    collect_candidates(run)
+    collect_candidates(run, judged=cfg.labels == "scores")
     done = collected(path, lambda record: (record["task"], record["id"], record["number"]))
     todo = []
     for group in grouped_candidates(run):
@@ -678,39 +702,41 @@ def collect_preferences(run: Run) -> None:
         for number, (first, second) in enumerate(list(itertools.combinations(distinct, 2))[:cfg.max_worse]):
             if (first["task"], first["id"], number) not in done:
                 todo.append({"task": first["task"], "id": first["id"], "number": number, "instruction": first["instruction"], "input": first["input"],
-                             "first": {k: first[k] for k in CHOSEN}, "second": {k: second[k] for k in CHOSEN}})
+                             "first": {k: first.get(k) for k in CHOSEN}, "second": {k: second.get(k) for k in CHOSEN}})
     label, unread = make_labeller(dataclasses.replace(run, model=plain(run.model))), 0
     for start in tqdm(range(0, len(todo), 4 * cfg.eval_batch), desc="label", unit="chunk", disable=None if ranks()[0] == 0 else True):
         part = todo[start:start + 4 * cfg.eval_batch]
-        labelled = [{**pair, "probability": q} for pair, q in zip(part, from_first_rank(lambda: label(part)), strict=True)]
+        labelled = [{**pair, "probability": q} for pair, q in zip(part, label(part), strict=True)]
         unread += sum(pair["probability"] is None for pair in labelled)
         keep(path, [pair for pair in labelled if pair["probability"] is not None])
     if unread:
         say(f"rlaif: {unread} of {len(todo)} pairs got no label and are left out.")
 
 
-CHOSEN = ("wording", "response", "p_expected", "p_correct", "reward")
+CHOSEN = ("wording", "response", "p_expected", "p_correct", "reward", "how")
 
 
 def make_labeller(run: Run) -> Callable[[list[dict]], list[float | None]]:
     """pairs -> probabilities that the first answer is better: letters of a model or a server, or the judge's own rewards."""
     cfg = run.cfg
     if cfg.judge not in ("self", "http") or cfg.labels == "scores":
-        def score(side):                                    # the self-judge's log-odds that the answer is right; others' rewards
-            p = side["p_expected"]
-            p = p if p is None or side["p_correct"] is None else p * side["p_correct"]
-            return side["reward"] if p is None else math.log(max(p, 1e-6) / max(1 - p, 1e-6))
+        def score(side):                                    # log-odds of half the expected reward; of others' rewards, themselves
+            if side["how"] not in judging.VERDICTS or side["reward"] is None:
+                return side["reward"]
+            expected, correct = side["p_expected"], side["p_correct"] or 0.0
+            value = side["reward"] / 2 if side["p_expected"] is side["p_correct"] is None else correct if expected is None else expected * (1 + correct) / 2
+            return math.log(min(max(value, 1e-6), 1 - 1e-6) / (1 - min(max(value, 1e-6), 1 - 1e-6)))
 
         def label(pairs):
             scores = [(score(pair["first"]), score(pair["second"])) for pair in pairs]
             return [None if a is None or b is None else 1 / (1 + math.exp(min(700.0, b - a))) for a, b in scores]
         return label
-    client = first_client(run) if cfg.judge == "http" else LocalChat(run.model, run.tokenizer, run.template, batch_size=cfg.eval_batch)
+    ask = backend(run)
 
     def letters(pairs):
         texts = [{"input": f"{pair['instruction']}\n\n{pair['input']}".strip(), "output_1": pair["first"]["response"],
                   "output_2": pair["second"]["response"]} for pair in pairs]
-        return judging.preference_probabilities(client.ask, texts)
+        return judging.preference_probabilities(ask, texts)
     return letters
 
 
@@ -723,14 +749,12 @@ def collect_revisions(run: Run) -> None:
         if not principles:
             raise ValueError(f"{cfg.principles} holds no principle. Expected one sentence per line.")
     run = dataclasses.replace(run, model=plain(run.model))
-    client = first_client(run) if cfg.judge == "http" else LocalChat(run.model, run.tokenizer, run.template, batch_size=cfg.eval_batch)
+    ask = backend(run)
     done = collected(path, candidate_key)
     todo, chunk = [record for record in unanswered(run) if candidate_key(record) not in done], 4 * cfg.eval_batch
     for start in tqdm(range(0, len(todo), chunk), desc="revise", unit="chunk", disable=None if ranks()[0] == 0 else True):
-        made = answered(run, todo[start:start + chunk])
-        keep(path, from_first_rank(lambda: judging.constitutional(client.ask, made, principles, rounds=cfg.revisions, seed=cfg.seed)))
-    if cfg.judge == "http" and client:
-        say(client.summary())
+        keep(path, judging.constitutional(ask, answered(run, todo[start:start + chunk]), principles, rounds=cfg.revisions, seed=cfg.seed))
+    judging.RUN.tell(say)
 
 
 def constitutional_groups(run: Run) -> list[dict]:
@@ -761,7 +785,7 @@ def reward_step(model, batch, cfg) -> dict:
     """Bradley-Terry over the comparisons of each question (arXiv 2203.02155, Eq. 1)."""
     rewards, weights = document_rewards(model, batch), batch["pair_weights"]
     loss, _ = losses.reward_loss(rewards, batch["better"], batch["worse"], probability=batch.get("probability", 1.0), weights=weights)
-    right = (rewards[batch["better"]] > rewards[batch["worse"]]).float()
+    right = (likelier(batch, weights) * (rewards[batch["better"]] - rewards[batch["worse"]]) > 0).float()
     return {"loss": loss, "accuracy": (weights * right).sum().detach()}
 
 
@@ -774,7 +798,7 @@ def begin_ppo(run: Run) -> None:
     """What ppo keeps between its phases: the weights it starts from, its judge, the phase's number, the price of KL."""
     start = [(p, p.detach().clone()) for name, p in run.model.named_parameters() if p.requires_grad and "value_head" not in name]
     run.memory.update(phase=0, beta=run.cfg.kl_beta, start=start, todo=unanswered(run),
-                      judge=make_judge(dataclasses.replace(run, model=plain(run.model))))
+                      judge=make_judge(dataclasses.replace(run, model=frozen(run.model))))
 
 
 def ppo_groups(run: Run) -> list[dict]:
@@ -792,15 +816,21 @@ def ppo_groups(run: Run) -> list[dict]:
     prompts = [run.template.render(r["wording"], r["input"]) for r in records]
     answers = sampled(dataclasses.replace(run, model=plain(run.model)), records, prompts)
     room, labels = cfg.max_len - cfg.max_new_tokens, {task.name: task.labels for task in run.tasks}
-    verdicts = verdicts_of(run, memory["judge"], [{**r, "response": a.text, "labels": labels[r["task"]]} for r, a in zip(records, answers)])
-    scores = torch.tensor([(v.reward or 0.0) if a.finished else cfg.unfinished_reward for a, v in zip(answers, verdicts)])
+    verdicts = memory["judge"].judge([{**r, "response": a.text, "labels": labels[r["task"]]} for r, a in zip(records, answers)])
+    rewards = [v.reward if a.finished else cfg.unfinished_reward for a, v in zip(answers, verdicts)]
+    kept = [k for k, reward in enumerate(rewards) if reward is not None]            # no verdict: no reward is made up
+    if len(kept) < len(rewards):
+        say(f"ppo phase {memory['phase']}: {len(rewards) - len(kept)} of {len(rewards)} answers got no verdict and are left out.")
+    if not kept:
+        raise ValueError(f"ppo phase {memory['phase']}: the judge gave no verdict on any of {len(rewards)} answers. Give another --judge.")
+    records, prompts, answers, scores = [records[k] for k in kept], [prompts[k] for k in kept], [answers[k] for k in kept], torch.tensor([float(rewards[k]) for k in kept])
     groups = []
     for record, prompt, answer in zip(records, prompts, answers):
         ids = data.cut_left(run.tokenizer.encode_prompt(prompt), room)      # as `complete` cut it
         groups.append({"documents": [{"input_ids": ids + answer.token_ids, "labels": [data.IGNORE_INDEX] * len(ids) + answer.token_ids, "cut": 0}],
                        "name": record_name(record)})
     batches = [collate(part, device) for part in data.micro_batches(groups, cfg.micro_tokens)]
-    with torch.no_grad():
+    with torch.no_grad(), precision(cfg, device.type):
         old, values = (torch.cat(parts).float().cpu() for parts in zip(*(policy_and_values(run.model, batch, cfg) for batch in batches)))
         with swapped(memory["start"]):
             reference = torch.cat([policy_and_values(run.model, batch, cfg)[0] for batch in batches]).float().cpu()
@@ -880,7 +910,7 @@ def usable_candidates(run: Run) -> list[dict]:
     return run.memory.get("usable", found)
 
 
-def collect_candidates(run: Run) -> None:
+def collect_candidates(run: Run, *, judged: bool = True) -> None:
     """Sample answers to train wordings of fresh instances and reward them; resumes behind the last whole record."""
     cfg, path = run.cfg, run.folder / "candidates.jsonl"
     if cfg.candidates or cfg.preferences:
@@ -888,30 +918,29 @@ def collect_candidates(run: Run) -> None:
     done = collected(path, candidate_key)
     todo = [record for record in unanswered(run) if candidate_key(record) not in done]
     run = dataclasses.replace(run, model=plain(run.model))
-    judge, chunk = make_judge(run), 4 * cfg.eval_batch
+    judge, chunk = make_judge(run) if judged else None, 4 * cfg.eval_batch
     for start in tqdm(range(0, len(todo), chunk), desc="collect", unit="chunk", disable=None if ranks()[0] == 0 else True):
         keep(path, score_candidates(run, judge, todo[start:start + chunk]))
-    if cfg.judge != "rule" and not from_first_rank((run.folder / "canaries.json").exists):
+    if not judged:
+        return
+    if isinstance(judge, (judging.LocalJudge, judging.HttpJudge)) and not from_first_rank((run.folder / "canaries.json").exists):     # the others give no verdicts
         measure_canaries(run, judge, unanswered(run))
-    say_usage(judge)
+    judging.RUN.tell(say)
 
 
 def measure_canaries(run: Run, judge, items: list[dict]) -> None:
-    """canaries.json: how many answers without content the judge calls correct; more than 5 % are worth a warning."""
-    asked = judging.canary_items(items)
-    passed = sum(verdict.correct is True for verdict in verdicts_of(run, judge, asked))
-    low, high = wilson(passed, len(asked))
-    text = json.dumps({"asked": len(asked), "passed": passed, "ci95": [low, high]}) + "\n"
+    """canaries.json: how many answers without content the judge calls correct, of those it gave a verdict on; above 5 % it warns."""
+    verdicts = judge.judge(judging.canary_items(items))
+    unread, passed = sum(verdict.how == "unparsed" for verdict in verdicts), sum(verdict.correct is True and verdict.how != "unparsed" for verdict in verdicts)
+    read = len(verdicts) - unread
+    interval = wilson(passed, read)
+    text = json.dumps({"asked": len(verdicts), "unread": unread, "passed": passed, "ci95": interval}) + "\n"
     on_first_rank(lora.write_file, run.folder / "canaries.json", lambda file: file.write_text(text))
-    if passed > 0.05 * len(asked):
-        say(f"warning: the judge called {passed} of {len(asked)} answers without content correct ({100 * passed / len(asked):.0f} %, 95 % interval "
-            f"{100 * low:.0f} to {100 * high:.0f} %); treat its scores with care.")
-
-
-def say_usage(judge) -> None:
-    """What a judge behind HTTP was asked, and what it cost."""
-    if hasattr(judge, "client"):
-        say(judge.client.summary())
+    if 2 * unread > len(verdicts):
+        say(f"warning: the judge gave no readable verdict on {unread} of {len(verdicts)} answers without content; whether they please it is unknown.")
+    if passed > 0.05 * read:
+        say(f"warning: the judge called {passed} of {read} answers without content correct ({100 * passed / read:.0f} %, 95 % interval "
+            f"{100 * interval[0]:.0f} to {100 * interval[1]:.0f} %); treat its scores with care.")
 
 
 def candidate_key(record: dict) -> tuple:
@@ -958,34 +987,37 @@ def sampled(run: Run, records: list[dict], prompts: list[str]) -> list:
 
 def answered(run: Run, records: list[dict]) -> list[dict]:
     """The records with a sampled response."""
-    answers = sampled(run, records, [run.template.render(r["wording"], r["input"]) for r in records])
+    mark = best_mark(run) if run.cfg.stage == "conditional" and run.round else ""   # from the second round on it knows marks
+    answers = sampled(run, records, [run.template.render(mark + r["wording"], r["input"]) for r in records])
     return [{**record, "response": answer.text, "finished": answer.finished} for record, answer in zip(records, answers)]
 
 
 def score_candidates(run: Run, judge, records: list[dict]) -> list[dict]:
-    """The records with a sampled response and its reward."""
+    """The records with a sampled response and its reward; without a judge, with none."""
     labels, records = {task.name: task.labels for task in run.tasks}, answered(run, records)
-    verdicts = verdicts_of(run, judge, [{**record, "labels": labels[record["task"]]} for record in records])
+    if judge is None:                                       # pairs of them will be compared instead
+        return [{**record, "reward": None, "how": "unasked"} for record in records]
+    verdicts = judge.judge([{**record, "labels": labels[record["task"]]} for record in records])
     return [{**record, "reward": verdict.reward, "how": verdict.how, "expected": verdict.type, "correct": verdict.correct,
              "p_expected": verdict.p_expected, "p_correct": verdict.p_correct} for record, verdict in zip(records, verdicts)]
 
 
-def verdicts_of(run: Run, judge, items: list[dict]) -> list[judging.Verdict]:
-    """What the judge says of the items, on every rank; a server is asked by rank 0 alone."""
-    if run.cfg.judge != "http":
-        return judge.judge(items)
-    return [judging.Verdict(**row) for row in from_first_rank(lambda: [dataclasses.asdict(verdict) for verdict in judge.judge(items)])]
-
-
-def first_client(run: Run):
-    """The client of the judge behind HTTP on rank 0, which alone asks; None on the others."""
-    return make_client(run.cfg, run.folder) if ranks()[0] == 0 else None
+def backend(run: Run) -> judging.Backend:
+    """Who answers questions, with the same replies on every rank: a server, which rank 0 alone asks, or the model, which each rank asks its share."""
+    if "http" in (run.cfg.judge, run.cfg.critic):
+        client = []
+        on_first_rank(lambda: client.append(make_client(run.cfg, run.folder)))
+        work = lambda questions, how: from_first_rank(lambda: [dataclasses.astuple(reply) for reply in client[0].ask(questions, **how)])     # noqa: E731
+    else:
+        chat = LocalChat(run.model, run.tokenizer, run.template, batch_size=run.cfg.eval_batch)
+        work = lambda questions, how: shared(questions, lambda part: [dataclasses.astuple(reply) for reply in chat.ask(part, **how)])     # noqa: E731
+    return lambda questions, **how: [judging.Reply(*row) for row in work(questions, how)]
 
 
 def make_judge(run: Run):
     """The judge that --judge names: the model as it stands (base and adapter), exact rules, or a server."""
     cfg = run.cfg
-    fitted = cfg.reward_model or (str(reward_folder(cfg)) if cfg.stage == "ppo" and cfg.fit_reward else "")
+    fitted = cfg.reward_model or (str(reward_folder(cfg)) if kind(cfg.stage) == "ppo" and cfg.fit_reward else "")
     if cfg.judge == "rule" and not fitted:
         return judging.RuleJudge(rouge_threshold=cfg.rouge_threshold)
     if cfg.judge == "length" and not fitted:
@@ -996,12 +1028,7 @@ def make_judge(run: Run):
             model, run.tokenizer, run.template, part, max_len=cfg.max_len, max_tokens=cfg.micro_tokens)))
     config = judging.JudgeConfig(mode=cfg.reward_mode, steps=cfg.reward_steps, show_target=cfg.show_target)
     if cfg.judge == "http":
-        client = first_client(run)
-        if not client:
-            return None
-        judge = judging.HttpJudge(client.ask, config, max_unparsed=cfg.max_unparsed, name=f"http {client.name}")
-        judge.client = client
-        return judge
+        return judging.HttpJudge(backend(run), config, max_unparsed=cfg.max_unparsed, name=f"http {cfg.judge_model}")
 
     def ask(prefixes, suffixes, keywords):
         return shared(list(zip(prefixes, suffixes, keywords, strict=True)), lambda part: keyword_logprobs(
@@ -1195,9 +1222,8 @@ def collect_judged(run: Run) -> None:
         records = answered(run, todo[start:start + chunk])
         spoken = [record for record in records if record["response"].strip()]
         empty += len(records) - len(spoken)
-        judgments = critic.critique(spoken) if "http" not in (cfg.judge, cfg.critic) else from_first_rank(lambda: critic.critique(spoken))
-        keep(path, [{**record, "judgment": judgment} for record, judgment in zip(spoken, judgments, strict=True)])
-    say_usage(critic)
+        keep(path, [{**record, "judgment": judgment} for record, judgment in zip(spoken, critic.critique(spoken), strict=True)])
+    judging.RUN.tell(say)
     if empty:
         say(f"{cfg.stage}: {empty} empty responses were not recorded.")
 
@@ -1217,7 +1243,7 @@ def collect_refined(run: Run) -> None:
         asked = [{**record, "task": "", "id": record_key(record), "wording": "", "sample": k} for record in part for k in range(cfg.refinements)]
         prompts = [run.template.render(*judging.refine_prompt(r["instruction"], r["input"], r["response"], r["judgment"])) for r in asked]
         made = sampled(run, asked, prompts)
-        judged = verdicts_of(run, judge, [{**record, "response": answer.text} for record, answer in zip(asked, made)])
+        judged = judge.judge([{**record, "response": answer.text} for record, answer in zip(asked, made)])
         for k, record in enumerate(part):
             span = range(k * cfg.refinements, (k + 1) * cfg.refinements)
             best = max(span, key=lambda i: (judged[i].reward or 0, -i))
@@ -1235,12 +1261,7 @@ def make_critic(run: Run):
     """Who writes judgments: a server, rules, or the model with --critic's adapter (its own without)."""
     cfg = run.cfg
     if "http" in (cfg.judge, cfg.critic):
-        client = first_client(run)
-        if not client:
-            return None
-        critic = judging.HttpCritic(client.ask)
-        critic.client = client
-        return critic
+        return judging.HttpCritic(backend(run), max_unparsed=cfg.max_unparsed)
     if cfg.judge == "rule":
         return judging.RuleCritic()
     model = plain(load_trained(cfg, Path(cfg.critic))) if cfg.critic else plain(run.model)
@@ -1446,6 +1467,11 @@ def all_sum(values: dict) -> dict:
     return dict(zip(values, total.tolist()))
 
 
+def precision(cfg: TrainConfig, device: str):
+    """The numbers that a step computes in; what it is compared with (a reference, old log-probabilities) must use the same."""
+    return torch.autocast(device, torch.bfloat16, enabled=cfg.full and cfg.dtype != "float32")
+
+
 def backward(model, stage: Stage, batches: list[dict], cfg: TrainConfig) -> dict:
     """Gradients of one step; returns {term: mean}. Each term is divided once, by its total over batches and ranks.
 
@@ -1458,7 +1484,7 @@ def backward(model, stage: Stage, batches: list[dict], cfg: TrainConfig) -> dict
     totals = all_sum(totals)
     device = next(model.parameters()).device.type
     for batch in batches:
-        with torch.autocast(device, torch.bfloat16, enabled=cfg.full and cfg.dtype != "float32"):
+        with precision(cfg, device):
             terms = stage.step(model, batch, cfg)
         sum(loss / max(1, totals[term]) for term, loss in terms.items()).backward()
         for term, loss in terms.items():
@@ -1819,6 +1845,15 @@ def activation_bytes(config, cfg: TrainConfig, dtype: torch.dtype, tokens: int) 
     return config.n_layers * tokens * config.dim * dtype.itemsize + block if cfg.checkpointing else config.n_layers * block
 
 
+def documents_per_group(cfg: TrainConfig) -> int:
+    """The most documents that a group of this stage holds; a step takes --batch-size groups."""
+    stage, worse = kind(cfg.stage), cfg.max_worse
+    if stage in ("cat", "dpo", "slic"):
+        return (2 * worse if cfg.condition == "worse" else 1 + worse) + (stage == "slic" and cfg.ce_target == "gold")
+    return {"rrhf": 1 + worse, "pro": 1 + worse, "reward": 2 if cfg.preferences else 1 + worse, "rso": cfg.rso_keep, "rlaif": 2,
+            "cut": 2 if cfg.use_l1 else 1, "forward": 2}.get(stage, 1)
+
+
 def estimate(cfg: TrainConfig) -> list[tuple[str, float, str]]:
     """(what, bytes or number, remark) of a run, from its flags and the shape of its model alone."""
     if not Path(cfg.model).exists() and cfg.model not in PRESETS and cfg.stage != "pretrain":
@@ -1828,42 +1863,48 @@ def estimate(cfg: TrainConfig) -> list[tuple[str, float, str]]:
         model = Llama(config)
     _, dtype = pick_device(cfg)
     dtype = torch.float32 if cfg.full else dtype
-    linears = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
+    named = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linears = [module for name, module in named.items() if ".layers." in name]
+    adapted = [module for name, module in named.items() if lora.matches(name, adapter_config(cfg).targets)]
     parameters, inside = sum(p.numel() for p in model.parameters()), sum(module.weight.numel() for module in linears)
     base = parameters * dtype.itemsize
     if cfg.quantize != "none":
         with torch.device("meta"):
             codes = [QuantLinear(m.in_features, m.out_features, cfg.quantize, dtype, "meta") for m in linears]
         base += sum(x.nbytes for module in codes for x in module.buffers()) - inside * dtype.itemsize
-    trained = parameters if cfg.full else sum(cfg.rank * (m.in_features + m.out_features) for m in linears)
+    trained = parameters if cfg.full else sum(cfg.rank * (m.in_features + m.out_features) for m in adapted)
     state = 12 if cfg.full else 16
-    logits = cfg.micro_tokens * config.vocab_size * (dtype.itemsize + (4 if dtype.itemsize == 4 else 8))
+    in_group = documents_per_group(cfg)
+    micro = max(cfg.micro_tokens, in_group * cfg.max_len)   # a group is never torn
+    logits = micro * config.vocab_size * (dtype.itemsize + (4 if dtype.itemsize == 4 else 8))
     cache = 2 * cfg.eval_batch * min(cfg.max_len, config.context) * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
     merged = 0 if cfg.full or cfg.quantize != "none" else base
-    training = base + state * trained + activation_bytes(config, cfg, dtype, cfg.micro_tokens) + logits
+    training = base + state * trained + activation_bytes(config, cfg, dtype, micro) + logits
     rows = [("parameters", parameters, f"{config.n_layers} layers, width {config.dim}, {config.vocab_size} pieces, {config.context} positions"),
             ("trained parameters", trained, "all" if cfg.full else f"adapters of rank {cfg.rank}, {100 * trained / parameters:.2f} %"),
             ("weights", base, cfg.quantize if cfg.quantize != "none" else str(dtype).removeprefix("torch.")),
             ("gradients and AdamW", state * trained, f"float32, {state} bytes for each trained parameter" + ("" if cfg.full else ", itself included")),
-            ("activations", training - base - state * trained - logits, f"of one micro-batch, --micro-tokens {cfg.micro_tokens}"),
+            ("activations", training - base - state * trained - logits, f"of one micro-batch, {micro:,} tokens: --micro-tokens, or a group of {in_group} x --max-len"),
             ("logits", logits, "if each of its tokens is a target; usually a fraction"),
             ("training, at most", training, "the four above"),
             ("merged copy", merged, "while sampling and evaluating"),
             ("cache", cache, f"of --eval-batch {cfg.eval_batch} rows of --max-len {cfg.max_len} tokens"),
             ("sampling, at most", base + merged + cache, "weights, copy, cache")]
-    tokens = cfg.steps * cfg.batch_size * cfg.max_len
+    tokens = cfg.steps * cfg.batch_size * in_group * cfg.max_len
+    way = stage_config(cfg, "sft") if kind(cfg.stage) in AFTER_SFT and cfg.tasks else None
+    work = [("operations, at most", tokens, "")] + ([("... of SFT on the way", way.steps * way.batch_size * cfg.max_len, f"{way.steps} x {way.batch_size} examples: ")] if way else [])
+    price = (6 if cfg.full else 4) * parameters             # a token's
     return rows + [("steps", cfg.steps, f"of {cfg.batch_size} examples (cat and its kin: groups), after {cfg.sft_steps} of SFT on the way"
                     if kind(cfg.stage) in AFTER_SFT else f"of {cfg.batch_size} examples"),
-                   ("tokens, at most", tokens, f"{cfg.steps} x {cfg.batch_size} x --max-len {cfg.max_len}"),
-                   ("operations, at most", (6 if cfg.full else 4) * parameters * tokens,
-                    f"{6 if cfg.full else 4} x parameters x tokens: {spoken((6 if cfg.full else 4) * parameters * tokens / 4e14)} at 400 TFLOP/s, "
-                    f"{spoken((6 if cfg.full else 4) * parameters * tokens / 5e13)} at 50 (arithmetic, not measured)")]
+                   ("tokens, at most", tokens, f"{cfg.steps} x {cfg.batch_size} x --max-len {cfg.max_len}" + (f" x {in_group} documents in a group" if in_group > 1 else "")),
+                   *((what, price * n, f"{said}{6 if cfg.full else 4} x parameters x tokens: {spoken(price * n / 4e14)} at 400 TFLOP/s, "
+                      f"{spoken(price * n / 5e13)} at 50 (arithmetic, not measured)") for what, n, said in work)]
 
 
 def dry_run(cfg: TrainConfig) -> None:
     """Print the estimate, and how many examples the tasks give."""
     for what, number, remark in estimate(cfg):
-        counted = what.endswith("parameters") or what.startswith(("steps", "tokens", "operations"))
+        counted = what.endswith("parameters") or what.startswith(("steps", "tokens", "operations", "..."))
         shown = f"{number:,.0f}" if counted and number < 1e12 else f"{number:.2e}" if counted else f"{number / 1e9:,.2f} GB"
         say(f"{what:20s} {shown:>16s}   {remark}")
     if cfg.tasks and kind(cfg.stage) not in JUDGED:
@@ -1971,6 +2012,12 @@ def reward_folder(cfg: TrainConfig) -> Path:
     return given if given and (given / VALUE_HEAD).exists() else Path(cfg.out, "reward")
 
 
+def frozen(model: torch.nn.Module) -> torch.nn.Module:
+    """The model as it is now, untouched by what training does to it."""
+    copied = plain(model)
+    return copy.deepcopy(copied).requires_grad_(False) if copied is model else copied
+
+
 def adapter_config(cfg: TrainConfig) -> lora.LoraConfig:
     """What the adapter flags say."""
     config = lora.LoraConfig(rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout)
@@ -2015,7 +2062,7 @@ def run_stage(run: Run, name: str) -> Path:
     stage, cfg = STAGES[name], run.cfg if name == run.cfg.stage else stage_config(run.cfg, name)
     folder = Path(cfg.out)
     places = [Path(run.cfg.init) / name, Path(run.cfg.init)] if run.cfg.init and cfg is not run.cfg else [folder]
-    for place in places if name != "reward" else {*places[:1], folder}:     # no SFT stage: is made where it is not found
+    for place in places if name != "reward" else list(dict.fromkeys((places[0], folder))):     # no SFT stage: made where it is not found
         if finished(place, cfg):
             say(f"{name}: found in {place}.")
             return place
@@ -2090,7 +2137,7 @@ def align(cfg: TrainConfig) -> None:
         unanswered(dataclasses.replace(run, round=number))  # every round has instances: known before anything is trained
     with in_use(Path(cfg.out)):
         for name in [*(stage.beside if cfg.compare and run.tasks else ()), *([stage.needs] if stage.needs and run.tasks else []), cfg.stage]:
-            if name == "ppo" and cfg.fit_reward and cfg.judge != "reward":
+            if kind(name) == "ppo" and cfg.fit_reward and cfg.judge != "reward":
                 run_stage(run, "reward")
             folder = run_stage(run, name)
             rounds = cfg.rounds - 1 if name == cfg.stage else 0
@@ -2106,7 +2153,7 @@ def report(run: Run, ladder: dict[str, Path | None]) -> None:
         return
     if cfg.preferences:
         return say(f"{cfg.stage}: no candidates with rewards, so nothing is compared. The reward model is in {cfg.out}.")
-    if cfg.stage == "reward":
+    if kind(cfg.stage) == "reward":
         return on_first_rank(report_rewards, run)
     if not run.tasks:
         return say(f"{cfg.stage}: no --tasks, so nothing is evaluated. The adapter is in {cfg.out}.")
@@ -2118,7 +2165,7 @@ def report(run: Run, ladder: dict[str, Path | None]) -> None:
     say(f"evaluating on {len(rows)} held-out questions ({cfg.split}), {sum(len(r['wordings']) for r in rows)} answers per model.")
     for title, folder in ladder.items():
         model = plain(load_trained(cfg, folder))
-        asked = dataclasses.replace(config, prefix=best_mark(run)) if title == STAGES["conditional"].title else config
+        asked = dataclasses.replace(config, prefix=best_mark(run)) if title.startswith(STAGES["conditional"].title) else config
         answers = shared(rows, lambda part: evaluate_model(model, run.tokenizer, part, asked))
         if ranks()[0] == 0:
             results[title], tables[title] = evaluate_responses(answers, judge=judge)
@@ -2129,7 +2176,7 @@ def finish_report(run: Run, results: dict, tables: dict, judged: str) -> None:
     """Write what the evaluation found, and say it."""
     cfg = run.cfg
     write_report(cfg.out, results, tables)
-    if cfg.stage == "ppo" and (Path(cfg.out) / "plots").is_dir():       # there with matplotlib
+    if kind(cfg.stage) == "ppo" and (Path(cfg.out) / "plots").is_dir():       # there with matplotlib
         plot_rollouts(data.read_records(run.folder / "rollouts.jsonl"), Path(cfg.out) / "plots" / "ppo.png")
     with open(Path(cfg.out) / "report.md", "a", encoding="utf-8") as written:
         written.write(judged)
@@ -2186,7 +2233,7 @@ def measure_mask(run: Run, ladder: dict[str, Path]) -> None:
             report.write("\n\n" + mask_report(title, records, masks, run.tokenizer, cfg.detect_lam) + "\n")
     (path / "mask.json").write_text(json.dumps(found, indent=1) + "\n")
     if any(score["n"] for scores in found.values() for score in scores) and (path / "plots").is_dir():     # there with matplotlib
-        plot_mask(list(found.values())[0], path / "plots" / "mask.png")
+        plot_mask(found, path / "plots" / "mask.png")
 
 
 def measure_judge(run: Run) -> str:
@@ -2194,7 +2241,7 @@ def measure_judge(run: Run) -> str:
     labels, items, verdicts, truths = {task.name: task.labels for task in run.tasks}, [], [], []
     for record in (c for group in grouped_candidates(run) for c in group):
         items.append({**record, "labels": labels.get(record["task"])})
-        verdicts.append(judging.Verdict(record["expected"], record["correct"], record["reward"], record["how"]))
+        verdicts.append(judging.Verdict(record.get("expected"), record.get("correct"), record["reward"], record["how"]))
     if any(verdict.how not in judging.VERDICTS for verdict in verdicts):
         return ""                                           # plain numbers: nothing to compare with verdicts
     truths = judging.RuleJudge(rouge_threshold=run.cfg.rouge_threshold).judge(items)
@@ -2274,6 +2321,7 @@ def main(argv=None) -> int:
         complain(f"{place}{error.strerror or error}. What was finished is kept; give another --out, or make room, and run the same command again.")
         return 1
     finally:
+        judging.RUN.close(say)
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0

@@ -24,10 +24,13 @@ from eval import COLOURS, _figure, _tidy                    # noqa: E402
 from experiments import command, spread                     # noqa: E402
 
 METHODS = {                                                 # title: (stage, flags beyond the defaults)
-    "CAT": ("cat", []), "best answers only": ("expert", []), "conditional": ("conditional", []), "best quantile": ("conditional", ["--conditional", "best"]),
-    "DPO": ("dpo", []), "cDPO": ("dpo", ["--label-smoothing", "0.1"]), "robust DPO": ("dpo", ["--preference", "robust", "--label-smoothing", "0.1"]),
-    "IPO": ("dpo", ["--preference", "ipo", "--length-normalize"]), "RSO": ("rso", []), "RSO, sigmoid": ("rso", ["--preference", "sigmoid"]),
-    "SLiC": ("slic", []), "RRHF": ("rrhf", []), "PRO": ("pro", []), "RLAIF": ("rlaif", []), "PPO": ("ppo", []),
+    "CAT": ("cat", []), "best answers only": ("expert", []), "conditional": ("conditional", []), "DPO": ("dpo", []),
+    "IPO": ("dpo", ["--preference", "ipo", "--length-normalize"]), "RSO": ("rso", []), "SLiC": ("slic", []), "RRHF": ("rrhf", []),
+    "PRO": ("pro", []), "RLAIF": ("rlaif", []), "PPO": ("ppo", []),
+}
+VARIANTS = {                                                # with --variants
+    "cDPO": ("dpo", ["--label-smoothing", "0.1"]), "robust DPO": ("dpo", ["--preference", "robust", "--label-smoothing", "0.1"]),
+    "RSO, sigmoid": ("rso", ["--preference", "sigmoid"]), "best quantile": ("conditional", ["--conditional", "best"]),
 }
 CHOICES = {"self": "rewards by the model itself", "rule": "rewards by exact rules", "length": "rewards by length alone (control)"}
 SHOWN = {"cr": "CR", "mcr": "MCR", "rougeL": "ROUGE-L", "exact_match": "EM"}
@@ -42,7 +45,7 @@ def launch(line):
         raise SystemExit(f"error: that run failed; see {log.name}")
 
 
-def runs_of_seed(root, seed, split, per_task, judges):
+def runs_of_seed(root, seed, split, per_task, judges, methods):
     """{judge: {title: metrics}} of one seed, with "kl" and "seconds"."""
     main, found = root / f"seed{seed}", {}
     for judge in judges:
@@ -53,7 +56,7 @@ def runs_of_seed(root, seed, split, per_task, judges):
             if not main.exists():
                 (start / "sft-ia").rename(main)
         candidates = ["--init", str(main), "--candidates", str(start / "candidates.jsonl")]
-        for number, (title, (stage, flags)) in enumerate(METHODS.items()):
+        for number, (title, (stage, flags)) in enumerate(methods.items()):
             jobs[title] = out = start if stage == "cat" else root / f"seed{seed}-{judge}-{number}"
             if not (out / "adapter_config.json").exists():
                 launch(command(out, *shared, *candidates, *flags, stage=stage))
@@ -66,7 +69,8 @@ def evaluated(out, start, jobs, split, per_task):
     shared = [sys.executable, str(HERE.parent / "eval.py"), "--split", split, "--per-task", str(per_task), "--reference", str(start)]
     marked = {title: folder for title, folder in jobs.items() if title == "conditional"}
     plain = {title: folder for title, folder in jobs.items() if title not in marked}
-    if not (out / "metrics.json").exists():
+    wanted = [out / "metrics.json", *(Path(f"{out}-marked", "metrics.json") for _ in marked)]
+    if not all(path.exists() for path in wanted):
         out.mkdir(parents=True, exist_ok=True)
         launch([*shared, "--adapter", str(start), *map(str, plain.values()), "--out", str(out)])
         for title, folder in marked.items():
@@ -127,12 +131,13 @@ def main(argv=None):
     parser.add_argument("--split", choices=("dev", "test"), default="test")
     parser.add_argument("--per-task", type=int, default=10, help="held-out inputs per task")
     parser.add_argument("--judges", nargs="+", choices=CHOICES, default=["self", "rule"])
+    parser.add_argument("--variants", action="store_true", help="cDPO, robust DPO, RSO with the sigmoid, the best quantile")
     parser.add_argument("--out", default="runs/family")
     args = parser.parse_args(argv)
     root = Path(args.out)
     root.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(runs_of_seed, root, seed, args.split, args.per_task, args.judges) for seed in args.seeds]
+        jobs = [pool.submit(runs_of_seed, root, seed, args.split, args.per_task, args.judges, METHODS | (VARIANTS if args.variants else {})) for seed in args.seeds]
         seeds = [job.result() for job in jobs]
     found = {judge: [rows[judge] for rows in seeds] for judge in args.judges}
     parts = [f"Split {args.split}, seeds {', '.join(map(str, args.seeds))}; mean ± standard deviation over seeds, percent; seconds of training, one thread."]

@@ -8,7 +8,6 @@ from the seed's flawed SFT model and trains on the same judged responses. Writes
 
 import argparse
 import json
-import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+from eval import plot_mask                                   # noqa: E402
 from judge import RuleCritic                                # noqa: E402
 from experiments import T95, command, difference, run, spread      # noqa: E402
 
@@ -36,6 +36,7 @@ BAD_ONLY = {                                                # the same without a
     "hindsight, bad only": ("hindsight", []), "forward prediction, bad only": ("forward", []), "ILF, bad only": ("ilf", []),
     "unlikelihood of all tokens, bad only": ("unlikelihood", []), "CUT, bad only": ("cut", []),
 }
+ONLINE = ["--rounds", "4", "--pool-per-task", "88", "--downsample", "0", "--steps", "100", "--judged-warmup", "30"]    # few records a round
 RATES = {"error_rate": "greedy errors", "sampled_error_rate": "sampled errors"}
 
 
@@ -60,13 +61,14 @@ def runs_of_seed(root, seed, split, online, own_critic):
         rows[title] = list(found.values())[-1]
     if online:
         out = root / f"seed{seed}-online"
-        found = run(command(out, *shared, "--init", str(main), "--rounds", "4", "--pool-per-task", "88", stage="cut"), 1)
+        found = run(command(out, *shared, "--init", str(main), *ONLINE, stage="cut"), 1)
         rows |= {f"online {title.replace('CUT, ', '')}": found[title] for title in list(found)[2:-1]}
         rows["online round 4"] = found["CUT"]
     if own_critic:                                          # learn to judge on one half of the pool; round 2 judges the other
         half, critic, out = ["--pool-per-task", "175"], root / f"seed{seed}-critic", root / f"seed{seed}-self"
         run(command(critic, *shared, "--init", str(main), *half, stage="critic"), 1)
-        found = run(command(out, *shared, "--init", str(main), *half, "--judge", "self", "--critic", str(critic), "--rounds", "2", stage="cut"), 1)
+        found = run(command(out, *shared, "--init", str(main), *half, "--judge", "self", "--critic", str(critic), "--rounds", "2", "--downsample", "0", "--steps", "100",
+                            "--judged-warmup", "30", stage="cut"), 1)
         rows |= {"own critic, round 1": found["CUT, round 1"], "own critic, round 2": found["CUT"]}
         rows["critic"] = agreement(out / "judged.jsonl")
     rows["mask"] = json.loads((main / "mask.json").read_text())
@@ -107,7 +109,7 @@ def main(argv=None):
     with ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(runs_of_seed, root, seed, args.split, args.online, k < args.critic_seeds) for k, seed in enumerate(args.seeds)]
         seeds = [job.result() for job in jobs]
-    masks, _ = mask_table(seeds)
+    masks, means = mask_table(seeds)
     titles = ["base", "SFT", "CUT", *([f"online round {k}" for k in (1, 2, 3, 4)] if args.online else []), *METHODS, *BAD_ONLY]
     parts = [f"Split {args.split}, seeds {', '.join(map(str, args.seeds))}; mean ± standard deviation over seeds, percent. Differences: "
              f"mean [95 % t interval, {T95[len(args.seeds)]:.2f} standard errors] and in how many seeds they are positive." if len(args.seeds) > 1
@@ -118,7 +120,7 @@ def main(argv=None):
         parts += [f"A critic that the model has learnt itself, on answers of round 2 to inputs that it never saw (the first {len(taught)} seeds): "
                   f"finds fault where the rules do in {said[0]} %, in the same words in {said[1]} %.",
                   table(taught, ["SFT", "own critic, round 1", "own critic, round 2"])]
-    shutil.copy(root / f"seed{args.seeds[0]}" / "plots" / "mask.png", root / "mask.png")
+    plot_mask(means, root / "mask.png")
     (root / "results.md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
 

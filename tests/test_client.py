@@ -19,15 +19,15 @@ import pytest
 from chatserver import ChatServer, completion
 
 import judge as judging
-from judge import (AnswerFile, ChatClient, ClientConfig, HttpCritic, HttpJudge, JudgeConfig, JudgeStopped, Reply, chat_address, constitutional,
+from judge import (AnswerFile, ChatClient, ClientConfig, HttpCritic, HttpJudge, JudgeConfig, JudgeStopped, Ledger, Reply, chat_address, constitutional,
                    make_question, new_instructions, paraphrase, parse_verdict, read_key, read_response, redact, refine, retry_after, usable)
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-live-9Yq3ZtVb7KxWm2Rf"
 
 
-def client(server, cache="", **more):
-    return ChatClient(ClientConfig(url=server.url, model="m", cache=str(cache), **{"backoff": 0.001, **more}))
+def client(server, cache="", ledger=None, **more):
+    return ChatClient(ClientConfig(url=server.url, model="m", cache=str(cache), **{"backoff": 0.001, **more}), ledger=ledger)
 
 
 def ask(texts, **more):
@@ -144,33 +144,39 @@ def test_a_thousand_calls_through_every_fault(tmp_path):
 def ask_and_record(url, cache):
     """A child of the kill test: asks 300 questions, eight at a time."""
     asked = ChatClient(ClientConfig(url=url, model="m", cache=cache, workers=8, backoff=0.001))
-    replies = asked.ask(ask(map(str, range(300))))
-    os._exit(0 if [reply.text for reply in replies] == [f"answer {k}" for k in range(300)] else 3)
+    replies = asked.ask(ask(map(str, range(600))))
+    os._exit(0 if [reply.text for reply in replies] == [f"answer {k}" for k in range(600)] else 3)
 
 
 def test_twenty_kills_and_nothing_answered_is_asked_again(tmp_path):
     cache, dice, fork = tmp_path / "a.jsonl", random.Random(3), multiprocessing.get_context("fork")
-    kills, known = 0, []                                             # known: (requests seen when it died, numbers on file by then)
-    with ChatServer(lambda request, number: {"body": completion(f"answer {number_of(request)}"), "delay": 0.02}) as server:
-        while True:
+    known = []                                                       # per kill: (requests seen when it came, numbers on file by then)
+
+    def on_file():
+        whole = cache.read_bytes().rpartition(b"\n")[0] if cache.exists() else b""
+        return {number_of(json.loads(line)["request"]) for line in whole.split(b"\n") if line}
+
+    with ChatServer(lambda request, number: {"body": completion(f"answer {number_of(request)}"), "delay": 0.01}) as server:
+        for _ in range(20):
             child = fork.Process(target=ask_and_record, args=(server.url, str(cache)))
+            wanted = len(on_file()) + dice.randint(5, 20)
             child.start()
-            child.join(dice.uniform(0.03, 0.09) if kills < 20 else 60)
-            if child.exitcode is None:
-                os.kill(child.pid, signal.SIGKILL)
-                child.join()
-                kills += 1
-                whole = cache.read_bytes().rpartition(b"\n")[0] if cache.exists() else b""
-                known.append((len(server.requests), {number_of(json.loads(line)["request"]) for line in whole.split(b"\n") if line}))
-            else:
-                assert child.exitcode == 0
-                break
-    assert kills == 20
+            while len(on_file()) < wanted:
+                assert child.is_alive()
+                time.sleep(dice.uniform(0, 0.01))
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+            known.append((len(server.requests), on_file()))
+        child = fork.Process(target=ask_and_record, args=(server.url, str(cache)))
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0
+    assert all(5 <= len(after) - len(before) for (_, before), (_, after) in zip(known, known[1:])), "every run had answers to lose"
     for at, numbers in known:
         again = numbers & {number_of(request) for request, *_ in server.requests[at:]}
         assert not again, f"asked again: {again}"
-    assert sorted(number_of(r["request"]) for r in lines(cache)) == list(range(300))
-    assert len(server.sent) <= 300 + 8 * kills                       # at most what was under way is lost with a kill
+    assert sorted(number_of(r["request"]) for r in lines(cache)) == list(range(600))
+    assert len(server.sent) <= 600 + 8 * len(known)                  # at most what was under way is lost with a kill
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,9 +359,57 @@ def test_what_a_server_refuses_is_settled_once(tmp_path):
         assert len(server.requests) <= 100 + 2 * 8                   # eight may have asked before it was settled
 
 
+@pytest.mark.parametrize("error", [
+    {"message": "max_tokens must be at most 4096", "param": "max_tokens"}, {"message": "Invalid 'max_tokens': too large", "param": "max_tokens"},
+    {"message": "temperature should be between 0 and 2", "param": "temperature"}, "max_tokens is too large: 9999", {"message": "The model is not supported"}])
+def test_a_value_that_is_refused_is_no_question_of_names(error):
+    with ChatServer(lambda request, number: {"status": 400, "body": {"error": error}}) as server:
+        asked = client(server, workers=1)
+        assert [reply.failure[:8] for reply in asked.ask(ask(["1", "2"]))] == ["http 400"] * 2 and len(server.requests) == 2 and asked.dialect == {}
+
+
+def test_what_is_not_taken_is_said(capsys):
+    def plain(request, number):
+        if "seed" in request:
+            return {"status": 422, "body": {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]}}
+        return {"body": completion("ok")}
+    with ChatServer(plain) as server:
+        asked = client(server, workers=1)
+        assert asked.ask(ask(["1", "2"]), temperature=0.5) == [Reply("ok")] * 2
+    assert capsys.readouterr().err.count("does not take seed; from now on it gets no seed") == 1
+    assert asked.usage()["dialect"] == {"seed": ""} and "not taken: seed" in asked.summary()
+
+
+def test_answers_can_be_given_more_room(tmp_path):
+    with ChatServer() as server:
+        for most, wanted in ((0, 50), (20, 50), (900, 900)):
+            client(server, max_tokens=most).ask(ask(["1"], max_tokens=50))
+            assert server.requests[-1][0]["max_tokens"] == wanted
+
+
+def test_limits_hold_for_all_clients_of_a_run():
+    book = Ledger()
+    with ChatServer() as server:
+        one, two = (client(server, ledger=book, max_requests=30) for _ in range(2))
+        one.ask(ask(map(str, range(20))))
+        with pytest.raises(JudgeStopped, match="--max-requests 30 is reached"):
+            two.ask(ask(map(str, range(20))))
+        said = []
+        book.close(said.append)
+        assert len(server.requests) == 30 == book.requests + 30 and [line.split()[2] for line in said] == ["20", "10"]
+
+
 @pytest.mark.parametrize("workers", [1, 8, 32])
 def test_requests_are_limited(workers, tmp_path):
-    with ChatServer(lambda request, number: {"status": 500} if number % 5 == 0 else {"body": completion("ok")}) as server:
+    failed = set()                                          # each question fails once at most, so that no bad luck uses up its tries
+
+    def answer(request, number):
+        question = json.dumps(request["messages"])
+        if number % 5 or question in failed:
+            return {"body": completion("ok")}
+        failed.add(question)
+        return {"status": 500}
+    with ChatServer(answer) as server:
         asked = client(server, tmp_path / "a.jsonl", workers=workers, max_requests=100)
         with pytest.raises(JudgeStopped, match=r"--max-requests 100 is reached. \d+ answers are saved in .*a.jsonl; run the same command"):
             asked.ask(ask(map(str, range(500))))
@@ -373,7 +427,7 @@ def test_the_budget_is_never_passed(workers):
             asked.ask(ask(map(str, range(500)), max_tokens=50))
         cost = len(server.requests) * (100 * 2.0 + 50 * 10.0) / 1e6
         assert 0.03 < cost <= 0.05 and asked.spent == pytest.approx(cost) and asked.usage()["cost"] == pytest.approx(cost, abs=1e-6)
-        assert asked.held == pytest.approx(0, abs=1e-12) and f"cost {cost:.4f}" in asked.summary()
+        assert asked.ledger.held == pytest.approx(0, abs=1e-12) and f"cost {cost:.4f}" in asked.summary()
     with pytest.raises(ValueError, match="needs prices"):
         ClientConfig(model="m", budget=1.0)
 
@@ -403,8 +457,9 @@ def test_a_torn_last_line_at_every_byte(tmp_path):
         path.write_bytes(whole[:cut])
         (tmp_path / "a.jsonl.torn").unlink(missing_ok=True)
         store = AnswerFile(str(path))
-        kept = max(start for start in starts if start <= cut)
+        kept = max(start for start in starts if start <= cut + 1)     # a record that lacks its line's end only is whole
         assert path.read_bytes() == whole[:kept] and [r["text"] for r in store.records.values()] == texts[:starts.index(kept)]
+        assert (tmp_path / "a.jsonl.torn").exists() == (cut > kept)
         if cut > kept:
             assert (tmp_path / "a.jsonl.torn").read_bytes() == whole[kept:cut] + b"\n"
         store.append({"key": "new", "text": "more"})
@@ -420,6 +475,18 @@ def test_damage_elsewhere_is_refused_and_the_file_left_alone(damage, tmp_path):
     with pytest.raises(ValueError, match="a.jsonl, line 2, is no"):
         AnswerFile(str(path))
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["address", "request", "sent", "finish", "usage"])
+def test_an_answer_that_lacks_a_part_is_refused(name, tmp_path):
+    path = tmp_path / "a.jsonl"
+    with ChatServer() as server:
+        client(server, path).ask(ask(["1", "2"]))
+        records = lines(path)
+        for broken in ({key: value for key, value in records[0].items() if key != name}, {**records[0], name: 7}):
+            path.write_text(json.dumps(broken) + "\n" + json.dumps(records[1]) + "\n")
+            with pytest.raises(ValueError, match="a.jsonl, line 1, is no answer, or lacks a part of one"):
+                client(server, path)
 
 
 def test_two_processes_share_one_file(tmp_path):
@@ -477,6 +544,22 @@ def test_addresses_that_are_refused(url):
     assert KEY[:8] not in str(found.value)
 
 
+@pytest.mark.parametrize("url", [f"https://user:{KEY[:6]}/{KEY[6:]}@host/v1", f"https://user:{KEY}@ho st", f"user:{KEY}@host", f"http://a@b:{KEY}@host", f"http:///{KEY}@x y",
+                                 f"https://user:{KEY}%40host/v 1", f"https://host/v1?key=a\n{KEY}"])
+def test_nothing_of_a_password_in_an_address_is_repeated(url):
+    with pytest.raises(ValueError, match="the judge's address") as found:
+        chat_address(url)
+    assert not leaks(str(found.value))
+
+
+def test_no_key_to_a_proxy_that_reads_along(monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", KEY)
+    with pytest.raises(ValueError, match="over plain http to proxy.example"):
+        read_key("JUDGE_API_KEY", "http://127.0.0.1:8000/v1", "http://proxy.example:3128")
+    assert read_key("JUDGE_API_KEY", "http://127.0.0.1:8000/v1", "http://127.0.0.1:3128") == KEY
+    assert read_key("JUDGE_API_KEY", "https://host.example/v1", "http://proxy.example:3128") == KEY          # a tunnel
+
+
 @pytest.mark.parametrize("host, allowed", [
     ("https://host.example", True), ("http://127.0.0.1", True), ("http://localhost", True), ("http://127.8.9.1", True), ("http://[::1]", True), ("http://LOCALHOST", True),
     ("http://10.0.0.5", False), ("http://host.example", False), ("http://127.0.0.1.evil.example", False), ("http://localhost.evil.example", False), ("http://0.0.0.0", False),
@@ -514,7 +597,7 @@ def leaks(text):
 @pytest.mark.parametrize("plan", [
     {"status": 401, "body": {"error": {"message": f"Incorrect API key provided: {KEY}"}}}, {"status": 403, "body": f"no {KEY[:12]}**** for you"},
     {"status": 500, "body": KEY}, {"status": 429, "body": {"error": {"message": KEY, "code": "insufficient_quota"}}}, {"status": 418, "body": {"error": KEY}},
-    {"body": completion(f"your key is {KEY}, in base64 {base64.b64encode(KEY.encode()).decode()}")}, {"drop": "early"}, {"drop": "late", "body": KEY * 9},
+    {"body": completion("ok", KEY)}, {"body": completion(f"your key is {KEY}, in base64 {base64.b64encode(KEY.encode()).decode()}")}, {"drop": "early"}, {"drop": "late", "body": KEY * 9},
     {"status": 302, "headers": {"Location": f"http://127.0.0.1:1/{KEY}"}}, {"body": completion(KEY, "length")}, {"status": 400, "body": {"detail": f"header Bearer {KEY[3:15]}"}},
     {"status": 429, "headers": {"Retry-After": KEY}}, {"body": f"<html>{KEY}</html>"}])
 def test_the_key_is_nowhere_to_be_read(plan, tmp_path, monkeypatch, capfd, caplog):
@@ -704,7 +787,7 @@ def test_rewards_by_two_questions():
         return "who knows" if answer is None else f"VERDICT {{n}}: {question.choices[0 if answer else 1]}"
     judge = HttpJudge(Says(say), reask=1)
     found = judge.judge([item(text) for text in ("red", *truth, "...", "  ")])
-    assert [(v.reward, v.how) for v in found] == [(2, "exact"), (2, "judged"), (1, "judged"), (0, "judged"), (1, "unparsed"), (None, "unparsed"), (0, "judged"), (0, "empty")]
+    assert [(v.reward, v.how) for v in found] == [(2, "exact"), (2, "judged"), (1, "judged"), (0, "judged"), (1, "unparsed"), (None, "unparsed"), (0, "wordless"), (0, "empty")]
     assert all("..." not in q.messages[1]["content"].partition("<response")[2] for q in judge.ask.asked), "a response without a letter or digit is not asked about"
     prompts = [q.messages[1]["content"] for q in judge.ask.asked if "correct" in q.choices]
     assert all("says the same as the reference" in text and "\nred\n</reference" in text for text in prompts)
@@ -731,9 +814,13 @@ def test_orders_are_combined_in_cr(rule, expected):
 
 def test_too_many_unread_verdicts_stop_a_run():
     judge = HttpJudge(Says(lambda question, text: Reply("VERDICT", "cut at max_tokens") if "no. 7" in text or "no. 1" in text else "VERDICT {n}: same"), reask=0, max_unparsed=0.1)
-    with pytest.raises(JudgeStopped, match=r"of 100 judge replies had no readable verdict \(\d+ cut at max_tokens\). Use another judge"):
+    with pytest.raises(JudgeStopped, match=r"of 100 judge replies had no readable verdict \(\d+ cut at max_tokens\). Raise --judge-max-tokens, use another judge, or allow more"):
         judge.similar_pairs([({}, f"no. {k}", f"b {k}") for k in range(100)])
-    judge = HttpJudge(judge.ask, reask=0, max_unparsed=0.5)
+    judge = HttpJudge(Says(lambda question, text: "hm"), reask=0, max_unparsed=0.1)
+    with pytest.raises(JudgeStopped, match=r"200 of 200 judge replies had no readable verdict \(200 no verdict\). Use another judge, or"):
+        judge.similar_pairs([({}, f"no. {k}", f"b {k}") for k in range(1000)])
+    assert len(judge.ask.asked) == 200, "the other 800 questions are not paid for"
+    judge = HttpJudge(Says(lambda question, text: Reply("VERDICT", "cut at max_tokens") if "no. 7" in text else "VERDICT {n}: same"), reask=0, max_unparsed=0.5)
     assert None in judge.similar_pairs([({}, f"no. {k}", f"b {k}") for k in range(100)])
 
 
@@ -799,9 +886,9 @@ def test_refinements_and_revisions_keep_failures():
 def test_flags_of_the_two_programs_are_those_of_the_client():
     from eval import JudgeFlags, client_config
     flags = JudgeFlags(judge_model="m", judge_workers=3, judge_tries=2, judge_timeout=4.0, judge_deadline=9.0, max_requests=5, budget=1.0, price_in=2.0, price_out=3.0,
-                       judge_url="http://127.0.0.1:1", judge_key_env="K", judge_proxy="http://p:1", judge_ca="")
+                       judge_max_tokens=600, judge_url="http://127.0.0.1:1", judge_key_env="K", judge_proxy="http://p:1", judge_ca="")
     config = client_config(flags, "m", "c")
     assert config == ClientConfig(url="http://127.0.0.1:1", model="m", key_env="K", cache="c", workers=3, tries=2, timeout=4.0, deadline=9.0, max_requests=5, budget=1.0,
-                                  price_in=2.0, price_out=3.0, proxy="http://p:1")
+                                  price_in=2.0, price_out=3.0, proxy="http://p:1", max_tokens=600)
     with pytest.raises(ValueError, match="no time"):
         ClientConfig(model="m", timeout=math.nan)

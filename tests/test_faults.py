@@ -108,7 +108,7 @@ def whole(world, tmp_path_factory):                         # noqa: F811
 # Resume --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in ("sft", "ppo", "rounds") else pytest.mark.faults) for name in RUNS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in ("sft", "ppo") else pytest.mark.faults) for name in RUNS])
 def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(name, world, whole, tmp_path):     # noqa: F811
     wanted, seconds = whole(name)
     seed = random.randrange(10**6)
@@ -459,14 +459,16 @@ def test_clipping_alone_would_have_spread_it():
 
 def test_rows_without_a_target_add_nothing(world, tmp_path):             # noqa: F811
     run = train.make_run(train.parse_config(command(world, tmp_path, "sft")))
-    run.model, groups = train.trainable(run.cfg, None), train.sft_groups(run, 0)[:3]
+    run.model, groups = train.trainable(run.cfg, None).eval(), train.sft_groups(run, 0)[:3]     # no dropout here
     empty = [{"documents": [{**group["documents"][0], "labels": [data.IGNORE_INDEX] * len(group["documents"][0]["labels"])}], "name": "empty"} for group in groups]
     stage, found = train.STAGES["sft"], []
     for batch in ([groups], [groups + empty], [groups, empty]):
         run.model.zero_grad()
         means = train.backward(run.model, stage, [train.collate(part, "cpu") for part in batch], run.cfg)
         found.append((means["ce"], torch.cat([p.grad.flatten() for p in train.trained(run.model).values()])))
-    assert all(means == pytest.approx(found[0][0]) and torch.allclose(grads, found[0][1], atol=1e-7) for means, grads in found)
+    for means, grads in found:
+        assert means == pytest.approx(found[0][0], rel=1e-5)
+        torch.testing.assert_close(grads, found[0][1], atol=1e-6, rtol=1e-4)
     run.model.zero_grad()
     assert train.backward(run.model, stage, [train.collate(empty, "cpu")], run.cfg) == {"ce": 0}
     assert all(p.grad is None or not p.grad.any() for p in train.trained(run.model).values())

@@ -285,39 +285,6 @@ def test_length_without_words_is_in_characters():
 # Agreement
 
 
-class Asked:
-    """similar(a, b) from a set of ordered pairs; counts."""
-
-    def __init__(self, *pairs):
-        self.pairs, self.calls = set(pairs), []
-
-    def __call__(self, a, b):
-        self.calls.append((a, b))
-        return (a, b) in self.pairs
-
-
-@pytest.mark.parametrize("symmetrize, wanted, calls", [("and", 0, 2), ("or", 1, 2), ("first", 1, 1)])
-def test_asymmetric_similarity(symmetrize, wanted, calls):
-    similar = Asked(("a", "b"))
-    assert judging.similarity_matrix(["a", "b", "a"], similar, symmetrize=symmetrize) == [
-        [1, wanted, 1], [wanted, 1, wanted], [1, wanted, 1]]
-    assert len(similar.calls) == len(set(similar.calls)) == calls
-
-
-def test_similarity_asks_each_ordered_pair_of_texts_once():
-    similar = Asked(("a", "b"), ("b", "a"), ("b", "c"))
-    matrix = judging.similarity_matrix(["a", "b", "c", "a", "b"], similar)
-    assert len(similar.calls) == len(set(similar.calls)) == 6
-    assert matrix == [list(column) for column in zip(*matrix)] and matrix[0][1] and not matrix[1][2]
-    assert judging.similarity_matrix(["a", "a"], Asked()) == [[True, True], [True, True]]
-    assert judging.similarity_matrix([], Asked()) == []
-
-
-def test_unknown_symmetrize():
-    with pytest.raises(ValueError, match="'xor' is unknown"):
-        judging.similarity_matrix(["a"], Asked(), symmetrize="xor")
-
-
 def test_confusion_by_hand():
     said = verdicts((True, True), (True, True), (False, None), (True, False), (None, None))
     true = verdicts((True, True), (True, False), (True, True), (True, False), (True, True))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from chatserver import ChatServer, completion
@@ -12,6 +13,7 @@ import eval as evaluation
 import train
 import judge as judging
 from judge import FAILED, RuleJudge
+from model import load_model, save_model
 
 HTTP = ("--judge", "http", "--judge-model", "m", "--judge-tries", "2", "--judge-workers", "4")
 
@@ -50,10 +52,10 @@ def test_cat_with_a_judge_behind_http(world, tmp_path, capsys):     # noqa: F811
         assert records and asked
         for record in records:
             words = record["response"].split()
-            assert record["how"] in ("judged", "exact", "empty") and record["reward"] in (0, 1, 2)
-            if record["how"] == "judged":
-                letters = any(map(str.isalnum, record["response"]))
-                assert record["reward"] == (0 if not letters or len(words) != 1 else 2 if record["response"].strip() == record["target"] else 1)
+            assert record["how"] in ("judged", "exact", "empty", "wordless") and record["reward"] in (0, 1, 2)
+            assert (record["how"] == "wordless") == (any(words) and not any(map(str.isalnum, record["response"])))
+            if record["how"] in ("judged", "wordless"):
+                assert record["reward"] == (0 if record["how"] == "wordless" or len(words) != 1 else 2 if record["response"].strip() == record["target"] else 1)
         said = capsys.readouterr().out
         assert re.search(r"judge m: \d+ requests, \d+ answered, 0 from the cache, 0 retries; \d+ \+ \d+ tokens, cost 0\.\d{4}\.", said)
         assert (tmp_path / "run/judge.jsonl").exists()
@@ -109,7 +111,13 @@ def test_cut_in_rounds_with_a_critic_behind_http(world, tmp_path, capsys):      
 
 
 def test_cr_with_a_judge_behind_http(world, tmp_path, capsys):      # noqa: F811
-    argv = ["--model", str(world / "model"), "--tasks", str(world / "tasks"), "--paraphrases", str(world / "paraphrases.json"), "--per-task", "4", "--max-new-tokens", "4",
+    shutil.copytree(world / "model", tmp_path / "model")
+    model = load_model(world / "model")
+    for name, weight in model.named_parameters():
+        if "o_proj" in name:                                            # loud attention: what it says depends on the prompt
+            weight.data *= 50
+    save_model(model, tmp_path / "model")
+    argv = ["--model", str(tmp_path / "model"), "--tasks", str(world / "tasks"), "--paraphrases", str(world / "paraphrases.json"), "--per-task", "4", "--max-new-tokens", "4",
             "--out", str(tmp_path / "out")]
     with ChatServer(truthful) as server:
         evaluation.main([*argv, *HTTP, "--judge-url", server.url])
@@ -121,7 +129,7 @@ def test_cr_with_a_judge_behind_http(world, tmp_path, capsys):      # noqa: F811
         one, two = row["responses"]
         assert row["cr"] == float(one == two or one[:3] == two[:3] and "" not in (one, two) or one.strip()[:3] == two.strip()[:3])
     pairs = {(row["input"], *row["responses"]) for row in rows if row["responses"][0] != row["responses"][1]}
-    assert asked <= 2 * len(rows) and asked >= 2 * (len(pairs) > 0) and "judge m:" in capsys.readouterr().out
+    assert pairs and 2 <= asked <= 2 * len(rows) and "judge m:" in capsys.readouterr().out
 
 
 def test_wordings_from_the_command_line(world, tmp_path, capsys):   # noqa: F811
@@ -154,6 +162,7 @@ def test_mistakes_get_one_sentence_before_anything_happens(world, tmp_path, caps
     assert "needs prices" in said("--stage", "cat", *HTTP, "--budget", "1")
     assert "--max-unparsed is 7.0" in said("--stage", "cat", *HTTP, "--max-unparsed", "7")
     monkeypatch.setenv("JUDGE_API_KEY", "sk-secret-secret")
+    assert "over plain http to proxy.example" in said("--stage", "cat", *HTTP, "--judge-proxy", "http://proxy.example:3128")
     assert "over plain http to 10.0.0.5" in said("--stage", "cat", *HTTP, "--judge-url", "http://10.0.0.5/v1")
     assert "sk-secret" not in said("--stage", "cat", *HTTP, "--judge-key-env", "sk-secret-secret")
     assert "--critic writes judgments only with --judge self" in said("--stage", "cut", "--critic", str(tmp_path))
@@ -215,7 +224,69 @@ def test_canaries_are_measured_and_warned_about(world, tmp_path, capsys):       
         said = capsys.readouterr().out
         assert ("warning: the judge called" in said) == warned
         found = json.loads((tmp_path / name / "canaries.json").read_text())
-        assert found["asked"] == 8 * len(judging.CANARIES) and found["passed"] == (found["asked"] if warned else 0)
+        assert found["asked"] == 8 * len(judging.CANARIES) and found["passed"] == (found["asked"] if warned else 0) and found["unread"] == 0
+
+
+def test_canaries_know_what_was_not_said(world, tmp_path, capsys):  # noqa: F811
+    """A judge without a verdict is not given a clean bill, and one without verdicts gets none at all."""
+    from types import SimpleNamespace
+    items, run = [{"instruction": "i", "input": str(k), "target": "red"} for k in range(8)], SimpleNamespace(folder=tmp_path)
+    n = 8 * len(judging.CANARIES)
+    says = iter([judging.Verdict(None, None, None, "unparsed")] * (n - 10) + [judging.Verdict(True, True, 2, "judged")] + [judging.Verdict(True, False, 1, "judged")] * 9)
+    train.measure_canaries(run, SimpleNamespace(judge=lambda items: [next(says) for _ in items]), items)
+    found = json.loads((tmp_path / "canaries.json").read_text())
+    assert (found["asked"], found["unread"], found["passed"]) == (n, n - 10, 1) and found["ci95"] == pytest.approx(evaluation.wilson(1, 10))
+    said = capsys.readouterr().out
+    assert f"no readable verdict on {n - 10} of {n}" in said and "called 1 of 10 answers" in said
+    train.measure_canaries(run, SimpleNamespace(judge=lambda items: [judging.Verdict(None, None, None, "unparsed")] * n), items)
+    assert json.loads((tmp_path / "canaries.json").read_text())["ci95"] is None
+    argv = cat(world, tmp_path / "run")
+    argv[argv.index("rule")] = "length"
+    train.main(argv)
+    assert (tmp_path / "run/candidates.jsonl").exists() and not (tmp_path / "run/canaries.json").exists()
+
+
+def test_limits_hold_for_the_run_and_usage_is_told_however_it_ends(tmp_path, capsys):
+    from judge import RUN, JudgeStopped, make_question
+    with ChatServer() as server:
+        flags = evaluation.JudgeFlags(judge_model="m", judge_url=server.url, max_requests=6)
+        one, two = evaluation.make_client(flags, tmp_path / "a"), evaluation.make_client(flags, tmp_path / "b")
+        one.ask([make_question(f"say {k}", {}) for k in range(4)])
+        with pytest.raises(JudgeStopped, match="--max-requests 6 is reached"):
+            two.ask([make_question(f"say {k}", {}) for k in range(4)])
+        assert len(server.requests) == RUN.requests == 6
+    RUN.close(print)
+    assert capsys.readouterr().out.count("judge m: ") == 2 and RUN.requests == 0 and RUN.clients == []
+
+
+def test_best_of_n_by_a_judge_behind_http(world, tmp_path, capsys):                 # noqa: F811
+    """The table carries the judge's name; a question with a missing reward is left out, or all are in one sentence."""
+    argv = ["--model", str(world / "model"), "--tasks", str(world / "tasks"), "--paraphrases", str(world / "paraphrases.json"), "--per-task", "4", "--max-new-tokens", "4",
+            "--best-of", "2"]
+    with ChatServer(truthful) as server:
+        evaluation.main([*argv, "--out", str(tmp_path / "a"), *HTTP, "--judge-url", server.url])
+    assert list(json.loads((tmp_path / "a/best_of.json").read_text())["model"]) == ["http m"]
+    out = capsys.readouterr().out
+    assert "best of n by http m" in out and "judge m: " in out
+    first = []
+
+    def sulks(request, number):
+        first.append(shown(request["messages"][-1]["content"], "input"))
+        return truthful(request) if first[-1] != first[0] else {"body": completion(None, "content_filter")}
+    with ChatServer(sulks) as server:
+        evaluation.main([*argv, "--out", str(tmp_path / "b"), *HTTP, "--judge-url", server.url, "--max-unparsed", "1"])
+    assert "left out: a sample got no reward" in capsys.readouterr().out
+    with ChatServer(lambda request, number: {"body": completion(None, "content_filter")}) as server, pytest.raises(SystemExit):
+        evaluation.main([*argv, "--out", str(tmp_path / "c"), *HTTP, "--judge-url", server.url, "--max-unparsed", "1"])
+    assert "left a sample of every question without a reward" in capsys.readouterr().err
+
+
+def test_the_folder_of_wordings_is_made_before_anything_is_paid(world, tmp_path, capsys):           # noqa: F811
+    (tmp_path / "file").write_text("in the way")
+    with ChatServer() as server, pytest.raises(SystemExit):
+        evaluation.main(["--paraphrase", "1", "--tasks", str(world / "tasks"), "--judge-model", "m", "--judge-url", server.url, "--out", str(tmp_path / "file/out"),
+                         "--judge-cache", str(tmp_path / "cache.jsonl")])
+    assert server.requests == []
 
 
 def test_flags_of_eval_in_the_readme_exist():

