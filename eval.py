@@ -1438,9 +1438,24 @@ def plot_sweep(points: list[tuple[float, dict]], xlabel: str, path, *, names=("c
 
 def complain(message: str) -> int:
     """Print the user's mistake in one line, once for all processes; returns the exit status for it."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {printable(message)}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    if first_to_complain():
+        print(f"error: {f'rank {rank}: ' if rank != '0' else ''}{printable(message)}", file=sys.stderr, flush=True)
     return 2
+
+
+def first_to_complain() -> bool:
+    """Whether no other process of this torchrun job has complained; they count in the store by which they found each other."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+    try:
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
+        return store.add("complaints", 1) == 1
+    except (KeyError, ValueError, RuntimeError):            # no store, or rank 0 kept it and is gone: it has spoken
+        return os.environ.get("RANK", "0") == "0"
 
 
 def fail(message: str) -> None:

@@ -28,8 +28,10 @@ import random
 import resource
 import shlex
 import shutil
+import signal
 import socket
 import sys
+import threading
 import time
 from array import array
 from collections import Counter
@@ -1414,6 +1416,8 @@ def on_first_rank(action: Callable, *arguments) -> None:
     if error:
         raise error
     if failed:
+        with contextlib.suppress(RuntimeError):             # until rank 0 has spoken and left: torchrun ends all with the first that ends
+            dist.broadcast(failed, 0)
         sys.exit(1)
 
 
@@ -1555,6 +1559,7 @@ def train(run: Run, stage: Stage, groups: list[dict], log_path: Path, place: Pat
     if cut:
         say(f"{cfg.stage}: {cut} documents are longer than --max-len {cfg.max_len}; the left of their prompts was cut.")
     run.model.train()
+    HEARD["wait"] = True
     seen, started, recent = done["tokens"], time.time() - done["seconds"], done["recent"]
     bar = tqdm(range(done["step"], cfg.steps), desc=cfg.stage, initial=done["step"], total=cfg.steps, disable=None if rank == 0 else True)
     phase = cfg.rollouts * cfg.ppo_epochs // cfg.batch_size     # steps per phase, where a stage has phases
@@ -1582,8 +1587,11 @@ def train(run: Run, stage: Stage, groups: list[dict], log_path: Path, place: Pat
         spike, recent = named([groups[i] for i in chosen]) if is_spike(loss, recent) else "", [*recent, loss][-10:]
         if rank == 0:
             log_step(log_path, cfg, step, means, norm=norm, tokens=seen, seconds=seconds, spike=spike)
-        if cfg.save_every and (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
+        stop = asked_to_stop() if step + 1 < cfg.steps else 0
+        if stop or cfg.save_every and (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
             save_checkpoint(run, stage, optimizer, groups, {"step": step + 1, "tokens": seen, "seconds": seconds, "recent": recent})
+        if stop:
+            raise Stopped(stop, f" behind step {step + 1} of {cfg.stage}, which is saved")
     run.model.eval()
     say(f"{cfg.stage}: {seen:,} tokens in {spoken(time.time() - started)}, {seen / (time.time() - started):,.0f} tok/s; {peak_memory(device)[1]}.")
 
@@ -2082,6 +2090,7 @@ def run_stage(run: Run, name: str) -> Path:
                 stage.begin(part)                           # from the weights that the stage began with
             train(part, stage, [] if stopped and stage.refresh else stage.groups(part), place / "log.jsonl", stopped)
             on_first_rank(save_trained, part)
+            stop_behind(cfg.stage)
         before = place
     return folder
 
@@ -2118,6 +2127,7 @@ def pretrain_here(cfg: TrainConfig) -> None:
     say(f"pretrain: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters.")
     train(run, STAGES["pretrain"], corpus_groups(run), run.folder / "log.jsonl", stopped)
     on_first_rank(export, run)
+    stop_behind("pretrain")
 
 
 def export(run: Run) -> None:
@@ -2293,33 +2303,95 @@ def settings(cfg: TrainConfig) -> str:
     return "".join(f" {word}" for word in words)
 
 
-def main(argv=None) -> int:
-    """Run a stage. Returns 0, or 2 for a mistake in what was given, 1 for a run that failed."""
-    cfg, started = parse_config(argv), time.time()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C (`number`), heard where stopping loses nothing; `where` says what was saved for it."""
+
+    def __init__(self, number: int, where: str = ""):
+        super().__init__(number, where)
+        self.number, self.where = number, where
+
+
+HEARD = {"signal": 0, "wait": False}                        # the signal that asked to stop; whether a step is under way, which is waited for
+
+
+@contextlib.contextmanager
+def stoppable():
+    """The first SIGTERM or Ctrl-C stops the run behind the step or the chunk that is under way, a second one at once."""
+    def hear(number, frame):
+        if HEARD["signal"] or not HEARD["wait"]:
+            raise Stopped(number)
+        HEARD["signal"] = number
+
+    HEARD.update(signal=0, wait=False)
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)} if main_thread else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def asked_to_stop() -> int:
+    """The signal that some rank heard while it waited, or 0."""
+    return int(max(exchanged([HEARD["signal"]])))
+
+
+def stop_behind(stage: str) -> None:
+    """A signal that came while a stage ended stops the run now that its result is saved; from here on signals stop at once."""
+    HEARD["wait"] = False
+    stop = asked_to_stop()
+    if stop:
+        raise Stopped(stop, f" behind {stage}, which is finished")
+
+
+def join(cfg: TrainConfig) -> None:
+    """Under torchrun: meet the other processes."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if cfg.batch_size < size:
+        raise ValueError(f"--batch-size {cfg.batch_size} is less than the {size} processes. Raise it.")
+    if size > 1 and not dist.is_initialized():
         gpu = pick_device(cfg)[0].startswith("cuda")
         if gpu:
             torch.cuda.set_device(pick_device(cfg)[0])
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo",
-                                timeout=datetime.timedelta(hours=12))   # rank 0 samples, judges and evaluates alone
-        if cfg.batch_size < ranks()[1]:
-            return complain(f"--batch-size {cfg.batch_size} is less than the {ranks()[1]} processes. Raise it.")
-    try:
-        (dry_run if cfg.dry_run else pretrain if cfg.stage == "pretrain" else align)(cfg)
-        if not cfg.dry_run:
-            on_first_rank(summarise, cfg, time.time() - started)
-    except ValueError as error:
-        return complain(str(error))
-    except judging.JudgeStopped as error:
-        complain(str(error))
-        return 1
-    except FloatingPointError as error:
-        complain(str(error))
-        return 1
-    except OSError as error:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=datetime.timedelta(hours=12))   # rank 0 asks a server alone
+
+
+def told(error: Exception) -> int | None:
+    """Say what stopped the run, in one line for all its processes; returns the exit status, or None for what is a fault of the program."""
+    if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         complain(f"{place}{error.strerror or error}. What was finished is kept; give another --out, or make room, and run the same command again.")
-        return 1
+    elif isinstance(error, ValueError):
+        return complain(str(error))
+    elif isinstance(error, torch.OutOfMemoryError):
+        complain(f"out of memory: {str(error).splitlines()[0]} Lower --micro-tokens or --eval-batch, or add --checkpointing; what was finished is kept.")
+    elif isinstance(error, (judging.JudgeStopped, FloatingPointError)):
+        complain(str(error))
+    elif ranks()[1] > 1 and any(word in str(error).lower() for word in ("connection", "socket", "peer")):     # gloo's words
+        complain("another process of this job ended before its work was done. What was finished is kept; run the same command again.")
+    else:
+        return None
+    return 1
+
+
+def main(argv=None) -> int:
+    """Run a stage. Returns 0, or 2 for a mistake in what was given, 1 for a run that failed, 143 or 130 for one that was told to stop."""
+    cfg, started = parse_config(argv), time.time()
+    try:
+        with stoppable():
+            join(cfg)
+            (dry_run if cfg.dry_run else pretrain if cfg.stage == "pretrain" else align)(cfg)
+            if not cfg.dry_run:
+                on_first_rank(summarise, cfg, time.time() - started)
+    except Stopped as stop:
+        complain(f"stopped by {signal.Signals(stop.number).name}{stop.where}. The same command goes on from there.")
+        return 128 + stop.number
+    except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
+        status = told(error)
+        if status is None:
+            raise
+        return status
     finally:
         judging.RUN.close(say)
         if dist.is_initialized():

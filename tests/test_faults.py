@@ -6,6 +6,7 @@ The short ones run with the suite; `pytest -m faults` runs all of them, with mor
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -16,7 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import chatserver
 import data
 import train
 from test_train import JUDGED, ROOT, arguments, cat, planted, world     # noqa: F401
@@ -499,28 +502,128 @@ def test_a_spike_is_flagged_in_the_log_with_its_records(world, tmp_path, monkeyp
 # Many processes ------------------------------------------------------------------------------------------------------
 
 
-COLLECT = {"cat": ["--stage", "cat", "--judge", "rule"], "cat, greedy": ["--stage", "cat", "--judge", "rule", "--temperature", "0"],
-           "cat, self": ["--stage", "cat", "--judge", "self"], "ilf": ["--stage", "ilf", "--judge", "rule", "--refinements", "2", "--downsample", "0"],
-           "rlaif": ["--stage", "rlaif", "--judge", "self", "--labels", "scores"]}
+COLLECT = {"greedy": ["--stage", "cat", "--judge", "rule", "--temperature", "0"], "sampled": ["--stage", "cat", "--judge", "rule"],
+           "self": ["--stage", "cat", "--judge", "self"], "ilf": ["--stage", "ilf", "--judge", "rule", "--refinements", "2", "--downsample", "0"],
+           "scores": ["--stage", "rlaif", "--judge", "self", "--labels", "scores"], "letters": ["--stage", "rlaif", "--judge", "self", "--labels", "letters"],
+           "revised": ["--stage", "constitutional", "--judge", "self"]}
 
 
-@pytest.mark.parametrize("name, size", [("cat", 2), *(pytest.param(name, size, marks=pytest.mark.faults) for name in COLLECT for size in (2, 3, 4) if (name, size) != ("cat", 2))])
-def test_processes_share_sampling_judging_and_evaluation(name, size, world, tmp_path):     # noqa: F811
-    """Records bitwise as one process writes them (a self-judge's probabilities within rounding), also where the work is uneven; the adapter within rounding."""
+@pytest.fixture(scope="module")
+def taught(world, tmp_path_factory):                        # noqa: F811
+    """The tiny world with a model that has learnt a little: some of its answers are right."""
+    out, path = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("taught")
+    torch.set_num_threads(1)
+    assert train.main(["--stage", "sft", *arguments(world, out), "--steps", "120", "--lr", "5e-3", "--per-task", "30", "--batch-size", "8", "--judge-share", "0.1",
+                       "--full", "--no-evaluate"]) == 0
+    shutil.copytree(world, path, dirs_exist_ok=True)
+    shutil.copytree(out / "model", path / "model", dirs_exist_ok=True)
+    return path
+
+
+def nearly(one, other) -> bool:
+    """Equal, but for rounding in float32."""
+    if isinstance(one, (dict, list)):
+        keys = one.keys() if isinstance(one, dict) else range(len(one))
+        return len(one) == len(other) and all(nearly(one[key], other[key]) for key in keys)
+    return one == other or isinstance(one, float) and isinstance(other, float) and abs(one - other) <= 1e-4 + 1e-4 * abs(one)
+
+
+@pytest.mark.parametrize("name, size", [("greedy", 2), ("self", 2), *(pytest.param(name, size, marks=pytest.mark.faults) for name in COLLECT for size in (2, 3, 4)
+                                                                    if size != 2 or name not in ("greedy", "self"))])
+def test_processes_share_sampling_judging_and_evaluation(name, size, taught, tmp_path):
+    """Records byte for byte as one process writes them (a model's probabilities within rounding), also where the work is uneven; adapter and figures within rounding."""
     extra = [] if name == "ilf" else ["--wordings", "3", "--pool-wordings", "2", "--no-compare"]
-    argv = lambda out: [*arguments(world, out, *COLLECT[name], "--pool-per-task", "3", "--steps", "2", "--sft-steps", "40", "--sft-lr", "5e-3",   # noqa: E731
-                                   "--batch-size", "4", "--samples", "1", *extra)]
-    one, many = tmp_path / "one", tmp_path / "many"
-    alone, statuses = lives(argv(one), [])[1], None
-    shutil.copytree(one / ("sft" if name == "ilf" else "sft-ia"), many / ("sft" if name == "ilf" else "sft-ia"))      # the same start, to the bit
-    statuses = together(argv(many), size)
-    assert statuses == [alone] * size
-    for path in [path for path in one.iterdir() if path.name in train.RECORDS]:
-        rows = [data.read_records(folder / path.name) for folder in (one, many)]
-        if name in ("cat, self", "rlaif"):
-            rows = [json.loads(json.dumps(part), parse_float=lambda text: f"{float(text):.3f}") for part in rows]
-        assert rows[0] and rows[0] == rows[1]
-        assert name in ("cat, self", "rlaif") or path.read_bytes() == (many / path.name).read_bytes()
-    if alone == 0:
-        assert (one / "report.md").exists() == (many / "report.md").exists()
-        assert json.loads((one / "metrics.json").read_text()).keys() == json.loads((many / "metrics.json").read_text()).keys()
+    argv = lambda out: [*arguments(taught, out, *COLLECT[name], "--pool-per-task", "7", "--steps", "3", "--sft-steps", "3", "--batch-size", "4", "--samples", "1", *extra)]     # noqa: E731
+    one, many, way = tmp_path / "one", tmp_path / "many", "sft" if name == "ilf" else "sft-ia"
+    status = lives(argv(one), [])[1]
+    assert status == (2 if name == "revised" else 0)        # it writes no revision that ends, so that nothing is left to train on
+    shutil.copytree(one / way, many / way)                  # the same start, to the bit
+    assert together(argv(many), size) == [status] * size
+    found = [path.name for path in one.iterdir() if path.name in train.RECORDS]
+    for file in found:
+        rows = [data.read_records(folder / file) for folder in (one, many)]
+        assert rows[0] and nearly(*rows)
+        assert name in ("self", "scores", "letters") or (one / file).read_bytes() == (many / file).read_bytes()
+    assert found and {path.name for path in one.iterdir()} == {path.name for path in many.iterdir()}
+    for file in [path.name for path in one.glob("*.json") if path.name not in ("summary.json", "config.json")]:
+        assert nearly(*(json.loads((folder / file).read_text()) for folder in (one, many)))
+    for file in [path.name for path in one.glob("*.safetensors")]:
+        weights = [load_file(folder / file) for folder in (one, many)]
+        assert all(torch.allclose(weights[0][key], weights[1][key], atol=1e-5) for key in weights[0])
+
+
+def torchrun(*argv: str, size: int = 2) -> tuple[int, list[str], str]:
+    """train.py under torchrun: exit status, the lines of ours on stderr that begin with error, and all of stderr."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "train.py", *argv]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return done.returncode, [line for line in done.stderr.splitlines() if line.startswith("error: ")], done.stderr
+
+
+@pytest.mark.parametrize("change, words", [
+    (["--stepz", "3"], "--stepz"), (["--tasks", "/nowhere"], "--tasks /nowhere does not exist"), (["--max-len", "100000"], "--max-len is 100000, but"),
+    (["--lr", "1e30"], "gave a non-finite loss or gradient norm"), (["--batch-size", "1"], "--batch-size 1 is less than the 2 processes")])
+def test_a_mistake_is_one_line_for_the_whole_job(change, words, world, tmp_path):     # noqa: F811
+    """Behind it torchrun writes what it has to say itself."""
+    status, lines, stderr = torchrun(*command(world, tmp_path, "sft"), *change)
+    assert status != 0 and len(lines) == 1 and words in lines[0], stderr
+    assert not [line for line in stderr.splitlines() if line.lstrip().startswith('File "') and str(ROOT) in line]     # no traceback through our code
+
+
+def test_what_one_process_alone_finds_or_dies_of_is_one_line(world, tmp_path, monkeypatch, capfd):     # noqa: F811
+    real_run, real_backward, count = train.make_run, train.backward, [0]
+
+    def make_run(cfg):
+        if train.ranks()[0] == 1:
+            raise ValueError("this machine has no such file")
+        return real_run(cfg)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "make_run", make_run)
+        assert together(command(world, tmp_path / "a", "sft"), 2) == [1, 2]
+    error = capfd.readouterr().err
+    assert error == "error: rank 1: this machine has no such file\n"
+
+    def backward(*args):
+        count[0] += 1
+        if train.ranks()[0] == 1 and count[0] == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real_backward(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "backward", backward)
+        assert together(command(world, tmp_path / "b", "sft"), 2) == [1, -signal.SIGKILL]
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: another process of this job ended before its work was done.")
+    assert [place.name for place in train.saved_steps(tmp_path / "b")] == ["step-000003", "step-000002"]
+
+
+def served(world, out, server, *more):                      # noqa: F811
+    """A run whose judge is a server."""
+    return [*arguments(world, out), "--stage", "cat", "--judge", "http", "--judge-url", server.url, "--judge-model", "m", "--sft-steps", "2", "--steps", "2",
+            "--batch-size", "4", "--wordings", "3", "--no-compare", *more]
+
+
+def test_a_server_is_asked_by_the_first_rank_alone(taught, tmp_path):
+    def decide(request, number):
+        nonce, words = re.search(r"VERDICT ([0-9a-f]{8}): X\" with (\w+) or (\w+)", text := request["messages"][-1]["content"]).group(1, 2, 3), text[-2000:]
+        return {"body": chatserver.completion(f"VERDICT {nonce[0]}: {nonce[1 + len(words) % 2]}")}
+    asked, records = [], []
+    with chatserver.ChatServer(decide) as server:
+        for size in (1, 2):
+            out = tmp_path / str(size)
+            if size > 1:
+                shutil.copytree(tmp_path / "1/sft-ia", out / "sft-ia")
+            assert together(served(taught, out, server, "--pool-per-task", "5"), size) == [0] * size
+            asked.append(sorted(json.dumps(request) for request, *_ in server.requests))
+            records.append((out / "candidates.jsonl").read_bytes())
+            server.requests.clear()
+    assert records[0] == records[1] and asked[0] == asked[1] and len(asked[0]) == len(set(asked[0])) > 50
+
+
+@pytest.mark.parametrize("reply, words", [({"status": 401, "body": {"error": {"message": "no"}}}, "no API key"), ({"body": chatserver.completion("hm")}, "had no readable verdict")])
+def test_a_server_that_fails_the_first_rank_stops_all_with_one_line(reply, words, taught, tmp_path, capfd):
+    """Where rank 0 cannot ask on, and where every rank sees that the answers are no verdicts."""
+    with chatserver.ChatServer(lambda request, number: reply) as server:
+        argv = served(taught, tmp_path, server, "--pool-per-task", "30")
+        capfd.readouterr()
+        statuses = together(argv, 2)
+    error = capfd.readouterr().err
+    assert statuses == [1, 1] and error.count("error: ") == 1 and words in error and "Traceback" not in error
