@@ -2168,7 +2168,7 @@ def report(run: Run, ladder: dict[str, Path | None]) -> None:
     if not run.tasks:
         return say(f"{cfg.stage}: no --tasks, so nothing is evaluated. The adapter is in {cfg.out}.")
     if kind(cfg.stage) in JUDGED:
-        return on_first_rank(report_judged, run, ladder)
+        return report_judged(run, ladder)
     rows = data.questions(run.tasks, split=cfg.split, wordings=cfg.eval_wordings, per_task=cfg.eval_per_task)
     config = EvalConfig(template=cfg.template, max_new_tokens=cfg.max_new_tokens, max_len=cfg.max_len, batch_size=cfg.eval_batch)
     judge, results, tables = judging.RuleJudge(rouge_threshold=cfg.rouge_threshold), {}, {}
@@ -2219,7 +2219,13 @@ def report_judged(run: Run, ladder: dict[str, Path | None]) -> None:
     judge, results, tables = judging.RuleJudge(rouge_threshold=cfg.rouge_threshold), {}, {}
     for title, folder in ladder.items():
         model = plain(load_trained(cfg, folder))
-        results[title], tables[title] = evaluate_errors(model, run.tokenizer, rows, config, judge=judge, seed=cfg.seed)
+        results[title], tables[title] = evaluate_errors(model, run.tokenizer, rows, config, judge=judge, seed=cfg.seed, share=shared)
+    on_first_rank(finish_judged, run, ladder, results, tables)
+
+
+def finish_judged(run: Run, ladder: dict[str, Path | None], results: dict, tables: dict) -> None:
+    """Write what the evaluation of judged responses found, and say it."""
+    cfg = run.cfg
     write_report(cfg.out, results, tables)
     if cfg.stage == "cut":
         measure_mask(run, {title: folder for title, folder in ladder.items() if folder})
@@ -2318,9 +2324,9 @@ HEARD = {"signal": 0, "wait": False}                        # the signal that as
 def stoppable():
     """The first SIGTERM or Ctrl-C stops the run behind the step or the chunk that is under way, a second one at once."""
     def hear(number, frame):
-        if HEARD["signal"] or not HEARD["wait"]:
+        again, HEARD["signal"] = HEARD["signal"], number
+        if again or not HEARD["wait"]:
             raise Stopped(number)
-        HEARD["signal"] = number
 
     HEARD.update(signal=0, wait=False)
     main_thread = threading.current_thread() is threading.main_thread()
@@ -2357,8 +2363,11 @@ def join(cfg: TrainConfig) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=datetime.timedelta(hours=12))   # rank 0 asks a server alone
 
 
-def told(error: Exception) -> int | None:
+def told(error: BaseException) -> int | None:
     """Say what stopped the run, in one line for all its processes; returns the exit status, or None for what is a fault of the program."""
+    if isinstance(error, Stopped) or HEARD["signal"] and not HEARD["wait"]:     # what a library makes of Stopped has other names
+        complain(f"stopped by {signal.Signals(HEARD['signal'] or error.number).name}{getattr(error, 'where', '')}. The same command goes on from there.")
+        return 128 + (HEARD["signal"] or error.number)
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         complain(f"{place}{error.strerror or error}. What was finished is kept; give another --out, or make room, and run the same command again.")
@@ -2384,10 +2393,7 @@ def main(argv=None) -> int:
             (dry_run if cfg.dry_run else pretrain if cfg.stage == "pretrain" else align)(cfg)
             if not cfg.dry_run:
                 on_first_rank(summarise, cfg, time.time() - started)
-    except Stopped as stop:
-        complain(f"stopped by {signal.Signals(stop.number).name}{stop.where}. The same command goes on from there.")
-        return 128 + stop.number
-    except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
+    except (Stopped, ValueError, RuntimeError, FloatingPointError, OSError) as error:
         status = told(error)
         if status is None:
             raise
