@@ -18,6 +18,7 @@ Dh head dim, F ffn dim, V vocab, L layers, M rows of logits asked for.
     model = load_model("runs/base", dtype=torch.bfloat16, device="cuda")
     answers = generate(model, [[1, 15043], [1, 1724, 338]], max_new_tokens=64)
 """
+import errno
 import functools
 import hashlib
 import json
@@ -1276,5 +1277,9 @@ def write_file(target: Path, write: Callable[[Path], object]) -> None:
         with open(part, "rb") as stream:
             os.fsync(stream.fileno())
         os.replace(part, target)
+    except (OSError, SafetensorError) as error:                      # no room, most often: say where
+        code = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number or errno.EIO), str(target)) from None
     finally:
         part.unlink(missing_ok=True)

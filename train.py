@@ -1457,9 +1457,25 @@ def keep(path: Path, records: list[dict]) -> None:
 
 
 def collected(path: Path, key: Callable[[dict], object]) -> set:
-    """The keys of the records that a file of the run holds already; rank 0 reads it, and mends its torn end."""
-    found = from_first_rank(lambda: [key(record) for record in data.read_records(path, own=True)])
+    """The keys of the records that a file of the run holds already; rank 0 reads it, and mends it."""
+    found = from_first_rank(lambda: mended(path, key))
     return {tuple(item) if isinstance(item, list) else item for item in found}
+
+
+def mended(path: Path, key: Callable[[dict], object]) -> list:
+    """The keys of a file's records. A torn end is cut off, a record that is there again is dropped; two of one key that differ are refused."""
+    records, first = data.read_records(path, own=True), {}
+    for number, record in enumerate(records, 1):
+        try:
+            line, known = first.setdefault(key(record), (number, record))
+        except (KeyError, TypeError):
+            raise ValueError(f"{path}, line {number}, is no record of this stage. Fix or delete that line.") from None
+        if known != record:
+            raise ValueError(f"{path}, line {number}, holds another record for {key(record)} than line {line}. Expected one. Delete one of the two lines.")
+    if len(first) < len(records):
+        lora.write_file(path, lambda file: data.append_records(file, [record for _, record in first.values()]))
+        say(f"warning: dropped {len(records) - len(first)} records from {path} that were there twice.")
+    return list(first)
 
 
 def all_sum(values: dict) -> dict:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -336,6 +337,47 @@ def test_a_save_that_fails_leaves_the_one_before(call, world, whole, tmp_path, m
         assert train.find_checkpoint(out) and not list((out / "checkpoints").glob(".tmp-*"))
         assert train.main(argv) == 0 and leftovers(out) == whole("sft")[0]
     assert failed == {"fsync": 7, "replace": 5, "rename": 1, "mkdir": 1}[call]
+
+
+# Full disks and repeated records -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, size", [("sft", 20_000), ("sft", 70_000), ("cut", 3000), *(pytest.param(name, size, marks=pytest.mark.faults) for name, most in (
+    ("sft", 60_000), ("cat", 60_000), ("cut", 60_000)) for size in range(500, most, most // 15))])
+def test_a_full_disk_is_one_sentence_and_loses_nothing(name, size, world, whole, tmp_path, monkeypatch, capfd):     # noqa: F811
+    """No file may grow beyond `size` bytes: records, log, checkpoints, results. With room again the same command ends in the same bytes."""
+    def cramped(argv, real=train.main):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        return real(argv)
+    argv = command(world, tmp_path, name)
+    whole(name), capfd.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "main", cramped)
+        status = lives(argv, [])[1]
+    error = capfd.readouterr().err
+    assert status == 1 and error.count("\n") == 1 and error.startswith("error: ") and str(tmp_path) in error and "too large" in error.lower(), error
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob(".tmp-*"))
+    assert train.main(argv) == 0 and leftovers(tmp_path) == whole(name)[0]
+
+
+def test_records_that_are_there_twice_are_dropped_and_contradictions_refused(world, tmp_path, capsys):     # noqa: F811
+    """1,000 records, 200 of them again: the first stays. 100 of another content under a known key: refused, and the file untouched."""
+    rng, path = random.Random(0), tmp_path / "candidates.jsonl"
+    records = [{"task": "t", "id": str(i), "wording": "w", "sample": 0, "response": rng.choice("abc")} for i in range(1000)]
+    data.append_records(path, records + rng.sample(records, 200))
+    assert train.collected(path, train.candidate_key) == {("t", str(i), "w", 0) for i in range(1000)}
+    assert data.read_records(path) == records and "dropped 200 records" in capsys.readouterr().out
+    for record in rng.sample(records, 100):
+        data.append_records(path, [{**record, "response": "other"}])
+        before = path.read_bytes()
+        with pytest.raises(ValueError, match=rf"line 1001, holds another record for .* than line {records.index(record) + 1}\."):
+            train.collected(path, train.candidate_key)
+        assert path.read_bytes() == before
+        os.truncate(path, before[:-1].rindex(b"\n") + 1)
+    for line in (b"null\n", b"[1]\n", b"{}\n", b"3\n"):
+        path.write_bytes(line)
+        with pytest.raises(ValueError, match="line 1, is no record of this stage"):
+            train.collected(path, train.candidate_key)
 
 
 # One process per run folder ------------------------------------------------------------------------------------------
