@@ -19,6 +19,7 @@ import dataclasses
 import datetime
 import difflib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -88,6 +89,8 @@ class TrainConfig(JudgeFlags):
     weight_decay: float = flag(0.0, "AdamW weight decay")
     clip: float = flag(1.0, "largest gradient norm")
     full: bool = flag(False, "train all weights instead of an adapter")
+    shard: bool = flag(False, "under torchrun: each process holds a part of the weights, and sees a block whole while it computes it (FSDP2); "
+                              "sampling and evaluation still hold the model whole", tuple(x for x in TUNING if x not in ("reward", "ppo")))
     rank: int = flag(16, "adapter rank", TUNING)
     alpha: float = flag(32.0, "adapter scale: alpha / rank", TUNING)
     dropout: float = flag(0.0, "adapter dropout", TUNING)
@@ -289,6 +292,8 @@ def check_config(cfg: TrainConfig) -> str:
         return "--judge http gives letters, not scores. Add --labels letters."
     if cfg.quantize != "none" and cfg.full:
         return f"--quantize {cfg.quantize} keeps the base frozen under adapters. Leave out --full, or --quantize."
+    if cfg.quantize != "none" and cfg.shard:
+        return f"--quantize {cfg.quantize} has no shards. Leave out --shard, or --quantize."
     if cfg.eval_wordings < 2:
         return f"--eval-wordings is {cfg.eval_wordings}. Consistency needs at least 2."
     if cfg.examples and cfg.judge_share:
@@ -1503,15 +1508,21 @@ def backward(model, stage: Stage, batches: list[dict], cfg: TrainConfig) -> dict
             totals[term] = totals.get(term, 0) + n
     totals = all_sum(totals)
     device = next(model.parameters()).device.type
-    for batch in batches:
+    for batch, counts in in_step(batches) if cfg.shard else zip(batches, itertools.repeat(1)):
         with precision(cfg, device):
             terms = stage.step(model, batch, cfg)
-        sum(loss / max(1, totals[term]) for term, loss in terms.items()).backward()
+        (counts * sum(loss / max(1, totals[term]) for term, loss in terms.items())).backward()
         for term, loss in terms.items():
-            sums[term] = sums.get(term, 0.0) + loss.detach()
+            sums[term] = sums.get(term, 0.0) + counts * loss.detach()
     if ranks()[1] > 1:
-        sum_gradients([p for p in model.parameters() if p.requires_grad])
+        sum_gradients([p for p in model.parameters() if p.requires_grad and not is_shard(p)])
     return {term: value / max(1, totals[term]) for term, value in all_sum({k: float(v) for k, v in sums.items()}).items()}
+
+
+def in_step(batches: list[dict]) -> list[tuple[dict, int]]:
+    """Micro-batches, as many as the rank with the most has: the others repeat their last one for nothing, since all need all ranks' shards."""
+    most = max(exchanged([len(batches)]))
+    return [(batch, 1) for batch in batches] + [(batches[-1], 0)] * (most - len(batches))
 
 
 def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
@@ -1535,7 +1546,7 @@ def culprits(model, stage: Stage, groups: list[dict], chosen: list[int], cfg: Tr
     (rank, size), device = ranks(), next(model.parameters()).device
     bad = torch.zeros(len(chosen))
     with torch.no_grad():
-        for k in range(rank, len(chosen), size):
+        for k in range(len(chosen)) if cfg.shard else range(rank, len(chosen), size):
             batch = {**collate([groups[chosen[k]]], device), "step": step}
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.full and cfg.dtype != "float32"):
                 bad[k] = not all(bool(loss.isfinite()) for loss in stage.step(model, batch, cfg).values())
@@ -1586,7 +1597,7 @@ def train(run: Run, stage: Stage, groups: list[dict], log_path: Path, place: Pat
         chosen = data.batch_indices(len(groups), cfg.batch_size, step, cfg.seed)
         batches = [{**collate(part, device), "step": step} for part in data.micro_batches([groups[i] for i in chosen[rank::size]], cfg.micro_tokens)]
         means = backward(run.model, stage, batches, cfg)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.clip))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)))
         if not math.isfinite(sum(means.values())) or not math.isfinite(norm):
             found, last = culprits(run.model, stage, groups, chosen, cfg, step), saved_steps(run.folder)[:1]
             raise FloatingPointError(f"step {step} of {cfg.stage} gave a non-finite loss or gradient norm ({means}, norm {norm}; records {found}); "
@@ -1652,23 +1663,23 @@ def save_checkpoint(run: Run, stage: Stage, optimizer: torch.optim.Optimizer, gr
     states = [torch.empty_like(state) for _ in range(size)] if rank == 0 else None
     if size > 1:
         dist.gather(state, states, 0)
-    on_first_rank(write_checkpoint, run, stage, optimizer, groups, done, states if size > 1 else [state])
-
-
-def write_checkpoint(run: Run, stage: Stage, optimizer, groups: list[dict], done: dict, states: list[torch.Tensor]) -> None:
-    """All files into a folder beside, synced, the manifest of their checksums last; then renamed; then older ones go."""
-    folder, weights = run.folder / CHECKPOINTS, trained(run.model)
+    weights = trained(run.model)
     adam = {f"{name}/{key}": value for name, p in weights.items() for key, value in optimizer.state.get(p, {}).items()}
+    tensors = {"weights": on_cpu(weights), "optimizer": on_cpu(adam), "random": dict(zip(map(str, range(size)), states if size > 1 else [state])) if rank == 0 else {}}
+    on_first_rank(write_checkpoint, run, stage, tensors, groups, done)
+
+
+def write_checkpoint(run: Run, stage: Stage, tensors: dict[str, dict], groups: list[dict], done: dict) -> None:
+    """All files into a folder beside, synced, the manifest of their checksums last; then renamed; then older ones go."""
+    folder = run.folder / CHECKPOINTS
     books = {**done, "memory": {name: value for name, value in run.memory.items() if isinstance(value, (int, float))},
              "sizes": {name: (run.folder / name).stat().st_size for name in GROWING if (run.folder / name).exists()},
              "data": fingerprint(groups), "groups": groups if stage.refresh else None}
-    tensors = {"weights": weights, "optimizer": adam, "random": {str(rank): state for rank, state in enumerate(states)}}
     part = folder / f".tmp-{done['step']:06d}-{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         for name, found in tensors.items():
-            found = {key: value.detach().cpu().contiguous() for key, value in found.items()}
             lora.write_file(part / f"{name}.safetensors", lambda file: safetensors.torch.save_file(found, file))
         lora.write_file(part / "state.json", lambda file: file.write_text(json.dumps(books) + "\n"))
         manifest = {file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for file in sorted(part.iterdir())}
@@ -1698,10 +1709,10 @@ def load_checkpoint(run: Run, optimizer, place: Path, groups: list[dict]) -> tup
                          f"Give the old one, or remove {place.parent} to train the stage anew.")
     with torch.no_grad():
         for name, p in weights.items():
-            p.copy_(read["weights"][name])
+            p.copy_(like(read["weights"][name], p))
     for key, value in read["optimizer"].items():
         name, _, slot = key.rpartition("/")
-        optimizer.state[weights[name]][slot] = value if slot == "step" else value.to(weights[name].device)
+        optimizer.state[weights[name]][slot] = value if slot == "step" else like(value, weights[name])
     run.memory.update(books["memory"])
     if len(read["random"]) == size:
         set_random_state(read["random"][str(rank)])
@@ -1711,6 +1722,35 @@ def load_checkpoint(run: Run, optimizer, place: Path, groups: list[dict]) -> tup
         for name, length in books["sizes"].items():
             cut_back(run.folder / name, length)
     return books, groups
+
+
+def is_shard(x: torch.Tensor) -> bool:
+    """Whether this rank holds only a part of it."""
+    return hasattr(x, "full_tensor")
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, which every rank asks for."""
+    return x.full_tensor() if is_shard(x) else x
+
+
+def on_cpu(tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Tensors whole in rank 0's main memory, gathered one after another; on the other ranks nothing."""
+    found = {}
+    for name, x in tensors.items():
+        x = whole(x.detach())
+        if ranks()[0] == 0:
+            found[name] = x.to("cpu", dtype).contiguous()
+    return found
+
+
+def like(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """x where `other` is, and in the same shards."""
+    if not is_shard(other):
+        return x.to(other.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -1961,7 +2001,7 @@ def make_run(cfg: TrainConfig) -> Run:
     if framed:
         say(framed)
     tokenizer = data.Tokenizer(cfg.tokenizer or cfg.model)
-    model = load_trained(cfg, None)
+    model = load_trained(cfg, None) if not cfg.shard else Llama(read_config(cfg.model)).to("meta")
     warning = data.check_vocabulary(tokenizer, model.config.vocab_size, model.config.bos_id, model.config.eos_ids, cfg.model)
     if warning:
         say(warning)
@@ -2002,7 +2042,7 @@ def finished(folder: Path, cfg: TrainConfig) -> bool:
     done = (folder / "adapter_config.json").exists() or (folder / "model/config.json").exists()
     if not done and not any((folder / name).exists() for name in (*RECORDS, CHECKPOINTS)):
         return False
-    old, ignore = json.loads((folder / "config.json").read_text()), {"out", "device", "evaluate", "compare", "split", "micro_tokens", "checkpointing", "dry_run", "save_every"}
+    old, ignore = json.loads((folder / "config.json").read_text()), {"out", "device", "evaluate", "compare", "split", "micro_tokens", "checkpointing", "shard", "dry_run", "save_every"}
     ignore |= JudgeFlags.__annotations__.keys() - {"judge_url", "judge_model"}
     if folder != Path(cfg.out):
         ignore.add("init")
@@ -2017,13 +2057,25 @@ def finished(folder: Path, cfg: TrainConfig) -> bool:
     return done
 
 
-def load_trained(cfg: TrainConfig, folder: Path | None, *, trainable: bool = False) -> torch.nn.Module:
+def spread(model: torch.nn.Module, device: str) -> None:
+    """Cut the weights into as many parts as there are ranks, block by block (FSDP2). Gradients are summed, as everywhere here."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.partition(":")[0], (ranks()[1],))
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh)
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)        # gloo knows no sum with a factor
+
+
+def load_trained(cfg: TrainConfig, folder: Path | None, *, trainable: bool = False, shard: bool = False) -> torch.nn.Module:
     """The base (folder None), or what a finished stage left in its folder: an adapter, or with --full a whole model."""
     device, dtype = pick_device(cfg)
-    whole = folder and (folder / "model").is_dir()
-    model = load_model(folder / "model" if whole else cfg.model, dtype=dtype, device=device,
-                       quantize="" if whole else cfg.quantize.removeprefix("none"))
-    if folder and not whole:
+    full = folder and (folder / "model").is_dir()
+    model = load_model(folder / "model" if full else cfg.model, dtype=dtype, device=device,
+                       quantize="" if full else cfg.quantize.removeprefix("none"), shard=functools.partial(spread, device=device) if shard else None)
+    if folder and not full:
         lora.load_adapter(model, folder, trainable=trainable)
     if folder and (folder / VALUE_HEAD).exists():
         add_head(model).load_state_dict(safetensors.torch.load_file(folder / VALUE_HEAD))
@@ -2053,9 +2105,9 @@ def plain(model: torch.nn.Module) -> torch.nn.Module:
     return lora.merge_lora(model) if lora.mergeable(model) else model.eval()
 
 
-def trainable(cfg: TrainConfig, folder: Path | None) -> torch.nn.Module:
+def trainable(cfg: TrainConfig, folder: Path | None, *, shard: bool = False) -> torch.nn.Module:
     """A model to train: all weights with --full, else an adapter, fresh or continued from a finished stage."""
-    model = load_trained(cfg, folder, trainable=True)
+    model = load_trained(cfg, folder, trainable=True, shard=shard)
     model.checkpointing = cfg.checkpointing
     if cfg.full:
         model.float()                                       # float32 masters; autocast makes the products cheap
@@ -2065,7 +2117,19 @@ def trainable(cfg: TrainConfig, folder: Path | None) -> torch.nn.Module:
     return model
 
 
-def save_trained(run: Run) -> None:
+def gathered(run: Run) -> torch.nn.Module | None:
+    """The model whole on rank 0's CPU, in the type it is saved in, where its shards were trained."""
+    if not run.cfg.shard or not run.cfg.full:
+        return None
+    state = on_cpu(dict(run.model.named_parameters()), pick_device(run.cfg)[1])
+    with torch.device("meta"):
+        model = Llama(run.model.config)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    return model
+
+
+def save_trained(run: Run, model: torch.nn.Module | None = None) -> None:
     """The adapter into the run folder, or with --full the model into its folder `model`; beside it the value head.
 
     What tells that the stage is finished is written last; then its checkpoints go.
@@ -2075,7 +2139,7 @@ def save_trained(run: Run) -> None:
         del run.model.value_head
     if run.cfg.full:
         data.copy_tokenizer(run.tokenizer, run.cfg.model, run.folder / "model")
-        save_model(run.model, run.folder / "model", dtype=pick_device(run.cfg)[1])
+        save_model(model or run.model, run.folder / "model", dtype=pick_device(run.cfg)[1])
     else:
         lora.save_adapter(run.model, run.folder, run.cfg.model)
     shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
@@ -2089,26 +2153,45 @@ def run_stage(run: Run, name: str) -> Path:
     for place in places if name != "reward" else list(dict.fromkeys((places[0], folder))):     # no SFT stage: made where it is not found
         if finished(place, cfg):
             say(f"{name}: found in {place}.")
+            on_first_rank(drop_checkpoints, folder if place == folder else None)
             return place
     before = run_stage(run, stage.needs) if stage.needs and run.tasks else None
     rounds = cfg.rounds if cfg is run.cfg else 1
     for number in range(rounds):                            # the last round's folder is the run's own
         place = folder / f"round{number + 1}" if number + 1 < rounds else folder
-        if not finished(place, cfg):
+        if finished(place, cfg):
+            on_first_rank(drop_checkpoints, place)
+        else:
             say(f"{name}: training in {place}.")
-            part = dataclasses.replace(run, cfg=cfg, folder=place, model=trainable(cfg, before), round=number, memory={})
+            first = trainable(cfg, before) if not cfg.shard or samples(stage, cfg) else None
+            part = dataclasses.replace(run, cfg=cfg, folder=place, model=first, round=number, memory={})
             if stage.head:
                 add_head(part.model)
             stopped = find_checkpoint(place)
             on_first_rank(prepare_folder, part, stopped)
             stage.collect(part)
+            if cfg.shard:
+                part.model = first = None                   # sampled with it whole
+                part.model = trainable(cfg, before, shard=True)
             if stopped:
                 stage.begin(part)                           # from the weights that the stage began with
             train(part, stage, [] if stopped and stage.refresh else stage.groups(part), place / "log.jsonl", stopped)
-            on_first_rank(save_trained, part)
+            on_first_rank(save_trained, part, gathered(part))
             stop_behind(cfg.stage)
         before = place
     return folder
+
+
+def drop_checkpoints(folder: Path | None) -> None:
+    """Those of a stage that was killed between its result and this."""
+    if folder:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def samples(stage: Stage, cfg: TrainConfig) -> bool:
+    """Whether collecting needs the model: not where a file holds all that is trained on."""
+    given = {collect_candidates: cfg.candidates, collect_judged: cfg.records}
+    return stage.collect.__name__ != "<lambda>" and not given.get(stage.collect)
 
 
 def prepare_folder(run: Run, stopped: Path | None) -> None:
@@ -2372,6 +2455,8 @@ def join(cfg: TrainConfig) -> None:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if cfg.batch_size < size:
         raise ValueError(f"--batch-size {cfg.batch_size} is less than the {size} processes. Raise it.")
+    if cfg.shard and size == 1:
+        raise ValueError("--shard cuts the weights between processes, and this is the only one. Start it with torchrun, or leave out --shard.")
     if size > 1 and not dist.is_initialized():
         gpu = pick_device(cfg)[0].startswith("cuda")
         if gpu:
