@@ -776,8 +776,9 @@ def test_each_process_reads_and_holds_its_rows_alone(taught):
             "same = all(torch.equal(train.whole(p), q) for p, q in zip(held.parameters(), whole.parameters()))\n"
             "total = sum(p.numel() for p in whole.parameters())\n"
             "read = sum(reads[:len(reads) // 2])\n"
-            "print('share', local / total, read / total, same, flush=True); train.dist.destroy_process_group()")
+            "train.os.write(1, f'share {local / total} {read / total} {same}\\n'.encode()); train.dist.destroy_process_group()")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable, "-c", code,
                "--stage", "sft", "--model", str(taught / "model"), "--tasks", str(taught / "tasks"), "--shard"]
-    lines = [line.split() for line in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout.splitlines() if "share" in line]
-    assert len(lines) == 2 and all(same == "True" and 0.49 < float(local) < 0.51 and 0.49 < float(read) < 0.51 for _, local, read, same in lines)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    lines = re.findall(r"share ([\d.]+) ([\d.]+) (\w+)", done.stdout)
+    assert len(lines) == 2 and all(same == "True" and 0.49 < float(local) < 0.51 and 0.49 < float(read) < 0.51 for local, read, same in lines), done.stderr
