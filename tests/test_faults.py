@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
@@ -337,6 +338,102 @@ def test_a_save_that_fails_leaves_the_one_before(call, world, whole, tmp_path, m
         assert train.find_checkpoint(out) and not list((out / "checkpoints").glob(".tmp-*"))
         assert train.main(argv) == 0 and leftovers(out) == whole("sft")[0]
     assert failed == {"fsync": 7, "replace": 5, "rename": 1, "mkdir": 1}[call]
+
+
+# Kills at random moments, of what saves and of what records ----------------------------------------------------------
+
+
+def killed(work, delay: float) -> int:
+    """Fork a child that does work(say), where say(number) reaches this process at once; kill it after `delay`; the last number it said, or -1."""
+    read, write = os.pipe()
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            work(lambda number: os.write(write, f"{number}\n".encode()))
+        finally:
+            os._exit(70)
+    os.close(write)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with os.fdopen(read) as stream:
+        return int((stream.read().split() or ["-1"])[-1])
+
+
+def saved_in_place(run, stage, tensors, groups, done):
+    """The control: what many programs do."""
+    place = run.folder / "checkpoints" / f"step-{done['step']:06d}"
+    place.mkdir(parents=True)
+    for name, found in tensors.items():
+        safetensors.torch.save_file(found, place / f"{name}.safetensors")
+    (place / "state.json").write_text(json.dumps(done))
+    for old in train.saved_steps(run.folder)[train.KEPT:]:
+        shutil.rmtree(old)
+
+
+@pytest.mark.parametrize("how, trials", [("ours", 20), ("in place", 20), pytest.param("ours", 300, marks=pytest.mark.faults)])
+def test_kills_while_saving_leave_the_last_checkpoint_whole(how, trials, world, tmp_path, monkeypatch, record_property):     # noqa: F811
+    """A child saves without end; the newest checkpoint it leaves is of one step, and of the last that it reported or a later one."""
+    cfg = train.parse_config(command(world, tmp_path, "sft"))
+    run = train.make_run(cfg)
+    run.model = train.trainable(cfg, None)
+    weights, rng, bad = train.trained(run.model), random.Random(trials), 0
+    if how == "in place":
+        monkeypatch.setattr(train, "write_checkpoint", saved_in_place)
+        monkeypatch.setattr(train, "damage", lambda place: "")
+    for trial in range(trials):
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+
+        def work(say):
+            optimizer = torch.optim.AdamW(weights.values())
+            for step in range(1, 10**6):
+                with torch.no_grad():
+                    for p in weights.values():
+                        p.fill_(step)
+                        optimizer.state[p] = {"exp_avg": torch.full_like(p, step)}
+                train.save_checkpoint(run, train.STAGES["sft"], optimizer, [], {"step": step})
+                say(step)
+        last = killed(work, rng.uniform(0.05, 0.25))
+        try:
+            place = train.find_checkpoint(tmp_path)
+            if place is None:
+                bad += last > 0
+                continue
+            values = [x for name in ("weights", "optimizer") for x in load_file(place / f"{name}.safetensors").values()]
+            steps = {float(x) for value in values for x in (value.min(), value.max())} | {float(json.loads((place / "state.json").read_text())["step"])}
+            load_file(place / "random.safetensors")
+            bad += len(steps) > 1 or max(steps) < last
+        except (OSError, ValueError, safetensors.SafetensorError):
+            bad += 1
+    record_property("trials", trials)
+    assert bad == 0 if how == "ours" else bad > trials / 4, f"{bad} of {trials}"
+
+
+@pytest.mark.parametrize("how, trials", [("ours", 10), ("unmended", 10), pytest.param("ours", 150, marks=pytest.mark.faults)])
+def test_kills_while_recording_lose_no_record_that_was_reported(how, trials, tmp_path, monkeypatch, record_property):
+    """Two lives each; records of 300 bytes, 20 KB and 4 MB. The control does not cut the torn end before it goes on, and loses what is glued to it."""
+    rng, bad = random.Random(trials), 0
+    for trial in range(trials):
+        path, reported = tmp_path / f"{trial}.jsonl", []
+        size = (300, 20_000, 4_000_000)[trial % 3] if how == "ours" else 4_000_000
+        for life in range(2):
+            if how == "ours":
+                data.read_records(path, own=True)
+
+            def work(say):
+                for number in range(10**6):
+                    data.append_records(path, [{"id": f"{life}/{number}", "text": "x" * size}])
+                    say(number)
+            reported += [f"{life}/{number}" for number in range(killed(work, rng.uniform(0.01, 0.06)) + 1)]
+        try:
+            found = [record["id"] for record in data.read_records(path, own=how == "ours")]
+            bad += len(found) != len(set(found)) or not set(reported) <= set(found)
+        except ValueError:
+            bad += 1
+        path.unlink(missing_ok=True)
+    record_property("trials", 2 * trials)
+    assert bad == 0 if how == "ours" else bad, f"{bad} of {trials}"
 
 
 # Full disks and repeated records -------------------------------------------------------------------------------------
@@ -782,3 +879,18 @@ def test_each_process_reads_and_holds_its_rows_alone(taught):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     lines = re.findall(r"share ([\d.]+) ([\d.]+) (\w+)", done.stdout)
     assert len(lines) == 2 and all(same == "True" and 0.49 < float(local) < 0.51 and 0.49 < float(read) < 0.51 for local, read, same in lines), done.stderr
+
+
+@pytest.mark.faults
+def test_two_machines_are_one_job(taught, tmp_path, capfd):
+    """Two agents of torchrun on loopback: the weights of two processes of one agent, and one line for a mistake."""
+    found = []
+    for name, more in (("two", []), ("mistake", ["--max-len", "100000"])):
+        port, argv = free_port(), [*arguments(taught, tmp_path / name), "--stage", "sft", "--steps", "3", "--batch-size", "4", "--no-evaluate", *more]
+        agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1", "--master-addr", "127.0.0.1",
+                                    "--master-port", str(port), "train.py", *argv], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for node in range(2)]
+        stderr = "".join(agent.communicate(timeout=120)[1] for agent in agents)
+        found.append(([agent.returncode == 0 for agent in agents], stderr.count("error: "), "--max-len is 100000" in stderr))
+    assert found == [([True, True], 0, False), ([False, False], 1, True)]
+    assert together([*arguments(taught, tmp_path / "one"), "--stage", "sft", "--steps", "3", "--batch-size", "4", "--no-evaluate"], 2) == [0, 0]
+    assert (tmp_path / "one/adapter_model.safetensors").read_bytes() == (tmp_path / "two/adapter_model.safetensors").read_bytes()
