@@ -18,13 +18,15 @@ import math
 import os
 import random
 import re
-from dataclasses import dataclass, field, fields
+import sys
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import sentencepiece
 import torch
 
 IGNORE_INDEX = -100
+SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")     # what a tokenizer.model itself does not say
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,8 +53,12 @@ class Prompt(str):
 class Tokenizer:
     """A sentencepiece model in LLaMA's manner: BOS is added once, by `encode_prompt`; users' text never yields control ids.
 
+    Control are the model's control pieces, added tokens that are special, and user-defined pieces that are special or that
+    look like a template's marks. Other user-defined pieces are words.
+
     `path` is a tokenizer.model or a folder that holds one. What stands beside it is read along: tokenizer_config.json
-    (`legacy`, `add_bos_token`, added tokens) and added_tokens.json. Added tokens that are not special are found in any text.
+    (`legacy`, `add_bos_token`, added tokens) and added_tokens.json; beside a file that stands alone, what `model_folder`
+    has of them. Added tokens that are not special are found in any text.
 
     `legacy` is about text behind a control token: true (the default where the key is absent, as in transformers 4) gives
     it sentencepiece's blank in front, false does not.
@@ -60,20 +66,21 @@ class Tokenizer:
     Raises ValueError where the file is absent or of another kind.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, model_folder=""):
         path = Path(path)
         file = path / "tokenizer.model" if path.is_dir() else path
-        self.path = file
-        self.model = sentencepiece.SentencePieceProcessor(model_proto=_sentencepiece_bytes(file))
+        alone = bool(model_folder) and not any((file.parent / name).is_file() for name in SIDE_FILES)
+        self.path, self.folder = file, Path(model_folder) if alone else file.parent
+        config = _beside(self.folder, "tokenizer_config.json")
+        added, special = _added_tokens(self.folder, config)
+        self.model = sentencepiece.SentencePieceProcessor(model_proto=_guarded(_sentencepiece_bytes(file), special))
         self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"{file} defines no BOS or no EOS piece (ids {self.bos_id}, {self.eos_id}). "
                              "Use the tokenizer of a LLaMA-family checkpoint.")
-        config = _beside(file, "tokenizer_config.json")
         self.legacy, self.add_bos = config.get("legacy") is not False, config.get("add_bos_token") is not False
         self.special = {self.model.id_to_piece(i): i for i in range(len(self.model)) if self.model.is_control(i)}
         self.special |= {"<s>": self.bos_id, "</s>": self.eos_id}                       # however this tokenizer calls them
-        added, special = _added_tokens(file, config)
         self.special |= {text: token for text, token in added.items() if text in special}
         self.added = {text: token for text, token in added.items() if text not in special and token >= len(self.model)}
         self.text_of = {token: text for text, token in self.added.items()}
@@ -169,8 +176,7 @@ def check_template(tokenizer, template: Template, name: str) -> None:
                          "Use the template that the model was made for.")
 
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", *SIDE_FILES, "chat_template.jinja")
 
 
 def copy_tokenizer(tokenizer, model_folder, target) -> None:
@@ -178,8 +184,8 @@ def copy_tokenizer(tokenizer, model_folder, target) -> None:
 
     A tokenizer.model that stands alone gets a tokenizer_config.json, without which transformers would not know its kind.
     """
-    target, folder = Path(target), tokenizer.path.parent
-    found = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    target, folder = Path(target), tokenizer.folder
+    found = {name: (place / name).read_bytes() for place in (folder, tokenizer.path.parent) for name in TOKENIZER_FILES if (place / name).is_file()}
     found["tokenizer.model"] = tokenizer.path.read_bytes()
     if model_folder and (Path(model_folder) / "generation_config.json").is_file():
         found["generation_config.json"] = (Path(model_folder) / "generation_config.json").read_bytes()
@@ -194,9 +200,9 @@ def copy_tokenizer(tokenizer, model_folder, target) -> None:
         (target / name).write_bytes(blob)
 
 
-def _beside(file: Path, name: str) -> dict:
-    """The JSON object in a file beside `file`; {} where there is none."""
-    path = file.parent / name
+def _beside(folder: Path, name: str) -> dict:
+    """The JSON object in a file of `folder`; {} where there is none."""
+    path = folder / name
     if not path.is_file():
         return {}
     if path.stat().st_size > 10**8:
@@ -207,28 +213,52 @@ def _beside(file: Path, name: str) -> dict:
     return found
 
 
-def _added_tokens(file: Path, config: dict) -> tuple[dict[str, int], set[str]]:
+def _added_tokens(folder: Path, config: dict) -> tuple[dict[str, int], set[str]]:
     """{text: id} of the tokens that were added to the sentencepiece model, and which of them are special.
 
     In added_tokens_decoder of tokenizer_config.json (new), or in added_tokens.json (old), where those are special that
-    special_tokens_map.json or tokenizer_config.json name.
+    special_tokens_map.json or tokenizer_config.json name; or, as transformers 5 writes, in tokenizer.json alone.
     """
-    added, special = {}, set()
-    for token, entry in (config.get("added_tokens_decoder") or {}).items():
-        entry = entry if isinstance(entry, dict) else {}
+    added, special, decoder = {}, set(), config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict) or not all(isinstance(entry, dict) and isinstance(entry.get("content"), str) for entry in decoder.values()):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is {json.dumps(decoder)[:60]}. Expected an object of objects with "
+                         "content, by id. Take the file that came with the model.")
+    for token, entry in decoder.items():
         added[entry.get("content")] = int(token) if token.isdecimal() and len(token) < 9 else None
         special |= {entry.get("content")} if entry.get("special") is True else set()
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        for value in (config if name == "tokenizer_config.json" else _beside(file, name)).values():
+        for value in (config if name == "tokenizer_config.json" else _beside(folder, name)).values():
             for item in value if isinstance(value, list) else [value]:
                 text = item.get("content") if isinstance(item, dict) else item
                 special |= {text} if isinstance(text, str) else set()
-    for text, token in _beside(file, "added_tokens.json").items():
+    for text, token in _beside(folder, "added_tokens.json").items():
         added.setdefault(text, token)
+    rows = _beside(folder, "tokenizer.json").get("added_tokens") or [] if not added else []
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("content"), str) for row in rows):
+        raise ValueError(f"{folder / 'tokenizer.json'}: added_tokens is {json.dumps(rows)[:60]}. Expected a list of objects with id and content. "
+                         "Take the file that came with the model.")
+    added |= {row["content"]: row.get("id") for row in rows}
+    special |= {row["content"] for row in rows if row.get("special") is True}
     for text, token in added.items():
         if not isinstance(text, str) or not text or type(token) is not int or not 0 <= token < 2**24:
-            raise ValueError(f"{file.parent}: added token {text!r:.60} has the id {token!r:.20}. Expected a text and a number from 0 to {2**24}.")
+            raise ValueError(f"{folder}: added token {text!r:.60} has the id {token!r:.20}. Expected a text and a number from 0 to {2**24}.")
     return added, special
+
+
+MARKER = re.compile(r"<\|[^|<>]+\|>|\[/?INST\]|<</?SYS>>")   # templates' own marks, whatever a tokenizer's files call them
+
+
+def _guarded(blob: bytes, special: set[str]) -> bytes:
+    """The sentencepiece model with its special user-defined pieces turned into control pieces, so that no text yields them.
+
+    A piece is a message of a file of messages: its text (field 1), its score (2), its kind (3: user-defined is 4, control 3).
+    """
+    model = sentencepiece.SentencePieceProcessor(model_proto=blob)
+    for piece in map(model.id_to_piece, range(len(model))):
+        text = piece.encode()
+        if (piece in special or MARKER.fullmatch(piece)) and len(text) < 128:
+            blob = re.sub(rb"(\n%b(?:\x15.{4})?\x18)\x04" % re.escape(bytes([len(text)]) + text), b"\\1\x03", blob, flags=re.DOTALL)
+    return blob
 
 
 def _sentencepiece_bytes(file: Path) -> bytes:
@@ -278,9 +308,12 @@ class Template:
         """What every prompt of this template ends in; responses are encoded behind it. A line break where that is open."""
         return "\n" if self.with_input.endswith("}") else self.with_input[-1]
 
-    def render(self, instruction: str, input: str = "", judgment: str | None = None) -> Prompt:
-        """The prompt. A wording with the placeholder {input} places the input itself. Substitutes once, in one pass."""
-        if "{input}" in instruction:
+    def render(self, instruction: str, input: str = "", judgment: str | None = None, *, literal: bool = False) -> Prompt:
+        """The prompt. A task's wording with the placeholder {input} places the input itself; other people's text is `literal`.
+
+        Substitutes once, in one pass.
+        """
+        if "{input}" in instruction and not literal:
             instruction, input = instruction.replace("{input}", input), ""
         if judgment is None:
             text = self.with_input if input else self.without_input
@@ -384,7 +417,8 @@ def _template_from_file(path: Path) -> Template:
         if name not in kinds or type(value) is not kinds[name]:
             raise ValueError(f"{path}: {name} is {json.dumps(value)[:60]}. Expected texts under {', '.join(kinds)} (strip: true or false).")
     if "turn" in given and "with_input" not in given and "without_input" not in given:
-        made = _chat(**given)
+        judged = {name: given.pop(name) for name in ("judged_with_input", "judged_without_input") if name in given}
+        made = replace(_chat(**given), **judged)
     else:
         for name, other in (("with_input", "without_input"), ("without_input", "with_input")):
             if name not in given:
@@ -392,7 +426,10 @@ def _template_from_file(path: Path) -> Template:
         told = "{instruction}\n\nJudgment of the response: {judgment}"
         given = {"judged_" + name: given[name].replace("{instruction}", told) for name in ("with_input", "without_input")} | given
         made = Template(**({"turn": "{opening}" + given["without_input"].replace("{instruction}", "{user}"), "between": "\n"} | given))
-    prompts = {"with_input": ("instruction", "input"), "without_input": ("instruction",), "turn": ("user",)}
+    prompts = {"with_input": ("instruction", "input"), "without_input": ("instruction",), "turn": ("user",),
+               "judged_with_input": ("instruction", "input", "judgment"), "judged_without_input": ("instruction", "judgment")}
+    if not made.end.strip():
+        raise ValueError(f"{path}: end is {made.end!r}. Expected the token that ends a response, such as </s>.")
     for name, wanted in prompts.items():
         missing = [word for word in wanted if "{%s}" % word not in getattr(made, name)]
         if missing or getattr(made, name).startswith("<s>"):
@@ -937,7 +974,8 @@ def load_candidates(path) -> list[dict]:
         if not prompt.strip():
             raise ValueError(f"{where}: the prompt is empty. Remove the record; there is nothing to answer.")
         best = max(answers, key=lambda answer: answer[1])[0]
-        found += [{"task": Path(path).stem, "id": str(number), "instruction": prompt, "wording": prompt, "input": "", "target": best,
+        wording, input = ("{input}", prompt) if "{input}" in prompt else (prompt, "")    # outside text has no placeholders
+        found += [{"task": Path(path).stem, "id": str(number), "instruction": wording, "wording": wording, "input": input, "target": best,
                    "response": response, "reward": reward, "how": "file", "sample": k, "expected": None, "correct": None}
                   for k, (response, reward) in enumerate(answers)]
     return found
@@ -1031,10 +1069,10 @@ def encode_document(tokenizer, segments, *, max_len: int) -> dict:
     ids = [tokenizer.bos_id] if tokenizer.add_bos else []
     labels, tail = [IGNORE_INDEX] * len(ids), ""
     for text, is_label in segments:
-        piece = tokenizer.encode_continuation(text, tail) if tail else tokenizer.model.encode(text)
+        piece = tokenizer.encode_continuation(text, tail) if tail else tokenizer.encode_prompt(text)[len(ids):]
         ids += piece
         labels += piece if is_label else [IGNORE_INDEX] * len(piece)
-        tail = text[-1]
+        tail = text[-1:] or tail
     return {"input_ids": ids[:max_len], "labels": labels[:max_len], "cut": int(len(ids) > max_len)}
 
 
@@ -1068,7 +1106,7 @@ def encode_conversation(tokenizer, template: Template, example: dict, *, max_len
     not even the first response fits.
     """
     if "messages" not in example:
-        turns = [(template.render(example["instruction"], example["input"]), example["output"])]
+        turns = [(template.render(example["instruction"], example["input"], literal=True), example["output"])]
     else:
         turns, system = [], None
         for message in example["messages"]:
@@ -1097,11 +1135,34 @@ def cut_left(ids: list[int], room: int) -> list[int]:
     return ids if len(ids) <= room else ids[:1] + ids[len(ids) - room + 1:]
 
 
-def pack(documents: list[dict]) -> dict:
-    """Documents laid end to end: {"input_ids" (N,), "labels" (N,), "lengths": [int]}; no padding anywhere."""
-    return {"input_ids": torch.tensor([i for d in documents for i in d["input_ids"]]),
-            "labels": torch.tensor([i for d in documents for i in d["labels"]]),
-            "lengths": [len(d["input_ids"]) for d in documents]}
+def pack(documents: list[dict], sizes: list[int] | None = None) -> dict:
+    """Documents laid end to end, without padding: "input_ids", "labels" and "document_ids" (N,), "lengths" [int].
+
+    sizes: how many documents in a row belong to one group each. A group's prompt is laid down once if it is long enough to
+    pay; "trees" has what model.attention needs to know of that, "ends" (n,) says where each document's last token is.
+    """
+    row, trees, ends = {"input_ids": [], "labels": [], "document_ids": []}, [], []
+    for size in sizes or [1] * len(documents):
+        group = documents[len(ends):len(ends) + size]
+        stem = shared_start(group)
+        for number, document in enumerate(group):
+            skipped = stem if number else 0
+            for name in ("input_ids", "labels"):
+                row[name] += document[name][skipped:]
+            row["document_ids"] += [len(ends)] * (len(document["input_ids"]) - skipped)
+            ends.append(len(row["input_ids"]) - 1)
+        lengths = [len(document["input_ids"]) for document in group]
+        trees += [(stem, [length - stem for length in lengths])] if stem else [(length, []) for length in lengths]
+    return {**{name: torch.tensor(values, dtype=torch.long) for name, values in row.items()}, "trees": trees, "ends": torch.tensor(ends),
+            "lengths": [len(document["input_ids"]) for document in documents]}
+
+
+def shared_start(group: list[dict]) -> int:
+    """How many unlabelled tokens all documents of a group begin with; 0 where sharing them saves less than a quarter."""
+    ids = [document["input_ids"] for document in group]
+    most = min(min(len(d["input_ids"]) - 1, next((i for i, label in enumerate(d["labels"]) if label != IGNORE_INDEX), sys.maxsize)) for d in group)
+    stem = next((i for i in range(most) if any(row[i] != ids[0][i] for row in ids)), most)
+    return stem if 4 * stem * (len(ids) - 1) >= sum(map(len, ids)) and len(ids) > 1 else 0
 
 
 def micro_batches(groups: list[dict], max_tokens: int) -> list[list[dict]]:

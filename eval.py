@@ -109,8 +109,8 @@ class EvalConfig(JudgeFlags):
     cluster: Literal["clique", "component", "greedy"] = flag("clique", "what counts as a cluster in MCR")
     use_stemmer: bool = flag(False, "Porter stemmer in ROUGE, as Super-NI's own evaluation has it")
     seed: int = flag(0, "seeds the bootstrap")
-    device: str = flag("cpu", "cpu, cuda, cuda:1, ...")
-    dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "type of the weights")
+    device: str = flag("auto", "cpu, cuda, cuda:1, ... (auto: cuda where there is one)")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "type of the base weights (auto: bfloat16 on a GPU, else float32)")
     reference: str = flag("", "adapter folder: also measure each adapter's KL to the model under that one")
     best_of: int = flag(0, "instead of evaluating: sample so many answers per question, and what the best of n is worth")
     reward_model: str = flag("", "... with n chosen by this reward model, too (run folder of --stage reward)")
@@ -590,11 +590,11 @@ def add_head(model):
 
 def document_rewards(model, batch: dict):
     """The value head on the last token (EOS) of each packed document, float32 (n,)."""
-    from model import Packed
+    from model import attention
 
-    hidden = model.hidden(batch["input_ids"], Packed(batch["lengths"], batch["input_ids"].device))          # (N, D)
-    ends = [end - 1 for end in accumulate(batch["lengths"])]
-    return model.value_head(hidden[ends].float()).squeeze(-1)
+    device = batch["input_ids"].device
+    hidden = model.hidden(batch["input_ids"], batch.get("attend") or attention(batch["trees"], device))     # (N, D)
+    return model.value_head(hidden[batch["ends"].to(device)].float()).squeeze(-1)
 
 
 def reward_scores(model, tokenizer, template, items: list[dict], *, max_len: int = 512, max_tokens: int = 8192) -> list[float]:
@@ -771,7 +771,7 @@ def response_logprobs(model, tokenizer, template, records: list[dict], judgments
     from data import encode_example, micro_batches, pack
     from losses import gathered_logprobs, prediction_rows
 
-    groups = [{"documents": [encode_example(tokenizer, template, template.render(record["instruction"], record["input"], judgment),
+    groups = [{"documents": [encode_example(tokenizer, template, template.render(record["instruction"], record["input"], judgment, literal=True),
                                             record["response"], max_len=max_len)]} for record, judgment in zip(records, judgments, strict=True)]
     found, device = [], next(model.parameters()).device
     with torch.inference_mode():
@@ -1557,7 +1557,7 @@ def show_masks(config: EvalConfig) -> None:
 
 def worked_example(name: str, record: dict, mask: dict, template, tokenizer, lam: float) -> str:
     """Markdown: one response as CUT's three kinds of examples, token by token (arXiv 2312.14591, section 4.1)."""
-    told, plain = ("\n    ".join(map(printable, template.render(record["instruction"], record["input"], judgment).split("\n")))
+    told, plain = ("\n    ".join(map(printable, template.render(record["instruction"], record["input"], judgment, literal=True).split("\n")))
                    for judgment in (record["judgment"], None))
     lines = [f"## One judged response, three kinds of examples ({markdown_text(name)})", "",
              "ALIGN_N: the response fits the instruction together with its judgment; it is made likelier under", "", f"    {told}", "",
@@ -1618,18 +1618,33 @@ def plot_rollouts(rows: list[dict], path) -> Path:
     return Path(path)
 
 
+def pick_device(config):
+    """The device and the base weights' type (torch.dtype) that --device and --dtype mean here, of train.py's flags or ours."""
+    import torch
+
+    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:     # under torchrun every process has a GPU of its own
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    n, found = torch.cuda.device_count(), re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    planned = getattr(config, "dry_run", False)             # for another machine, perhaps
+    if not found or (device != "cpu" and int(found[1] or 0) >= n and not planned):
+        raise ValueError(f"--device {device} is not on this machine, which has {n} GPUs that torch can use. Expected cpu, or with a GPU cuda or cuda:N.")
+    dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
+    return device, getattr(torch, dtype)
+
+
 def load_models(config: EvalConfig, adapters: list[str] | None = None):
     """Yield (name, model, tokenizer) for the base model and for it under each adapter; a value head comes along."""
-    import torch
     from safetensors.torch import load_file
 
     from data import Tokenizer
     from lora import load_adapter, merge_lora, mergeable
     from model import load_model
 
-    tokenizer = Tokenizer(config.tokenizer or config.model)
+    device, dtype = pick_device(config)
+    tokenizer = Tokenizer(config.tokenizer or config.model, config.model)
     for adapter in ["", *config.adapter] if adapters is None else adapters:
-        model = load_model(config.model, dtype=getattr(torch, config.dtype), device=config.device, quantize=config.quantize.removeprefix("none"))
+        model = load_model(config.model, dtype=dtype, device=device, quantize=config.quantize.removeprefix("none"))
         check_tokenizer(config, model, tokenizer, quiet=bool(adapter))
         if adapter:
             load_adapter(model, adapter)
@@ -1651,7 +1666,7 @@ def check_tokenizer(config: EvalConfig, model, tokenizer, *, quiet: bool = False
     check_template(tokenizer, find_template(name), name)
 
 
-def merge(config: EvalConfig, dtype: str | None) -> None:
+def merge(config: EvalConfig) -> None:
     """Write the model, with its adapter merged in, and all tokenizer files. The dtype is the stored one unless given."""
     import torch
 
@@ -1659,12 +1674,14 @@ def merge(config: EvalConfig, dtype: str | None) -> None:
     from lora import load_adapter, merge_lora
     from model import load_model, save_meta, save_model
 
-    tokenizer, target = Tokenizer(config.tokenizer or config.model), Path(config.merge)
-    model = load_model(config.model, dtype=getattr(torch, dtype) if dtype else None, device=config.device).eval()
+    tokenizer, target = Tokenizer(config.tokenizer or config.model, config.model), Path(config.merge)
+    device, dtype = pick_device(config)
+    model = load_model(config.model, dtype=dtype if config.dtype != "auto" else None, device=device).eval()
     check_tokenizer(config, model, tokenizer)
     if config.adapter:
-        ids = torch.tensor(tokenizer.encode_prompt("The quick brown fox jumps over the lazy dog."), device=config.device)
-        with torch.no_grad():
+        ids = torch.tensor(tokenizer.encode_prompt("The quick brown fox jumps over the lazy dog."), device=device)
+        mixed = len({weight.dtype for weight in model.parameters()}) > 1
+        with torch.no_grad(), torch.autocast(ids.device.type, torch.bfloat16, enabled=mixed, cache_enabled=False):    # for these logits only
             before = load_adapter(model, config.adapter[0])(ids).float()
             after = merge_lora(model, in_place=True)(ids).float()
         print(f"merged {config.adapter[0]}: logits differ from the unmerged ones by at most {(before - after).abs().max():.1e} "
@@ -1690,11 +1707,13 @@ def answer_instructions(config: EvalConfig) -> None:
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("instruction"), str) or not row["instruction"].strip():
             raise ValueError(f"{path}, record {number}, has no text under instruction. Expected objects with instruction and, if there is one, input.")
+        if not isinstance(row.get("input") or "", str):
+            raise ValueError(f"{path}, record {number}: input is {json.dumps(row['input'])[:60]}. Expected a text, or none.")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     for name, model, tokenizer in load_models(config):
         template = find_template(config.template or model.config.prompt_template or "alpaca")
-        made = complete(model, tokenizer, [template.render(row["instruction"], row.get("input") or "") for row in rows], batch_size=config.batch_size,
+        made = complete(model, tokenizer, [template.render(row["instruction"], row.get("input") or "", literal=True) for row in rows], batch_size=config.batch_size,
                         max_new_tokens=config.max_new_tokens, max_len=config.max_len or None)
         generator = re.sub(r"[^\w.-]+", "-", name).strip("-")
         found = [{"dataset": row["dataset"]} if isinstance(row.get("dataset"), str) else {} for row in rows]
@@ -1723,14 +1742,13 @@ def adapter_template(folder) -> str:
 
 def chat(config: EvalConfig) -> None:
     """Read lines, print answers as they come. The adapter stays apart, so that it can be switched off."""
-    import torch
-
     from data import Tokenizer, find_template
     from lora import disabled, load_adapter
     from model import load_model
 
-    tokenizer = Tokenizer(config.tokenizer or config.model)
-    model = load_model(config.model, dtype=getattr(torch, config.dtype), device=config.device, quantize=config.quantize.removeprefix("none")).eval()
+    tokenizer = Tokenizer(config.tokenizer or config.model, config.model)
+    device, dtype = pick_device(config)
+    model = load_model(config.model, dtype=dtype, device=device, quantize=config.quantize.removeprefix("none")).eval()
     check_tokenizer(config, model, tokenizer)
     if config.adapter:
         load_adapter(model, config.adapter[0])
@@ -1807,7 +1825,7 @@ def main(argv=None) -> None:
     try:
         check_config(config)
         if config.merge:
-            return merge(config, given.get("dtype"))
+            return merge(config)
         if config.chat:
             return chat(config)
         if config.instructions:

@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PREFIX = "base_model.model."                        # PEFT's keys: PREFIX + module + ".lora_A.weight"
 # PEFT options that change what an adapter computes; an adapter that uses one is refused, never half understood.
 UNSUPPORTED = ("use_dora", "modules_to_save", "layer_replication", "target_parameters", "megatron_config",
@@ -78,9 +79,9 @@ class LoRALinear(nn.Module):
             return out
         if self.config.dropout > 0:
             x = F.dropout(x, self.config.dropout, self.training)
-        low = F.linear(x.reshape(-1, x.shape[-1]), self.lora_A.to(x.dtype))              # (N, R)
-        up, scale = self.lora_B.to(x.dtype), self.config.alpha / self.config.rank        # (out, R)
-        return torch.addmm(out.reshape(-1, out.shape[-1]), low, up.T, alpha=scale).view(out.shape)
+        low = F.linear(x.reshape(-1, x.shape[-1]), self.lora_A.to(x.dtype)).to(out.dtype)              # (N, R)
+        up, scale = self.lora_B.to(out.dtype), self.config.alpha / self.config.rank        # (out, R)
+        return out.view(-1, out.shape[-1]).addmm_(low, up.T, alpha=scale).view(out.shape)        # in place: no second copy
 
     def merged(self) -> nn.Linear:
         """The base, its weight now W + (alpha / r) B A: summed in float32, rounded once to the base's type."""
@@ -88,8 +89,8 @@ class LoRALinear(nn.Module):
             raise ValueError("the base is quantised, and merging would round the update away; load the model in full "
                              "precision, and merge the adapter into that.")
         scale, weight = self.config.alpha / self.config.rank, self.base.weight           # (out, in)
-        with torch.no_grad():
-            weight.copy_(torch.addmm(weight.float(), self.lora_B, self.lora_A, alpha=scale))
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            weight.copy_(torch.addmm(weight.float(), self.lora_B.float(), self.lora_A.float(), alpha=scale))
         return self.base
 
 
@@ -282,7 +283,7 @@ def read_adapter_config(folder: Path) -> tuple[LoraConfig, list[str] | str, str]
     is_list = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
     try:
         re.compile(targets if isinstance(targets, str) else "")
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         targets = None
     if not targets or not (is_list or isinstance(targets, str)):
         raise ValueError(f"{file}: target_modules is {raw.get('target_modules')!r:.60}; expected a list of names or a "
@@ -307,6 +308,6 @@ def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
         reason = " ".join(str(error).split())[:100]
         raise ValueError(f"{file} is damaged or incomplete: {reason}. Get it again.") from None
     values = tensors.values() if isinstance(tensors, dict) else [None]
-    if not all(isinstance(value, Tensor) and value.is_floating_point() for value in values):
-        raise ValueError(f"{file} does not hold tensors by name. It was not loaded.")
+    if not all(isinstance(value, Tensor) and value.dtype in FLOATS for value in values):
+        raise ValueError(f"{file} does not hold tensors by name, of float32, float16 or bfloat16. It was not loaded.")
     return tensors

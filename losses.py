@@ -33,20 +33,21 @@ from torch import Tensor
 # From labels to log-probabilities
 
 
-def prediction_rows(labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+def prediction_rows(labels: Tensor, before: Tensor | None = None, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
     """Where the labelled tokens are predicted: the one place that shifts (position t-1 predicts labels[t]).
 
     labels (B, T), or (N,) for a packed row, aligned with input_ids -> rows (M,) into the flat (B*T,) or (N,)
     positions, and targets (M,), the token ids there. Raises ValueError for a label that no position precedes.
     In a packed row the caller guarantees that the first token of every document carries no label: lengths are not
-    known here, and such a label would be predicted from the document before.
+    known here, and such a label would be predicted from the document before. `before` (N,) names the position before
+    each, where that is another one: responses that share their prompt all begin behind its last token.
     """
     if (labels[..., :1] != ignore_index).any():
         raise ValueError(f"the first of {labels.shape[-1]} positions carries a label, but no position precedes it; "
                          f"set labels[..., 0] to {ignore_index} (usually the BOS token's place).")
     flat = labels.reshape(-1)                                      # (B, T) -> (B*T,)
     positions = (flat != ignore_index).nonzero().squeeze(-1)       # (M,)
-    return positions - 1, flat[positions]
+    return positions - 1 if before is None else before[positions], flat[positions]
 
 
 def gathered_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -56,12 +57,59 @@ def gathered_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
+def head_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log p(target) and log(1 - p(target)) straight from hidden states, for a head that is not trained.
+
+    hidden (M, D), weight (V, D), targets (M,) -> (M,), (M,): gathered_logprobs and complement_logprobs of hidden weight^T /
+    temperature, without keeping a logit: memory is that of a few hundred rows, and the gradient is formed on the way.
+    """
+    return _HeadLogprobs.apply(hidden, weight, targets, temperature)
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    """With q the distribution over the words other than the target y, and u = (W_y - q W) / temperature,
+
+        d log p_y / d h = (1 - p_y) u        d log(1 - p_y) / d h = -p_y u
+
+    so one vector per row serves both, and nothing cancels where p_y is nearly 1.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature):
+        rows = 256 if hidden.device.type == "cpu" else 4096        # a processor's cache holds that many rows of logits
+        found, slopes = [], []
+        for h, y in zip(hidden.split(rows), targets.split(rows)):
+            logits = h @ weight.T                                  # (m, V)
+            logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+            logits = logits if temperature == 1 else logits.div_(temperature)
+            own = logits.gather(1, y[:, None])                     # (m, 1)
+            logits.scatter_(1, y[:, None], float("-inf"))
+            others = logits.logsumexp(1, keepdim=True)             # (m, 1)
+            whole = torch.logaddexp(own, others)                   # (m, 1)
+            found.append(torch.cat([own - whole, others - whole], dim=1))
+            if ctx.needs_input_grad[0]:
+                share = logits.sub_(others).exp_().to(weight.dtype)        # q, (m, V)
+                slopes.append((weight[y] - share @ weight) / temperature)
+        logprobs, complements = torch.cat(found).unbind(1) if found else (hidden.new_zeros(0),) * 2
+        if slopes:
+            ctx.save_for_backward(torch.cat(slopes), logprobs, complements)
+        return logprobs, complements
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_complements):
+        if not ctx.saved_tensors:                                  # no rows, or nobody asked
+            return None, None, None, None
+        slopes, logprobs, complements = ctx.saved_tensors
+        strength = grad_logprobs * complements.exp() - grad_complements * logprobs.exp()       # (M,)
+        return strength[:, None].to(slopes.dtype) * slopes, None, None, None
+
+
 def token_logprobs(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
     """log p(labels[t] | input_ids[<t]) for padded batches; logits (B, T, V), labels (B, T) -> logprobs, mask, (B, T-1).
 
     Column t-1 belongs to labels[t]; logprobs are 0 where the mask is False.
     """
-    rows, targets = prediction_rows(labels, ignore_index)
+    rows, targets = prediction_rows(labels, ignore_index=ignore_index)
     picked = gathered_logprobs(logits.flatten(0, 1)[rows], targets)                             # (M,)
     logprobs = picked.new_zeros(labels.numel()).index_copy(0, rows, picked).view_as(labels)     # (B, T)
     mask = torch.zeros_like(labels, dtype=torch.bool).view(-1).index_fill(0, rows, True).view_as(labels)

@@ -89,6 +89,8 @@ class ModelConfig:
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; RoPE turns pairs, so it must be even and at least 2.")
         self.rope_scaling = checked_scaling(self.rope_scaling, self.max_position_embeddings)
+        if self.rope_theta <= 1 and (self.rope_scaling or {}).get("rope_type") == "yarn":
+            raise ValueError(f"rope_theta is {self.rope_theta}; RoPE scaling 'yarn' needs one above 1. Take the config.json that came with the weights.")
 
     @property
     def context(self) -> int:
@@ -196,7 +198,7 @@ def checked_scaling(scaling: dict | None, longest: int) -> dict | None:
     kind = (scaling or {}).get("rope_type", "default")
     if kind == "default":
         return None
-    if kind not in ROPE_NEEDS:
+    if not isinstance(kind, str) or kind not in ROPE_NEEDS:
         raise ValueError(f"RoPE scaling {kind!r:.60} is not implemented; {', '.join(ROPE_NEEDS)} are.")
     unknown = [name for name in scaling if name not in ROPE_RANGES and name != "rope_type"]
     missing = [name for name in ROPE_NEEDS[kind] if scaling.get(name) is None]
@@ -458,8 +460,35 @@ def right_padded(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] along the first dimension; written so because index_select has the faster backward."""
+    """x[index] along the first dimension."""
     return x.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+class LayOut(torch.autograd.Function):
+    """Tokens (N, ...) to padded places (P, ...); the way back is another selection, since padding gets no gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, *ctx.saved_tensors), None, None
+
+
+class LayBack(torch.autograd.Function):
+    """Padded places (P, ...) to tokens (N, ...)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.places = x.shape
+        return x.index_select(0, inverse)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.new_zeros(ctx.places).index_copy_(0, *ctx.saved_tensors, grad), None
 
 
 def similar_lengths(lengths: Tensor, ratio: float = 0.75) -> Iterator[Tensor]:
@@ -478,6 +507,8 @@ class Packed:
     mask. All indices are made once, here, and serve every layer.
     """
 
+    before = None                                                                        # each token follows the one to its left
+
     def __init__(self, lengths: list[int], device: torch.device | str = "cpu"):
         size = torch.tensor(lengths, dtype=torch.long)                                   # (B,)
         if (size < 1).any():
@@ -485,23 +516,33 @@ class Packed:
         starts = size.cumsum(0) - size                                                   # (B,)
         position_ids = torch.arange(int(size.sum())) - starts.repeat_interleave(size)    # (N,)
         self.spans = size.repeat_interleave(size).to(device)                             # (N,) length of its document
-        inverse, offset, self.groups = torch.empty_like(position_ids), 0, []
+        inverse, offset, places, self.shapes = torch.empty_like(position_ids), 0, [], []
         for group in similar_lengths(size):
             index, real = right_padded(starts[group], size[group])                       # (B, T)
             inverse[index[real]] = offset + real.flatten().nonzero().squeeze(1)
             offset += index.numel()
-            self.groups.append(index.to(device))
-        equal = len(self.groups) == 1 and offset == len(inverse)                         # one group without padding
-        self.equal_shape = self.groups[0].shape if equal else None
+            places.append(index.flatten())
+            self.shapes.append(index.shape)
+        self.plain = len(self.shapes) <= 1 and offset == len(inverse)                    # one group without padding
+        self.index = torch.cat(places).to(device) if places else inverse                 # (P,) into the tokens
         self.inverse = inverse.to(device)                                                # (N,) into the padded places
         self.position_ids = position_ids.to(device)                                      # (N,)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (N, H, Dh), k and v (N, K, Dh) -> (N, H, Dh)."""
-        if self.equal_shape is not None:                                                 # views, no copies
-            return causal(*(x.unflatten(0, self.equal_shape) for x in (q, k, v)))
-        out = [causal(take(q, index), take(k, index), take(v, index)) for index in self.groups]
-        return take(torch.cat(out), self.inverse) if out else q
+        if not len(q):
+            return q
+        if not self.plain:
+            q, k, v = (LayOut.apply(x, self.index, self.inverse) for x in (q, k, v))     # (P, H or K, Dh)
+        sizes = [rows * width for rows, width in self.shapes]
+        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), self.shapes)
+        out = [causal(*(x.unflatten(0, shape) for x in part)) for *part, shape in parts]
+        return out[0] if self.plain else LayBack.apply(torch.cat(out), self.inverse)
+
+
+def attention(trees: list[tuple[int, list[int]]], device: torch.device | str = "cpu") -> "Packed | Branched":
+    """The closure for documents that share their beginnings, or for those that share nothing: (length, []) each."""
+    return Branched(trees, device) if any(branches for _, branches in trees) else Packed([stem for stem, _ in trees], device)
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -509,6 +550,63 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                     # (B, H or K, T, Dh)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1)
+
+
+class Branched:
+    """Causal attention in documents that share their beginnings: each tree is a stem, then branches that see it and themselves.
+
+    trees: [(tokens of the stem, [tokens of each branch])]; the flat row holds each stem and behind it its branches. A
+    branch's positions go on from its stem's, so that it is computed as if it stood behind a copy of the stem.
+    """
+
+    def __init__(self, trees: list[tuple[int, list[int]]], device: torch.device | str = "cpu"):
+        self.sizes = [size for stem, branches in trees for size in (stem, sum(branches))]
+        self.stems = Packed([stem for stem, _ in trees], device)
+        places, spans, before, start, self.branches = [], [], [], 0, []
+        for stem, branches in trees:
+            length, T = torch.tensor(branches, dtype=torch.long), max(branches, default=0)
+            own = torch.cat([torch.arange(size) for size in branches]) if branches else length
+            places += [torch.arange(stem), stem + own]
+            spans += [torch.full((stem,), stem), (stem + length).repeat_interleave(length)]
+            back = torch.arange(start + stem, start + stem + len(own)) - 1               # the token before, ...
+            back[own == 0] = start + stem - 1                                            # ... for a branch's first the stem's last
+            before += [torch.arange(start, start + stem) - 1, back]
+            start += stem + len(own)
+            if branches:
+                index, real = right_padded(length.cumsum(0) - length, length)            # (n, T)
+                inverse = torch.empty(len(own), dtype=torch.long)
+                inverse[index[real]] = real.flatten().nonzero().squeeze(1)
+                mask = torch.arange(stem + T) <= stem + torch.arange(T)[:, None]         # (T, stem + T)
+                self.branches.append([x.to(device) for x in (index.flatten(), inverse, mask)])
+            else:
+                self.branches.append(None)
+        self.position_ids, self.spans = torch.cat(places).to(device), torch.cat(spans).to(device)    # (N,) each
+        self.before = torch.cat(before)                                                  # (N,), on the CPU: what each token follows
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (N, H, Dh), k and v (N, K, Dh) -> (N, H, Dh)."""
+        q, k, v = (x.split(self.sizes) for x in (q, k, v))
+        stems = self.stems(layer, *(torch.cat(x[::2]) for x in (q, k, v))).split(self.sizes[::2])
+        out = []
+        for tree, (stem, arrays) in enumerate(zip(stems, self.branches)):
+            out.append(stem)
+            if arrays is not None:
+                out.append(self.branch(*arrays, q[2 * tree + 1], *(x[2 * tree:2 * tree + 2] for x in (k, v))))
+        return torch.cat(out)
+
+    @staticmethod
+    def branch(index: Tensor, inverse: Tensor, mask: Tensor, q: Tensor, k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor]) -> Tensor:
+        """Attention of one tree's branches (n, T) over the stem and themselves. q (N', H, Dh), k and v (stem, branches)."""
+        T, K = len(mask), k[0].shape[1]
+        n = len(index) // T
+        q = LayOut.apply(q, index, inverse).unflatten(0, (n, T)).unflatten(2, (K, -1))   # (n, T, K, H/K, Dh)
+        q = q.transpose(1, 2).flatten(2, 3)                                              # (n, K, T * H/K, Dh)
+        k, v = (torch.cat([stem.expand(n, -1, -1, -1), LayOut.apply(own, index, inverse).unflatten(0, (n, T))], dim=1).transpose(1, 2)
+                for stem, own in (k, v))                                                 # (n, K, stem + T, Dh)
+        mask = mask.repeat_interleave(q.shape[2] // T, dim=0)                            # heads that share keys are more queries
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                    # (n, K, T * H/K, Dh)
+        out = out.unflatten(2, (T, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)      # (n * T, H, Dh)
+        return LayBack.apply(out, inverse)
 
 
 class KVCache:
@@ -970,7 +1068,8 @@ def weight_files(folder: Path) -> list[Path]:
     if file.suffix != ".json":
         return [file]
     weight_map = read_json(file).get("weight_map")
-    names = list(dict.fromkeys(weight_map.values())) if isinstance(weight_map, dict) else [None]
+    listed = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    names = [*dict.fromkeys(name for name in listed if isinstance(name, str)), *(name for name in listed if not isinstance(name, str))]
     homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")    # links of the Hugging Face cache lead there
     for name in names:
         plain = isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}\.(safetensors|bin)", name)
@@ -1083,6 +1182,8 @@ def read_bin(file: Path) -> dict[str, Tensor]:
                 and tensor.device.type == "cpu" and tensor.is_floating_point()
                 and tensor.nbytes <= tensor.untyped_storage().nbytes()):
             raise ValueError(f"{file}: entry {name!r:.100} is not a plain tensor of floats. It was not loaded.")
+        if tensor.dtype not in SAFETENSORS_TYPES.values():
+            raise ValueError(f"tensor {name!r:.200} in {file} is {tensor.dtype}, expected float32, float16 or bfloat16.")
     return tensors
 
 
@@ -1151,7 +1252,7 @@ def read_meta_config(folder: Path) -> ModelConfig:
     except ValueError as error:
         raise ValueError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
     if vocab_size < 1:
-        rows = [open_weights(part)[0].get("output.weight", (0,))[0] for part in meta_files(folder)]
+        rows = [[*open_weights(part)[0].get("output.weight", ()), 0][0] for part in meta_files(folder)]
         vocab_size = sum(rows)
         if not 1 <= vocab_size <= 2**24:
             raise ValueError(f"{folder}: no output.weight says how large the vocabulary is, and {file.name} does not either.")
@@ -1261,21 +1362,20 @@ def save_model(model: Llama, path: str | os.PathLike, *, dtype: torch.dtype | No
     """
     folder, weights = Path(path), plain_weights(model)
     folder.mkdir(parents=True, exist_ok=True)
-    names = list(weights)
-    dtype = dtype or weights[names[0]].dtype
+    types, sizes = {name: dtype or weight.dtype for name, weight in weights.items()}, {}
     shards, room = [], 0
-    for name in names:
-        n_bytes = weights[name].numel() * dtype.itemsize
+    for name, weight in weights.items():
+        n_bytes = weight.numel() * types[name].itemsize
+        sizes[types[name]] = sizes.get(types[name], 0) + n_bytes
         if n_bytes > room:
             shards.append([])
             room = max_shard_bytes
         shards[-1].append(name)
         room -= n_bytes
-    total = sum(weights[name].numel() for name in names) * dtype.itemsize
-    index = {"metadata": {"total_size": total}, "weight_map": {}}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": {}}
     for number, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in shard}
+        tensors = {name: weights[name].detach().to("cpu", types[name]).contiguous() for name in shard}
         write_file(folder / file, lambda target: save_file(tensors, target, {"format": "pt"}))
         index["weight_map"] |= dict.fromkeys(shard, file)
     written = set(index["weight_map"].values())
@@ -1283,7 +1383,7 @@ def save_model(model: Llama, path: str | os.PathLike, *, dtype: torch.dtype | No
         written.add("model.safetensors.index.json")
         text = json.dumps(index, indent=2)
         write_file(folder / "model.safetensors.index.json", lambda target: target.write_text(text))
-    config = json.dumps(model.config.to_hf(str(dtype).removeprefix("torch.")), indent=2)
+    config = json.dumps(model.config.to_hf(str(max(sizes, key=sizes.get)).removeprefix("torch.")), indent=2)     # where types are mixed, the main one
     write_file(folder / "config.json", lambda target: target.write_text(config))
     for old in folder.glob("model*.safetensors*"):                   # an earlier save must not shadow this one
         if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", old.name) and old.name not in written:

@@ -176,7 +176,7 @@ class TrainConfig(JudgeFlags):
     refinements: int = flag(5, "refinements sampled per bad response", ("ilf",))
     # pre-training
     corpus: str = flag("", "JSON Lines of documents: lists of [text, is_label]", ("pretrain",))
-    preset: str = flag("demo", "shape of the new model", ("pretrain",))
+    preset: Literal["tiny", "demo", "tinyllama", "llama2-7b", "llama2-13b"] = flag("demo", "shape of the new model", ("pretrain",))
     export: str = flag("", "folder for the finished model", ("pretrain",))
     # evaluation
     evaluate: bool = flag(True, "answer held-out questions before and after, and write the report", TUNING)
@@ -340,9 +340,9 @@ import judge as judging                                     # noqa: E402
 import lora                                                 # noqa: E402
 import losses                                               # noqa: E402
 from eval import (MASK_LAMS, VALUE_HEAD, Completion, EvalConfig, LocalChat, add_head, complete, confusion_report, cut_masks, document_rewards, evaluate_errors,    # noqa: E402
-                  evaluate_model, evaluate_responses, keyword_logprobs, make_client, mask_report, mask_scores, plot_mask, plot_rollouts,
+                  evaluate_model, evaluate_responses, keyword_logprobs, make_client, mask_report, mask_scores, pick_device, plot_mask, plot_rollouts,
                   reward_report, reward_scores, summary_table, wilson, write_report)
-from model import PRESETS, Llama, Packed, QuantLinear, load_model, read_config, save_model    # noqa: E402
+from model import PRESETS, Llama, QuantLinear, attention, load_model, read_config, save_model    # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -597,11 +597,24 @@ def reward_mark(cfg: TrainConfig, *, good: bool, quantile: int, reward: float) -
             "reward": f"reward {reward:.2f} : ", "best": ""}[cfg.conditional]
 
 
+def label_hidden(model, batch) -> torch.Tensor:
+    """Final hidden states where labelled tokens are predicted: (M, D)."""
+    return model.hidden(batch["input_ids"], batch["attend"]).index_select(0, batch["rows"])
+
+
+def label_logprobs(model, batch, hidden: torch.Tensor | None = None, *, temperature: float = 1.0) -> tuple[torch.Tensor, Callable]:
+    """log p of the labelled tokens, (M,), and a function that gives their log(1 - p), (M,)."""
+    hidden, head = label_hidden(model, batch) if hidden is None else hidden, model.lm_head
+    if isinstance(head, torch.nn.Linear) and not head.weight.requires_grad:
+        logprobs, complements = losses.head_logprobs(hidden, head.weight, batch["targets"], temperature=temperature)
+        return logprobs, lambda: complements
+    logits = head(hidden) if temperature == 1 else head(hidden).float() / temperature          # (M, V)
+    return losses.gathered_logprobs(logits, batch["targets"]), lambda: losses.complement_logprobs(logits, batch["targets"])
+
+
 def document_logprobs(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of log-probabilities and the number of labelled tokens of each document of a batch: (n,), (n,)."""
-    rows, targets = losses.prediction_rows(batch["labels"])
-    logits = model(batch["input_ids"], lengths=batch["lengths"], logits_at=rows)   # (M, V)
-    return losses.sequence_logprobs(losses.gathered_logprobs(logits, targets), batch["document_ids"][rows], len(batch["lengths"]))
+    return losses.sequence_logprobs(label_logprobs(model, batch)[0], batch["owners"], len(batch["lengths"]))
 
 
 def dpo_step(model, batch, cfg) -> dict:
@@ -876,9 +889,8 @@ def swapped(weights: list[tuple[torch.nn.Parameter, torch.Tensor]]):
 
 def policy_and_values(model, batch, cfg) -> tuple[torch.Tensor, torch.Tensor]:
     """log pi of the sampled tokens at the temperature they were sampled at, and V of the text before each: (M,), (M,)."""
-    rows, targets = losses.prediction_rows(batch["labels"])
-    hidden = model.hidden(batch["input_ids"], Packed(batch["lengths"], batch["input_ids"].device))[rows]    # (M, D)
-    logprobs = losses.gathered_logprobs(model.lm_head(hidden).float() / cfg.temperature, targets)
+    hidden = label_hidden(model, batch)                     # (M, D)
+    logprobs, _ = label_logprobs(model, batch, hidden, temperature=cfg.temperature)
     return logprobs, model.value_head(hidden.float()).squeeze(-1)
 
 
@@ -1067,7 +1079,7 @@ def check_lengths(cfg: TrainConfig, tokenizer, records: list[dict]) -> None:
 
 def judged_document(run: Run, record: dict, *, judgment: str | None = None) -> dict:
     """The record's response behind its prompt, with or without a judgment in it; the same response ids either way."""
-    prompt = run.template.render(record["instruction"], record["input"], judgment)
+    prompt = run.template.render(record["instruction"], record["input"], judgment, literal=True)
     return data.encode_example(run.tokenizer, run.template, prompt, record["response"], max_len=run.cfg.max_len)
 
 
@@ -1102,26 +1114,21 @@ def with_frozen_mask(run: Run, groups: list[dict]) -> list[dict]:
 @torch.no_grad()
 def flagged_tokens(model, batch: dict, cfg: TrainConfig) -> torch.Tensor:
     """U of CUT's Eq. 5 for a batch, bool (K,): its MISALIGN tokens that the judgment makes likelier."""
-    rows, targets = losses.prediction_rows(batch["labels"])
-    logprobs = losses.gathered_logprobs(model(batch["input_ids"], lengths=batch["lengths"], logits_at=rows), targets)
-    roles = batch["roles"][batch["document_ids"][rows]]
+    logprobs, roles = label_logprobs(model, batch)[0], batch["roles"][batch["owners"]]
     return losses.inappropriate_tokens(logprobs[roles == losses.ALIGN_N], logprobs[roles == losses.MISALIGN],
                                        lam=cfg.detect_lam, floor=cfg.detect_floor)
 
 
 def cut_step(model, batch, cfg) -> dict:
     """L = L1 + L2 (CUT, spec 2.6). Detection never sees dropout."""
-    rows, targets = losses.prediction_rows(batch["labels"])
-    flagged = batch.get("flagged")
+    flagged, twin = batch.get("flagged"), batch["roles"][batch["owners"]] == losses.MISALIGN
     if cfg.detect == "all":
-        flagged = torch.ones(int((batch["roles"][batch["document_ids"][rows]] == losses.MISALIGN).sum()), dtype=torch.bool, device=rows.device)
+        flagged = torch.ones(int(twin.sum()), dtype=torch.bool, device=twin.device)
     elif flagged is None and cfg.dropout and cfg.use_l1:
         flagged = flagged_tokens(model.eval(), batch, cfg)
         model.train()
-    logits = model(batch["input_ids"], lengths=batch["lengths"], logits_at=rows)   # (M, V)
-    twin = batch["roles"][batch["document_ids"][rows]] == losses.MISALIGN
-    terms = losses.cut_loss(losses.gathered_logprobs(logits, targets), losses.complement_logprobs(logits[twin], targets[twin]),
-                            batch["document_ids"][rows], batch["roles"], lam=cfg.detect_lam, floor=cfg.detect_floor,
+    logprobs, complements = label_logprobs(model, batch)
+    terms = losses.cut_loss(logprobs, complements()[twin], batch["owners"], batch["roles"], lam=cfg.detect_lam, floor=cfg.detect_floor,
                             alpha=cfg.unlike_alpha, gamma=cfg.unlike_gamma, combine=cfg.combine, reduction=cfg.reduction,
                             flagged=flagged, use_judged=cfg.use_judged)
     heard = batch["step"] >= cfg.judged_warmup
@@ -1130,7 +1137,7 @@ def cut_step(model, batch, cfg) -> dict:
 
 def cut_counts(batch, cfg) -> dict:
     """Responses, or with --reduction token their tokens; and how many tokens were looked at."""
-    labelled = batch["roles"][batch["document_ids"][batch["labels"] != data.IGNORE_INDEX]]
+    labelled = batch["roles"][batch["owners"]]
     twins = int((labelled == losses.MISALIGN).sum())
     if cfg.reduction == "token":
         return {"l1": twins, "l2": len(labelled) - twins, "flagged": twins}
@@ -1203,8 +1210,8 @@ def unlikelihood_step(model, batch, cfg) -> dict:
     Level response: of all tokens of bad responses. sequence: of 4-grams said before, in any response. token: of the
     tokens said before, in good responses, as the paper has it for its training texts; bad responses take no part.
     """
-    rows, targets = losses.prediction_rows(batch["labels"])
-    logits, ids = model(batch["input_ids"], lengths=batch["lengths"], logits_at=rows), batch["document_ids"][rows]
+    targets, ids = batch["targets"], batch["owners"]
+    logits = model.lm_head(label_hidden(model, batch))      # (M, V): words other than the target count, too
     good = batch["roles"][ids] == losses.ALIGN_P
     if cfg.level == "token":
         tokens = good * losses.token_unlikelihood(logits, targets, ids, alpha=cfg.unlike_alpha)
@@ -1229,6 +1236,9 @@ def collect_judged(run: Run) -> None:
         records = answered(run, todo[start:start + chunk])
         spoken = [record for record in records if record["response"].strip()]
         empty += len(records) - len(spoken)
+        for record in spoken:
+            if "{input}" in record["instruction"]:          # a task's wording; in records of judged responses that is a text like others
+                record |= {"instruction": record["instruction"].replace("{input}", record["input"]), "input": ""}
         keep(path, [{**record, "judgment": judgment} for record, judgment in zip(spoken, critic.critique(spoken), strict=True)])
     judging.RUN.tell(say)
     if empty:
@@ -1282,29 +1292,24 @@ def make_critic(run: Run):
 
 def token_step(model, batch, cfg) -> dict:
     """Next-token cross-entropy on the labelled tokens (spec 2.1)."""
-    rows, targets = losses.prediction_rows(batch["labels"])
-    logits = model(batch["input_ids"], lengths=batch["lengths"], logits_at=rows)   # (M, V)
-    return {"ce": losses.cross_entropy(losses.gathered_logprobs(logits, targets))[0]}
+    return {"ce": losses.cross_entropy(label_logprobs(model, batch)[0])[0]}
 
 
 def token_counts(batch, cfg) -> dict:
     """Labelled tokens."""
-    return {"ce": int((batch["labels"] != data.IGNORE_INDEX).sum())}
+    return {"ce": len(batch["targets"])}
 
 
 def cat_step(model, batch, cfg) -> dict:
     """L = L_rank + lambda * L_ce over items of good and lower answers (spec 2.5)."""
-    rows, targets = losses.prediction_rows(batch["labels"])
-    logits = model(batch["input_ids"], lengths=batch["lengths"], logits_at=rows)   # (M, V)
-    terms = losses.cat_loss(losses.gathered_logprobs(logits, targets), batch["document_ids"][rows], batch["better"],
-                            batch["worse"], batch["weights"], lam=cfg.lam, margin=cfg.margin)
+    terms = losses.cat_loss(label_logprobs(model, batch)[0], batch["owners"], batch["better"], batch["worse"], batch["weights"],
+                            lam=cfg.lam, margin=cfg.margin)
     return {term: loss for term, (loss, _) in terms.items()}
 
 
 def cat_counts(batch, cfg) -> dict:
     """Pairs, and tokens of the good answers, weighted as the loss weights them."""
-    labelled = batch["labels"] != data.IGNORE_INDEX
-    return {"rank": len(batch["better"]), "ce": float(batch["weights"][batch["document_ids"]][labelled].sum())}
+    return {"rank": len(batch["better"]), "ce": float(batch["weights"][batch["owners"]].sum())}
 
 
 @dataclass(frozen=True)
@@ -1361,16 +1366,22 @@ def register(name: str, stage: Stage, *, like: str) -> None:
 
 
 def collate(groups: list[dict], device) -> dict:
-    """Groups of a micro-batch as one packed row, with the documents' pairs counted through."""
+    """Groups of a micro-batch as one packed row, with the documents' pairs counted through.
+
+    "attend" is the row's attention; "rows" (M,) is where its labelled tokens are predicted, "targets" (M,) what they are, and
+    "owners" (M,) whose: the number of their document.
+    """
     documents = [document for group in groups for document in group["documents"]]
-    batch, better, worse, weights, imitated = data.pack(documents), [], [], [], []
+    batch, better, worse, weights, imitated = data.pack(documents, [len(group["documents"]) for group in groups]), [], [], [], []
+    batch["attend"] = attention(batch["trees"], device)
+    batch["rows"], batch["targets"] = losses.prediction_rows(batch["labels"], batch["attend"].before)
+    batch["owners"] = batch["document_ids"][batch["labels"] != data.IGNORE_INDEX]
     for group in groups:
         start, n_best = len(weights), group.get("n_best", 0)
         better += [start + pair[0] for pair in group.get("pairs", ())]
         worse += [start + pair[1] for pair in group.get("pairs", ())]
         imitated += [start + k for k in group.get("imitated", ())]
         weights += [1 / max(1, n_best)] * n_best + [0.0] * (len(group["documents"]) - n_best)
-    batch["document_ids"] = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(batch["lengths"]))
     batch["groups"], batch["rewards"] = len(groups), [group["rewards"] for group in groups if "rewards" in group]
     if any("reference" in group for group in groups):
         batch["reference"] = torch.tensor([value for group in groups for value in group["reference"]])
@@ -1548,7 +1559,7 @@ def culprits(model, stage: Stage, groups: list[dict], chosen: list[int], cfg: Tr
     with torch.no_grad():
         for k in range(len(chosen)) if cfg.shard else range(rank, len(chosen), size):
             batch = {**collate([groups[chosen[k]]], device), "step": step}
-            with torch.autocast(device.type, torch.bfloat16, enabled=cfg.full and cfg.dtype != "float32"):
+            with precision(cfg, device.type):
                 bad[k] = not all(bool(loss.isfinite()) for loss in stage.step(model, batch, cfg).values())
     if size > 1:
         dist.all_reduce(bad)
@@ -1573,7 +1584,7 @@ def train(run: Run, stage: Stage, groups: list[dict], log_path: Path, place: Pat
     """
     cfg, device, (rank, size) = run.cfg, next(run.model.parameters()).device, ranks()
     parameters = [p for p in run.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay, fused=True)
     torch.manual_seed(cfg.seed + rank)                      # dropout
     done = {"step": 0, "tokens": 0, "seconds": 0.0, "recent": []}
     if place:
@@ -1983,15 +1994,6 @@ def dry_run(cfg: TrainConfig) -> None:
 # The pipeline
 
 
-def pick_device(cfg: TrainConfig) -> tuple[str, torch.dtype]:
-    """The device and the base weights' type that --device and --dtype mean here."""
-    device = cfg.device if cfg.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and "LOCAL_RANK" in os.environ:     # under torchrun every process has a GPU of its own
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    dtype = cfg.dtype if cfg.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
-    return device, getattr(torch, dtype)
-
-
 def make_run(cfg: TrainConfig) -> Run:
     """Read everything that the flags name; whatever is wrong with it shows here, before anything is trained."""
     tasks = data.load_tasks(cfg.tasks) if cfg.tasks else []
@@ -2000,7 +2002,7 @@ def make_run(cfg: TrainConfig) -> Run:
     framed = data.frame_bare_tasks(tasks) if kind(cfg.stage) not in JUDGED else ""
     if framed:
         say(framed)
-    tokenizer = data.Tokenizer(cfg.tokenizer or cfg.model)
+    tokenizer = data.Tokenizer(cfg.tokenizer or cfg.model, cfg.model)
     model = load_trained(cfg, None) if not cfg.shard else Llama(read_config(cfg.model)).to("meta")
     warning = data.check_vocabulary(tokenizer, model.config.vocab_size, model.config.bos_id, model.config.eos_ids, cfg.model)
     if warning:
@@ -2060,13 +2062,14 @@ def finished(folder: Path, cfg: TrainConfig) -> bool:
 def spread(model: torch.nn.Module, device: str) -> None:
     """Cut the weights into as many parts as there are ranks, block by block (FSDP2). Gradients are summed, as everywhere here."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.partition(":")[0], (ranks()[1],))
     for part in (*model.model.layers, model):
         fully_shard(part, mesh=mesh)
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)        # gloo knows no sum with a factor
+    register_fsdp_forward_method(model, "hidden")           # what steps call; embeddings and head stay whole from then to the end of the backward pass
 
 
 def load_trained(cfg: TrainConfig, folder: Path | None, *, trainable: bool = False, shard: bool = False) -> torch.nn.Module:
@@ -2153,15 +2156,14 @@ def run_stage(run: Run, name: str) -> Path:
     for place in places if name != "reward" else list(dict.fromkeys((places[0], folder))):     # no SFT stage: made where it is not found
         if finished(place, cfg):
             say(f"{name}: found in {place}.")
-            on_first_rank(drop_checkpoints, folder if place == folder else None)
+            if place == folder:
+                shutil.rmtree(place / CHECKPOINTS, ignore_errors=True)      # of a process that was killed before it came to that
             return place
     before = run_stage(run, stage.needs) if stage.needs and run.tasks else None
     rounds = cfg.rounds if cfg is run.cfg else 1
     for number in range(rounds):                            # the last round's folder is the run's own
         place = folder / f"round{number + 1}" if number + 1 < rounds else folder
-        if finished(place, cfg):
-            on_first_rank(drop_checkpoints, place)
-        else:
+        if not finished(place, cfg):
             say(f"{name}: training in {place}.")
             first = trainable(cfg, before) if not cfg.shard or samples(stage, cfg) else None
             part = dataclasses.replace(run, cfg=cfg, folder=place, model=first, round=number, memory={})
@@ -2178,14 +2180,9 @@ def run_stage(run: Run, name: str) -> Path:
             train(part, stage, [] if stopped and stage.refresh else stage.groups(part), place / "log.jsonl", stopped)
             on_first_rank(save_trained, part, gathered(part))
             stop_behind(cfg.stage)
+        shutil.rmtree(place / CHECKPOINTS, ignore_errors=True)
         before = place
     return folder
-
-
-def drop_checkpoints(folder: Path | None) -> None:
-    """Those of a stage that was killed between its result and this."""
-    if folder:
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def samples(stage: Stage, cfg: TrainConfig) -> bool:
@@ -2214,7 +2211,7 @@ def pretrain(cfg: TrainConfig) -> None:
 def pretrain_here(cfg: TrainConfig) -> None:
     """`pretrain`, once the run folder is ours."""
     device, _ = pick_device(cfg)
-    tokenizer = data.Tokenizer(cfg.tokenizer)
+    tokenizer = data.Tokenizer(cfg.tokenizer, cfg.model)
     config = dataclasses.replace(PRESETS[cfg.preset], vocab_size=len(tokenizer), bos_id=tokenizer.bos_id,
                                  eos_ids=(tokenizer.eos_id,), prompt_template=cfg.template or "plain")
     model = load_model(cfg.model, device=device) if cfg.model else Llama(config).init_weights(cfg.seed).to(device)
@@ -2332,7 +2329,8 @@ def finish_judged(run: Run, ladder: dict[str, Path | None], results: dict, table
                   for title, found in results.items()))
     say(f"report: {cfg.out}/report.md")
     if not cfg.full:
-        say(f"next: python eval.py --model {cfg.model} --adapter {ladder['SFT']} {cfg.out} --show-mask {cfg.records or cfg.out + '/judged.jsonl'}")
+        more = "".join(f" --{name} {shlex.quote(getattr(cfg, name))}" for name in ("tokenizer", "template") if f" --{name} " in settings(cfg))
+        say(f"next: python eval.py --model {cfg.model} --adapter {ladder['SFT']} {cfg.out}{more} --show-mask {cfg.records or cfg.out + '/judged.jsonl'}")
 
 
 def measure_mask(run: Run, ladder: dict[str, Path]) -> None:
@@ -2382,7 +2380,7 @@ def summarise(cfg: TrainConfig, seconds: float) -> None:
 def next_command(cfg: TrainConfig) -> str:
     """What to try now, with every setting of this run that is not the default."""
     if cfg.stage in ("sft", "sft-ia"):
-        inputs = "".join(f" --{name} {getattr(cfg, name)}" for name in ("model", "tasks", "paraphrases", "tokenizer")
+        inputs = "".join(f" --{name} {shlex.quote(getattr(cfg, name))}" for name in ("model", "tasks", "paraphrases", "tokenizer", "template")
                          if f" --{name} " in settings(cfg))
         return f"python train.py --stage cat{inputs} --out {cfg.out}-cat"
     if cfg.stage in ("ppo", "constitutional"):              # no candidates to share
@@ -2400,9 +2398,11 @@ def settings(cfg: TrainConfig) -> str:
             argv += [f"--{name}", getattr(cfg, name)]
             words.append(f"--{name} {shlex.quote(getattr(cfg, name))}")
     usual = dataclasses.asdict(parse_config(argv))
+    if cfg.template:                                        # where it was left out, `make_run` has filled it in
+        usual["template"] = read_config(cfg.model).prompt_template or "alpaca"
     for item in dataclasses.fields(TrainConfig):
         value, name, only = getattr(cfg, item.name), item.name.replace("_", "-"), item.metadata["only"]
-        if value != usual[item.name] and (not only or "cat" in only) and item.name not in ("out", "init", "candidates", "records", "lam", "template"):
+        if value != usual[item.name] and (not only or "cat" in only) and item.name not in ("out", "init", "candidates", "records", "lam"):
             words.append(f"--{name}" if value is True else f"--no-{name}" if value is False
                          else f"--{name} {' '.join(map(shlex.quote, value if isinstance(value, list) else [str(value)]))}")
     return "".join(f" {word}" for word in words)

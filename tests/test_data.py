@@ -96,6 +96,19 @@ def test_documents_in_segments_equal_their_joint_encoding(tokenizer):
     assert tokenizer.decode(labelled).replace(" ", "") == "bluecorrect"
 
 
+@pytest.mark.parametrize("segments", [[("a \ud800 lamp", False), (" red", True)], [("a lamp", False), (" \udfff", True)]])
+def test_half_a_character_is_one_sentence_in_every_segment(tokenizer, segments):
+    with pytest.raises(ValueError, match="holds half of a character"):
+        data.encode_document(tokenizer, segments, max_len=512)
+
+
+def test_segments_may_be_empty(tokenizer):
+    whole = tokenizer.encode_prompt("the red lamp is blue")
+    for segments in ([("", False), ("the red lamp", False), ("", False), (" is blue", True)], [("the red lamp is blue", True)]):
+        document = data.encode_document(tokenizer, segments, max_len=512)
+        assert document["input_ids"] == whole and document["labels"][0] == IGNORE_INDEX
+
+
 @pytest.mark.parametrize("blob, sentence", [
     (b"IQ== 0\nIg== 1\n", "is a tiktoken file"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
     (b"<html>", "is not a sentencepiece model")])

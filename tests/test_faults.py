@@ -124,6 +124,13 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(name, world, whol
     assert not list(tmp_path.rglob("checkpoints"))          # a finished stage has removed them
 
 
+def test_checkpoints_that_a_kill_left_beside_a_finished_stage_are_removed(world, tmp_path):     # noqa: F811
+    argv = [*arguments(world, tmp_path), "--stage", "sft", "--steps", "2", "--batch-size", "4", "--no-evaluate", "--save-every", "1"]
+    assert train.main(argv) == 0
+    (tmp_path / "checkpoints/step-000002").mkdir(parents=True)
+    assert train.main(argv) == 0 and not (tmp_path / "checkpoints").exists()
+
+
 class Stopped(BaseException):
     """Ends a run at a chosen step, as a kill does."""
 
@@ -841,7 +848,7 @@ def test_shards_train_as_one_process_does(name, size, taught, tmp_path, monkeypa
     """Losses, norms and final weights are those of one process that holds all, within float32 rounding; also with uneven micro-batches, and stopped and resumed
     with and without shards. (AdamW's first steps have full size whatever the gradient's; where that is rounding alone, a weight differs by up to --lr.)"""
     if name == "full":
-        monkeypatch.setattr(torch.optim, "AdamW", lambda weights, lr, betas, weight_decay: torch.optim.SGD(weights, lr=lr, momentum=0.9))
+        monkeypatch.setattr(torch.optim, "AdamW", lambda weights, lr, **rest: torch.optim.SGD(weights, lr=lr, momentum=0.9))
     loss, weight = (3e-6, 2e-6) if name == "full" else (1e-4, 2e-5) if name not in ("cat", "recomputed") else (2e-4, 2e-4)
     argv = lambda out: [*arguments(taught, out), *SHARDED[name], "--steps", "6", "--batch-size", "5", "--micro-tokens", "120", "--save-every", "2",     # noqa: E731
                         "--dtype", "float32"]

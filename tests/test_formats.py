@@ -154,6 +154,8 @@ def test_precedence_of_the_rope_spellings(changes, theta, scaling):
     ({"type": "dynamic", "factor": 2.0, "alpha": 3}, "RoPE scaling 'dynamic' has the unknown value 'alpha'"),
     (LLAMA3 | {"low_freq_factor": 4.0}, "low_freq_factor must be below"),
     ({"rope_type": "llama3", "factor": 8.0}, "lacks 'low_freq_factor'"),
+    ({"type": ["x"]}, "RoPE scaling ['x'] is not implemented"),
+    ({"type": "yarn", "factor": 8.0, "rope_theta": 1}, "rope_theta is 1.0; RoPE scaling 'yarn' needs one above 1"),
     ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 1e9}, "original_max_position_embeddings is 1000000000.0"),
 ])
 def test_scalings_that_are_refused(scaling, words):
@@ -338,6 +340,9 @@ def test_sentences_about_metas_files(tmp_path):
                            ({"n_layers": 1}, "tensor 'layers.1.* has no place in"), ({"n_layers": 3}, "tensor 'layers.2.* is missing from")):
         (tmp_path / "params.json").write_text(json.dumps(params | changes))
         refused(words)
+    (tmp_path / "params.json").write_text(json.dumps(params | {"vocab_size": -1}))
+    torch.save(good | {"output.weight": torch.tensor(1.0)}, tmp_path / "consolidated.00.pth")
+    refused("no output.weight says how large the vocabulary is")
     (tmp_path / "params.json").write_text(json.dumps(params))
     good["layers.0.attention.wq.weight"][0, 0] = torch.nan
     torch.save(good, tmp_path / "consolidated.00.pth")

@@ -257,6 +257,7 @@ def refused(path, words):
     ({"target_modules": None}, "target_modules is None"),
     ({"target_modules": "(((" }, r"target_modules is '\(\(\('"),
     ({"target_modules": [1]}, r"target_modules is \[1\]"),
+    ({"target_modules": "a{999999999999}"}, r"target_modules is 'a\{9"),
     ({"r": 8}, r"lora_[AB].weight of adapter .* is \(.*4.*\), expected \(.*8.*\)"),
     ({"target_modules": ["q_proj", "v_proj", "down_proj"]}, "lacks base_model.model.model.layers.0.self_attn.v_proj"),
     ({"target_modules": ["q_proj"]}, "down_proj.lora_A.weight' of adapter .* is not one that its adapter_config.json"),
@@ -280,6 +281,7 @@ def test_refused_weights(adapter, tmp_path):
         (good | {key.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}, "magnitude_vector' of adap"),
         (good | {key: good[key].index_fill(0, torch.tensor([1]), torch.nan)}, "has non-finite values"),
         (good | {key: good[key].long()}, "does not hold tensors by name"),
+        (good | {key: good[key].to(torch.float8_e4m3fn)}, "does not hold tensors by name"),
         ({}, "lacks"),
     ]:
         save_file(tensors, file)

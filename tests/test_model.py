@@ -499,7 +499,7 @@ def test_shards_stay_in_their_folder(folder, tmp_path):
                  None, "x" * 10**6 + ".safetensors", "config.json"):
         index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
         refused(folder, "points outside its folder|is not JSON")
-    for text in ("{}", '{"weight_map": []}', '{"weight_map": 1}'):
+    for text in ("{}", '{"weight_map": []}', '{"weight_map": 1}', '{"weight_map": {"a": ["x"]}}', '{"weight_map": {"a": {}}}'):
         index.write_text(text)
         refused(folder, "points outside its folder")
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "gone.safetensors"}}))
@@ -537,6 +537,8 @@ def test_bin_files_run_nothing(folder, tiny, tmp_path):
     refused(folder, "not a plain tensor")
     torch.save(torch.ones(3), file)
     refused(folder, "not a plain tensor")
+    torch.save(state | {"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)}, file)
+    refused(folder, "'model.norm.weight' in .* is torch.float8_e4m3fn, expected float32, float16 or bfloat16")
     torch.save(state, file, _use_new_zipfile_serialization=False)
     refused(folder, "damaged or incomplete")
     torch.save(state, file)

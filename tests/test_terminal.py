@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import data
 import eval as evaluation
@@ -26,8 +26,9 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread(monkeypatch):
     torch.set_num_threads(1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)      # what --device auto takes is compared with the CPU's
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,53 @@ def test_a_merged_folder_is_read_by_transformers_with_its_tokenizer(dtype, adapt
     twin.save_pretrained(tmp_path / "back")                 # and the way back, bitwise
     again = load_file(tmp_path / "back/model.safetensors")
     assert all(torch.equal(again[name], tensor.float()) for name, tensor in stored.items())
+
+
+@pytest.mark.parametrize("adapter_type", [torch.float32, torch.float16, torch.bfloat16])
+def test_merging_keeps_each_tensors_type_and_rounds_once(adapter_type, adapter, tmp_path, capsys):
+    """A base of mixed types, an adapter of yet another: W + s B A in float32, then the type that the base's tensor has."""
+    base, source, folder = load_model(DEMO), tmp_path / "base", tmp_path / "adapter"
+    kinds = {"norm": torch.float32, "embed": torch.float32, "q_proj": torch.float16, "down_proj": torch.float32}
+    save_model(base, source)
+    before = {name: weight.to(next((kind for part, kind in kinds.items() if part in name), torch.bfloat16)) for name, weight in load_file(source / "model.safetensors").items()}
+    save_file(before, source / "model.safetensors", {"format": "pt"})
+    shutil.copy(DEMO / "tokenizer.model", source)
+    shutil.copytree(adapter, folder)
+    update = {name: tensor.to(adapter_type) for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
+    save_file(update, folder / "adapter_model.safetensors")
+    evaluation.main(["--model", str(source), "--adapter", str(folder), "--merge", str(tmp_path / "out"), "--template", "plain"])
+    assert "logits differ from the unmerged ones by at most" in capsys.readouterr().out
+    found = load_file(tmp_path / "out/model.safetensors")
+    raw = json.loads((folder / "adapter_config.json").read_text())
+    assert {name: tensor.dtype for name, tensor in before.items()} == {name: tensor.dtype for name, tensor in found.items()}
+    for name, tensor in before.items():
+        key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        if key + "A.weight" in update:
+            a, b = (update[f"{key}{side}.weight"].float() for side in "AB")
+            assert torch.equal(found[name], torch.addmm(tensor.float(), b, a, alpha=raw["lora_alpha"] / raw["r"]).to(tensor.dtype)), name
+        else:
+            assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("gpus, device, dtype, wanted", [
+    (0, "auto", "auto", ("cpu", torch.float32)), (0, "auto", "bfloat16", ("cpu", torch.bfloat16)), (2, "auto", "auto", ("cuda", torch.bfloat16)),
+    (2, "cuda:1", "auto", ("cuda:1", torch.bfloat16)), (2, "cpu", "auto", ("cpu", torch.float32)), (2, "cuda:2", "auto", None), (0, "cuda", "auto", None), (0, "foo", "auto", None)])
+def test_device_and_type_mean_the_same_in_both_programs(gpus, device, dtype, wanted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for config in (evaluation.EvalConfig, train.TrainConfig):
+        given = {item.name: item for item in dataclasses.fields(config) if item.name in ("device", "dtype")}
+        assert [given[name].default for name in given] == ["auto", "auto"]
+        if wanted:
+            assert evaluation.pick_device(config(device=device, dtype=dtype)) == wanted
+    texts = [{item.name: item.metadata["help"] for item in dataclasses.fields(config)} for config in (evaluation.EvalConfig, train.TrainConfig)]
+    assert [texts[0][name] == texts[1][name] for name in ("device", "dtype")] == [True, True]
+    if not wanted:
+        with pytest.raises(SystemExit) as stop:
+            evaluation.main(["--device", device, "--chat"])
+        assert stop.value.code == 2 == train.main(["--stage", "sft", "--device", device, "--out", str(tmp_path)])
+        error = capsys.readouterr().err
+        assert error.count(f"error: --device {device} is not on this machine, which has {gpus} GPUs") == error.count("\n") == 2
 
 
 def test_every_tokenizer_file_is_carried_over_and_meta_is_written(tmp_path, capsys):
@@ -168,7 +216,7 @@ def test_chat_on_a_quantised_model(adapter, monkeypatch, capsys):
 # Outputs for alpaca_eval ---------------------------------------------------------------------------------------------
 
 
-def test_outputs_in_alpaca_evals_form(adapter, tmp_path, capsys):
+def test_outputs_in_alpaca_evals_form(adapter, tmp_path, monkeypatch, capsys):
     rows = [{"instruction": "name the colour .", "input": "anna has a red hat .", "dataset": "own"}, {"instruction": "say blue ."}]
     (tmp_path / "i.json").write_text(json.dumps(rows))
     evaluation.main(["--instructions", str(tmp_path / "i.json"), "--adapter", str(adapter), "--max-new-tokens", "6", "--out", str(tmp_path / "out")])
@@ -179,6 +227,15 @@ def test_outputs_in_alpaca_evals_form(adapter, tmp_path, capsys):
         assert [list(row) for row in found] == [["instruction", "output", "generator", "dataset"], ["instruction", "output", "generator"]]
         assert found[0]["instruction"] == "name the colour .\nanna has a red hat ." and found[1]["instruction"] == "say blue ."
         assert all(isinstance(row["output"], str) and row["generator"] == file.name.removesuffix("-outputs.json") for row in found)
+    (tmp_path / "i.json").write_text('[{"instruction": "x", "input": ["y"]}]')
+    with pytest.raises(SystemExit):
+        evaluation.main(["--instructions", str(tmp_path / "i.json"), "--out", str(tmp_path)])
+    assert 'record 0: input is ["y"]. Expected a text' in capsys.readouterr().err
+    (tmp_path / "i.json").write_text('[{"instruction": "say {input} .", "input": "red"}]')
+    asked = []
+    monkeypatch.setattr(evaluation, "complete", lambda model, tokenizer, prompts, **how: asked.extend(prompts) or [evaluation.Completion("", [], True)])
+    evaluation.main(["--instructions", str(tmp_path / "i.json"), "--out", str(tmp_path / "out")])
+    assert "say {input} ." in asked[0] and "red" in asked[0]
     (tmp_path / "i.json").write_text('[{"prompt": "x"}]')
     with pytest.raises(SystemExit):
         evaluation.main(["--instructions", str(tmp_path / "i.json"), "--out", str(tmp_path)])
@@ -210,6 +267,7 @@ def test_sft_on_alpaca_and_sharegpt_rows(tmp_path, capsys):
     (["--stage", "cat", "--examples", "x"], '--examples means nothing to stage "cat", only to sft'),
     (["--stage", "sft", "--examples", "gone"], "--examples gone does not exist"),
     (["--stage", "sft", "--quantize", "int4"], "invalid choice: 'int4'"),
+    (["--stage", "pretrain", "--preset", "foo"], "invalid choice: 'foo' (choose from " + ", ".join(map(repr, train.PRESETS)) + ")"),
 ])
 def test_mistakes_in_training_flags(line, said, capsys):
     with pytest.raises(SystemExit) as stop:

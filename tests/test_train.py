@@ -403,6 +403,29 @@ def test_the_next_command_repeats_what_differs_from_the_defaults(world, tmp_path
     assert dataclasses.replace(again, out=cfg.out, init=cfg.init, candidates=cfg.candidates) == cfg
 
 
+@pytest.mark.parametrize("stage", ["cat", "sft"])
+def test_the_next_command_repeats_the_template_that_was_given(stage, world, tmp_path):
+    own = dataclasses.replace(train.parse_config(cat(world, tmp_path / "run")), stage=stage)
+    given = dataclasses.replace(own, template="vicuna")
+    wanted = train.read_config(own.model).prompt_template or "alpaca"
+    assert " --template vicuna" in train.next_command(given)
+    assert "--template" not in train.next_command(dataclasses.replace(own, template=wanted))       # as `make_run` fills it in
+
+
+def test_a_wording_that_places_the_input_is_placed_in_judged_records_and_braces_in_them_are_text(world, tmp_path, monkeypatch):
+    run = train.make_run(train.parse_config(["--stage", "cut", *arguments(world, tmp_path / "run", "--judge", "rule")]))
+    run.folder.mkdir()
+    record = {"task": "t", "id": "0", "sample": 0, "wording": "{input} : which ?", "instruction": "{input} : which ?", "input": "the {x} hat", "target": "red"}
+    monkeypatch.setattr(train, "unanswered", lambda run: [record])
+    monkeypatch.setattr(train, "answered", lambda run, records: [{**r, "response": "blue", "finished": True} for r in records])
+    train.collect_judged(run)
+    (found,) = data.load_judged(run.folder / "judged.jsonl")
+    assert (found["instruction"], found["input"]) == ("the {x} hat : which ?", "")
+    found["instruction"] = "tom {input} ann"
+    assert train.judged_document(run, found) == data.encode_example(run.tokenizer, run.template, run.template.render("tom {input} ann", literal=True),
+                                                                    "blue", max_len=run.cfg.max_len)
+
+
 def test_a_judgment_longer_than_the_window_is_named(world, judged, tmp_path, capsys):
     rows = [json.loads(line) for line in judged.read_text().splitlines()]
     rows[4]["judgment"] = "wrong " * 200
