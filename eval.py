@@ -1459,7 +1459,7 @@ def first_to_complain() -> bool:
     from torch.distributed import TCPStore
     try:
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
-        return store.add("complaints", 1) == 1
+        return store.add(f"complaints of start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
     except (KeyError, ValueError, RuntimeError):            # no store, or rank 0 kept it and is gone: it has spoken
         return os.environ.get("RANK", "0") == "0"
 

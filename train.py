@@ -1519,12 +1519,12 @@ def backward(model, stage: Stage, batches: list[dict], cfg: TrainConfig) -> dict
             totals[term] = totals.get(term, 0) + n
     totals = all_sum(totals)
     device = next(model.parameters()).device.type
-    for batch, counts in in_step(batches) if cfg.shard else zip(batches, itertools.repeat(1)):
+    for batch, weight in in_step(batches) if cfg.shard else zip(batches, itertools.repeat(1)):
         with precision(cfg, device):
             terms = stage.step(model, batch, cfg)
-        (counts * sum(loss / max(1, totals[term]) for term, loss in terms.items())).backward()
+        (weight * sum(loss / max(1, totals[term]) for term, loss in terms.items())).backward()
         for term, loss in terms.items():
-            sums[term] = sums.get(term, 0.0) + counts * loss.detach()
+            sums[term] = sums.get(term, 0.0) + weight * loss.detach()
     if ranks()[1] > 1:
         sum_gradients([p for p in model.parameters() if p.requires_grad and not is_shard(p)])
     return {term: value / max(1, totals[term]) for term, value in all_sum({k: float(v) for k, v in sums.items()}).items()}
@@ -2120,19 +2120,19 @@ def trainable(cfg: TrainConfig, folder: Path | None, *, shard: bool = False) -> 
     return model
 
 
-def gathered(run: Run) -> torch.nn.Module | None:
-    """The model whole on rank 0's CPU, in the type it is saved in, where its shards were trained."""
+def gathered(run: Run) -> Run:
+    """The run with its model whole on rank 0's CPU, in the type it is saved in, where its shards were trained."""
     if not run.cfg.shard or not run.cfg.full:
-        return None
+        return run
     state = on_cpu(dict(run.model.named_parameters()), pick_device(run.cfg)[1])
     with torch.device("meta"):
         model = Llama(run.model.config)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    return model
+    return dataclasses.replace(run, model=model)
 
 
-def save_trained(run: Run, model: torch.nn.Module | None = None) -> None:
+def save_trained(run: Run) -> None:
     """The adapter into the run folder, or with --full the model into its folder `model`; beside it the value head.
 
     What tells that the stage is finished is written last; then its checkpoints go.
@@ -2142,7 +2142,7 @@ def save_trained(run: Run, model: torch.nn.Module | None = None) -> None:
         del run.model.value_head
     if run.cfg.full:
         data.copy_tokenizer(run.tokenizer, run.cfg.model, run.folder / "model")
-        save_model(model or run.model, run.folder / "model", dtype=pick_device(run.cfg)[1])
+        save_model(run.model, run.folder / "model", dtype=pick_device(run.cfg)[1])
     else:
         lora.save_adapter(run.model, run.folder, run.cfg.model)
     shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
@@ -2178,7 +2178,7 @@ def run_stage(run: Run, name: str) -> Path:
             if stopped:
                 stage.begin(part)                           # from the weights that the stage began with
             train(part, stage, [] if stopped and stage.refresh else stage.groups(part), place / "log.jsonl", stopped)
-            on_first_rank(save_trained, part, gathered(part))
+            on_first_rank(save_trained, gathered(part))
             stop_behind(cfg.stage)
         shutil.rmtree(place / CHECKPOINTS, ignore_errors=True)
         before = place

@@ -379,9 +379,9 @@ def saved_in_place(run, stage, tensors, groups, done):
         shutil.rmtree(old)
 
 
-@pytest.mark.parametrize("how, trials", [("ours", 20), ("in place", 20), pytest.param("ours", 300, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("how, trials", [("ours", 20), ("in place", 200), pytest.param("ours", 300, marks=pytest.mark.faults)])
 def test_kills_while_saving_leave_the_last_checkpoint_whole(how, trials, world, tmp_path, monkeypatch, record_property):     # noqa: F811
-    """A child saves without end; the newest checkpoint it leaves is of one step, and of the last that it reported or a later one."""
+    """A child saves without end; the newest checkpoint it leaves is of one step, and of the last that it reported or a later one. The control stops when it has failed."""
     cfg = train.parse_config(command(world, tmp_path, "sft"))
     run = train.make_run(cfg)
     run.model = train.trainable(cfg, None)
@@ -390,6 +390,8 @@ def test_kills_while_saving_leave_the_last_checkpoint_whole(how, trials, world, 
         monkeypatch.setattr(train, "write_checkpoint", saved_in_place)
         monkeypatch.setattr(train, "damage", lambda place: "")
     for trial in range(trials):
+        if how != "ours" and bad > 2:
+            break
         shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
 
         def work(say):
@@ -414,14 +416,16 @@ def test_kills_while_saving_leave_the_last_checkpoint_whole(how, trials, world, 
         except (OSError, ValueError, safetensors.SafetensorError):
             bad += 1
     record_property("trials", trials)
-    assert bad == 0 if how == "ours" else bad > trials / 4, f"{bad} of {trials}"
+    assert bad == 0 if how == "ours" else bad > 2, f"{bad} of {trials}"
 
 
-@pytest.mark.parametrize("how, trials", [("ours", 10), ("unmended", 10), pytest.param("ours", 150, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("how, trials", [("ours", 10), ("unmended", 200), pytest.param("ours", 150, marks=pytest.mark.faults)])
 def test_kills_while_recording_lose_no_record_that_was_reported(how, trials, tmp_path, monkeypatch, record_property):
     """Two lives each; records of 300 bytes, 20 KB and 4 MB. The control does not cut the torn end before it goes on, and loses what is glued to it."""
     rng, bad = random.Random(trials), 0
     for trial in range(trials):
+        if how != "ours" and bad:
+            break
         path, reported = tmp_path / f"{trial}.jsonl", []
         size = (300, 20_000, 4_000_000)[trial % 3] if how == "ours" else 4_000_000
         for life in range(2):
