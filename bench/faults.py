@@ -1,6 +1,6 @@
 """What was tried to break it, how often, and what came of it: the table of the README's reliability section.
 
-    python bench/faults.py                     # about 12 minutes on two cores; exit status 1 if anything failed
+    python bench/faults.py                     # 7 minutes on two cores; exit status 1 if anything failed
     python bench/faults.py --quick             # the trials that run with the test suite
 
 Each row is a fault or an attack, made by the named tests, so and so many times; "below" is the 95 % bound that no failure in
