@@ -1210,6 +1210,8 @@ def append_blob(path, blob: bytes) -> None:
         while blob:
             blob = blob[os.write(handle, blob):]            # a nearly full disk writes a part and says so
         os.fsync(handle)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(handle)
 

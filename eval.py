@@ -724,19 +724,25 @@ def reward_report(rows: list[dict]) -> dict:
             "length_within": correlation(*within), "comparisons": sum(a["judge"] != b["judge"] for a, b in pairs)}
 
 
-def evaluate_errors(model, tokenizer, questions: list[dict], config: EvalConfig, *, judge, seed: int = 0) -> tuple[dict, list[dict]]:
+def evaluate_errors(model, tokenizer, questions: list[dict], config: EvalConfig, *, judge, seed: int = 0,
+                    share=lambda items, work: work(items)) -> tuple[dict, list[dict]]:
     """Metrics and table as `evaluate_responses` has them for greedy answers, plus the shares of answers that are wrong.
 
     "error_rate" counts greedy answers that are no exact match, "sampled_error_rate" answers sampled at temperature 1.
+    `share(items, work)` returns work(items), and may have processes do parts of it.
     """
     from data import find_template
 
     template = find_template(config.template or model.config.prompt_template or "alpaca")
-    results, tables = evaluate_responses(evaluate_model(model, tokenizer, questions, config), judge=judge)
+    results, tables = evaluate_responses(share(questions, lambda part: evaluate_model(model, tokenizer, part, config)), judge=judge)
     prompts = [template.render(config.prefix + text, question["input"]) for question in questions for text in question["wordings"]]
-    made = iter(complete(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens, temperature=1.0,
-                         seed=[seed + k for k in range(len(prompts))], batch_size=config.batch_size, max_len=config.max_len or None))
-    drawn = [{**question, "responses": [next(made).text for _ in question["wordings"]]} for question in questions]
+
+    def draw(part):
+        texts, seeds = map(list, zip(*part))
+        return [answer.text for answer in complete(model, tokenizer, texts, max_new_tokens=config.max_new_tokens, temperature=1.0, seed=seeds,
+                                                   batch_size=config.batch_size, max_len=config.max_len or None)]
+    made = iter(share([(prompt, seed + k) for k, prompt in enumerate(prompts)], draw))
+    drawn = [{**question, "responses": [next(made) for _ in question["wordings"]]} for question in questions]
     sampled, _ = evaluate_responses(drawn, judge=judge)
     for name, source in (("error_rate", results), ("sampled_error_rate", sampled)):
         mean, ci95 = source["exact_match"]["mean"], source["exact_match"]["ci95"]
@@ -1424,9 +1430,24 @@ def plot_sweep(points: list[tuple[float, dict]], xlabel: str, path, *, names=("c
 
 def complain(message: str) -> int:
     """Print the user's mistake in one line, once for all processes; returns the exit status for it."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {printable(message)}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    if first_to_complain():
+        print(f"error: {f'rank {rank}: ' if rank != '0' else ''}{printable(message)}", file=sys.stderr, flush=True)
     return 2
+
+
+def first_to_complain() -> bool:
+    """Whether no other process of this torchrun job has complained; they count in the store by which they found each other."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+    try:
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
+        return store.add(f"complaints of start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):            # no store, or rank 0 kept it and is gone: it has spoken
+        return os.environ.get("RANK", "0") == "0"
 
 
 def fail(message: str) -> None:

@@ -14,6 +14,7 @@ Shapes: in/out features of the Linear, R rank.
     save_adapter(model, "runs/x"); load_adapter(fresh_model, "runs/x"); merged = merge_lora(model)
 """
 import copy
+import errno
 import itertools
 import json
 import math
@@ -28,6 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -207,6 +209,10 @@ def write_file(target: Path, write: Callable[[Path], object]) -> None:
         with open(part, "rb") as stream:
             os.fsync(stream.fileno())
         os.replace(part, target)
+    except (OSError, SafetensorError) as error:                      # no room, most often: say where
+        code = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number or errno.EIO), str(target)) from None
     finally:
         part.unlink(missing_ok=True)
 

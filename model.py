@@ -18,6 +18,7 @@ Dh head dim, F ffn dim, V vocab, L layers, M rows of logits asked for.
     model = load_model("runs/base", dtype=torch.bfloat16, device="cuda")
     answers = generate(model, [[1, 15043], [1, 1724, 338]], max_new_tokens=64)
 """
+import errno
 import functools
 import hashlib
 import json
@@ -1052,7 +1053,7 @@ def sample(logits: Tensor, draws: Tensor, temperature: float, top_k: int, top_p:
 
 
 def load_model(path: str | os.PathLike, *, dtype: torch.dtype | None = torch.float32,
-               device: torch.device | str = "cpu", quantize: str = "") -> Llama:
+               device: torch.device | str = "cpu", quantize: str = "", shard: Callable[[nn.Module], object] | None = None) -> Llama:
     """Read a folder in Hugging Face format (config.json and *.safetensors, or the older pytorch_model*.bin), or in Meta's
     (params.json and consolidated.*).
 
@@ -1063,9 +1064,12 @@ def load_model(path: str | os.PathLike, *, dtype: torch.dtype | None = torch.flo
     Args:
         dtype: of the weights; None leaves each as it is stored.
         quantize: "int8" or "nf4" for the linears of the blocks (QuantLinear), "" for none.
+        shard: makes each weight of a model without storage a DTensor; its own rows are all that this process reads and holds.
     Raises:
         ValueError: one sentence that says what is wrong with which file.
     """
+    if shard:
+        return load_shards(Path(path), dtype, device, shard)
     if quantize and quantize not in QUANTIZERS:
         raise ValueError(f"quantize is {quantize!r:.60}; expected {' or '.join(QUANTIZERS)}.")
     folder = Path(path)
@@ -1087,6 +1091,27 @@ def load_model(path: str | os.PathLike, *, dtype: torch.dtype | None = torch.flo
             fill(state[name].__setitem__, read, shape, dtype or stored, name, file, config.head_dim)
     model.load_state_dict(state, strict=False, assign=True)          # complete by now, but for a tied head
     model.tie_weights()
+    return model
+
+
+def load_shards(folder: Path, dtype: torch.dtype, device: torch.device | str, shard: Callable[[nn.Module], object]) -> Llama:
+    """`load_model` where each process holds some rows of every weight, and reads no others."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    config = read_config(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is in Meta's format, of which no rows can be read alone. Convert it with eval.py --export.")
+    with torch.device("meta"):
+        model = Llama(config).to(dtype)
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    found = find_tensors(folder, config, shapes)
+    shard(model)
+    model.to_empty(device=device).tie_weights()
+    for name, weight in model.named_parameters():
+        file, open_tensor = found[name]
+        (rows, *rest), (begin, *_) = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+        (_, read), local = open_tensor(), weight.detach().to_local()
+        fill(local.__setitem__, lambda part: read(slice(begin + part.start, begin + part.stop)), (rows, *rest), dtype, name, file, 1)
     return model
 
 
@@ -1481,5 +1506,9 @@ def write_file(target: Path, write: Callable[[Path], object]) -> None:
         with open(part, "rb") as stream:
             os.fsync(stream.fileno())
         os.replace(part, target)
+    except (OSError, SafetensorError) as error:                      # no room, most often: say where
+        code = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number or errno.EIO), str(target)) from None
     finally:
         part.unlink(missing_ok=True)

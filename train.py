@@ -19,6 +19,7 @@ import dataclasses
 import datetime
 import difflib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -28,8 +29,10 @@ import random
 import resource
 import shlex
 import shutil
+import signal
 import socket
 import sys
+import threading
 import time
 from array import array
 from collections import Counter
@@ -87,6 +90,8 @@ class TrainConfig(JudgeFlags):
     weight_decay: float = flag(0.0, "AdamW weight decay")
     clip: float = flag(1.0, "largest gradient norm")
     full: bool = flag(False, "train all weights instead of an adapter")
+    shard: bool = flag(False, "under torchrun: each process holds a part of the weights, and sees a block whole while it computes it (FSDP2); "
+                              "sampling and evaluation still hold the model whole", tuple(x for x in TUNING if x not in ("reward", "ppo")))
     rank: int = flag(16, "adapter rank", TUNING)
     alpha: float = flag(32.0, "adapter scale: alpha / rank", TUNING)
     dropout: float = flag(0.0, "adapter dropout", TUNING)
@@ -289,6 +294,8 @@ def check_config(cfg: TrainConfig) -> str:
         return "--judge http gives letters, not scores. Add --labels letters."
     if cfg.quantize != "none" and cfg.full:
         return f"--quantize {cfg.quantize} keeps the base frozen under adapters. Leave out --full, or --quantize."
+    if cfg.quantize != "none" and cfg.shard:
+        return f"--quantize {cfg.quantize} has no shards. Leave out --shard, or --quantize."
     if cfg.eval_wordings < 2:
         return f"--eval-wordings is {cfg.eval_wordings}. Consistency needs at least 2."
     if cfg.examples and cfg.judge_share:
@@ -334,7 +341,7 @@ import data                                                 # noqa: E402
 import judge as judging                                     # noqa: E402
 import lora                                                 # noqa: E402
 import losses                                               # noqa: E402
-from eval import (MASK_LAMS, VALUE_HEAD, EvalConfig, LocalChat, add_head, complete, confusion_report, cut_masks, document_rewards, evaluate_errors,    # noqa: E402
+from eval import (MASK_LAMS, VALUE_HEAD, Completion, EvalConfig, LocalChat, add_head, complete, confusion_report, cut_masks, document_rewards, evaluate_errors,    # noqa: E402
                   evaluate_model, evaluate_responses, keyword_logprobs, make_client, mask_report, mask_scores, pick_device, plot_mask, plot_rollouts,
                   reward_report, reward_scores, summary_table, wilson, write_report)
 from model import PRESETS, Llama, QuantLinear, attention, load_model, read_config, save_model    # noqa: E402
@@ -709,7 +716,7 @@ def collect_preferences(run: Run) -> None:
     """rlaif: pairs of different answers to one question, and how probable the judge finds it that the first is better."""
     cfg, path = run.cfg, run.folder / "preferences.jsonl"
     collect_candidates(run, judged=cfg.labels == "scores")
-    done = {(record["task"], record["id"], record["number"]) for record in data.read_records(path, own=True)}
+    done = collected(path, lambda record: (record["task"], record["id"], record["number"]))
     todo = []
     for group in grouped_candidates(run):
         distinct = list({c["response"]: c for c in group if c["response"].strip()}.values())
@@ -719,11 +726,11 @@ def collect_preferences(run: Run) -> None:
                 todo.append({"task": first["task"], "id": first["id"], "number": number, "instruction": first["instruction"], "input": first["input"],
                              "first": {k: first.get(k) for k in CHOSEN}, "second": {k: second.get(k) for k in CHOSEN}})
     label, unread = make_labeller(dataclasses.replace(run, model=plain(run.model))), 0
-    for start in tqdm(range(0, len(todo), 4 * cfg.eval_batch), desc="label", unit="chunk", disable=None):
+    for start in tqdm(range(0, len(todo), 4 * cfg.eval_batch), desc="label", unit="chunk", disable=None if ranks()[0] == 0 else True):
         part = todo[start:start + 4 * cfg.eval_batch]
         labelled = [{**pair, "probability": q} for pair, q in zip(part, label(part), strict=True)]
         unread += sum(pair["probability"] is None for pair in labelled)
-        data.append_records(path, [pair for pair in labelled if pair["probability"] is not None])
+        keep(path, [pair for pair in labelled if pair["probability"] is not None])
     if unread:
         say(f"rlaif: {unread} of {len(todo)} pairs got no label and are left out.")
 
@@ -746,7 +753,7 @@ def make_labeller(run: Run) -> Callable[[list[dict]], list[float | None]]:
             scores = [(score(pair["first"]), score(pair["second"])) for pair in pairs]
             return [None if a is None or b is None else 1 / (1 + math.exp(min(700.0, b - a))) for a, b in scores]
         return label
-    ask = make_client(cfg, run.folder).ask if cfg.judge == "http" else LocalChat(run.model, run.tokenizer, run.template, batch_size=cfg.eval_batch).ask
+    ask = backend(run)
 
     def letters(pairs):
         texts = [{"input": f"{pair['instruction']}\n\n{pair['input']}".strip(), "output_1": pair["first"]["response"],
@@ -764,11 +771,12 @@ def collect_revisions(run: Run) -> None:
         if not principles:
             raise ValueError(f"{cfg.principles} holds no principle. Expected one sentence per line.")
     run = dataclasses.replace(run, model=plain(run.model))
-    client = make_client(cfg, run.folder) if cfg.judge == "http" else LocalChat(run.model, run.tokenizer, run.template, batch_size=cfg.eval_batch)
-    done = {candidate_key(record) for record in data.read_records(path, own=True)}
+    ask = backend(run)
+    done = collected(path, candidate_key)
     todo, chunk = [record for record in unanswered(run) if candidate_key(record) not in done], 4 * cfg.eval_batch
-    for start in tqdm(range(0, len(todo), chunk), desc="revise", unit="chunk", disable=None):
-        data.append_records(path, judging.constitutional(client.ask, answered(run, todo[start:start + chunk]), principles, rounds=cfg.revisions, seed=cfg.seed))
+    for start in tqdm(range(0, len(todo), chunk), desc="revise", unit="chunk", disable=None if ranks()[0] == 0 else True):
+        keep(path, judging.constitutional(ask, answered(run, todo[start:start + chunk]), principles, rounds=cfg.revisions, seed=cfg.seed))
+    judging.RUN.tell(say)
 
 
 def constitutional_groups(run: Run) -> list[dict]:
@@ -933,15 +941,15 @@ def collect_candidates(run: Run, *, judged: bool = True) -> None:
     cfg, path = run.cfg, run.folder / "candidates.jsonl"
     if cfg.candidates or cfg.preferences:
         return
-    done = {candidate_key(record) for record in data.read_records(path, own=True)}
+    done = collected(path, candidate_key)
     todo = [record for record in unanswered(run) if candidate_key(record) not in done]
     run = dataclasses.replace(run, model=plain(run.model))
     judge, chunk = make_judge(run) if judged else None, 4 * cfg.eval_batch
-    for start in tqdm(range(0, len(todo), chunk), desc="collect", unit="chunk", disable=None):
-        data.append_records(path, score_candidates(run, judge, todo[start:start + chunk]))
+    for start in tqdm(range(0, len(todo), chunk), desc="collect", unit="chunk", disable=None if ranks()[0] == 0 else True):
+        keep(path, score_candidates(run, judge, todo[start:start + chunk]))
     if not judged:
         return
-    if isinstance(judge, (judging.LocalJudge, judging.HttpJudge)) and not (run.folder / "canaries.json").exists():     # the others give no verdicts
+    if isinstance(judge, (judging.LocalJudge, judging.HttpJudge)) and not from_first_rank((run.folder / "canaries.json").exists):     # the others give no verdicts
         measure_canaries(run, judge, unanswered(run))
     judging.RUN.tell(say)
 
@@ -952,7 +960,8 @@ def measure_canaries(run: Run, judge, items: list[dict]) -> None:
     unread, passed = sum(verdict.how == "unparsed" for verdict in verdicts), sum(verdict.correct is True and verdict.how != "unparsed" for verdict in verdicts)
     read = len(verdicts) - unread
     interval = wilson(passed, read)
-    (run.folder / "canaries.json").write_text(json.dumps({"asked": len(verdicts), "unread": unread, "passed": passed, "ci95": interval}) + "\n")
+    text = json.dumps({"asked": len(verdicts), "unread": unread, "passed": passed, "ci95": interval}) + "\n"
+    on_first_rank(lora.write_file, run.folder / "canaries.json", lambda file: file.write_text(text))
     if 2 * unread > len(verdicts):
         say(f"warning: the judge gave no readable verdict on {unread} of {len(verdicts)} answers without content; whether they please it is unknown.")
     if passed > 0.05 * read:
@@ -993,8 +1002,13 @@ def sampled(run: Run, records: list[dict], prompts: list[str]) -> list:
     """One completion per record; each draws from its own seed, so chunks change nothing."""
     cfg = run.cfg
     seeds = [random.Random(f"{cfg.seed}/{candidate_key(record)}").getrandbits(31) for record in records]
-    return complete(run.model, run.tokenizer, prompts, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                    top_p=cfg.top_p, seed=seeds, batch_size=cfg.eval_batch, max_len=cfg.max_len)
+
+    def work(part):
+        texts, numbers = zip(*part)
+        made = complete(run.model, run.tokenizer, list(texts), max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+                        top_p=cfg.top_p, seed=list(numbers), batch_size=cfg.eval_batch, max_len=cfg.max_len)
+        return [(answer.text, answer.token_ids, answer.finished) for answer in made]
+    return [Completion(*row) for row in shared(list(zip(prompts, seeds)), work)]
 
 
 def answered(run: Run, records: list[dict]) -> list[dict]:
@@ -1014,6 +1028,18 @@ def score_candidates(run: Run, judge, records: list[dict]) -> list[dict]:
              "p_expected": verdict.p_expected, "p_correct": verdict.p_correct} for record, verdict in zip(records, verdicts)]
 
 
+def backend(run: Run) -> judging.Backend:
+    """Who answers questions, with the same replies on every rank: a server, which rank 0 alone asks, or the model, which each rank asks its share."""
+    if "http" in (run.cfg.judge, run.cfg.critic):
+        client = []
+        on_first_rank(lambda: client.append(make_client(run.cfg, run.folder)))
+        work = lambda questions, how: from_first_rank(lambda: [dataclasses.astuple(reply) for reply in client[0].ask(questions, **how)])     # noqa: E731
+    else:
+        chat = LocalChat(run.model, run.tokenizer, run.template, batch_size=run.cfg.eval_batch)
+        work = lambda questions, how: shared(questions, lambda part: [dataclasses.astuple(reply) for reply in chat.ask(part, **how)])     # noqa: E731
+    return lambda questions, **how: [judging.Reply(*row) for row in work(questions, how)]
+
+
 def make_judge(run: Run):
     """The judge that --judge names: the model as it stands (base and adapter), exact rules, or a server."""
     cfg = run.cfg
@@ -1024,15 +1050,15 @@ def make_judge(run: Run):
         return judging.ScoreJudge(judging.length_scores)
     if fitted:
         model = load_trained(cfg, Path(fitted))
-        return judging.ScoreJudge(lambda items: reward_scores(model, run.tokenizer, run.template, items, max_len=cfg.max_len, max_tokens=cfg.micro_tokens))
+        return judging.ScoreJudge(lambda items: shared(items, lambda part: reward_scores(
+            model, run.tokenizer, run.template, part, max_len=cfg.max_len, max_tokens=cfg.micro_tokens)))
     config = judging.JudgeConfig(mode=cfg.reward_mode, steps=cfg.reward_steps, show_target=cfg.show_target)
     if cfg.judge == "http":
-        client = make_client(cfg, run.folder)
-        return judging.HttpJudge(client.ask, config, max_unparsed=cfg.max_unparsed, name=f"http {client.name}")
+        return judging.HttpJudge(backend(run), config, max_unparsed=cfg.max_unparsed, name=f"http {cfg.judge_model}")
 
     def ask(prefixes, suffixes, keywords):
-        return keyword_logprobs(run.model, run.tokenizer, prefixes, suffixes, keywords, batch_size=cfg.eval_batch,
-                                max_len=cfg.max_len)
+        return shared(list(zip(prefixes, suffixes, keywords, strict=True)), lambda part: keyword_logprobs(
+            run.model, run.tokenizer, *map(list, zip(*part)), batch_size=cfg.eval_batch, max_len=cfg.max_len))
     return judging.LocalJudge(ask, config)
 
 
@@ -1209,18 +1235,18 @@ def collect_judged(run: Run) -> None:
     cfg, path = run.cfg, run.folder / "judged.jsonl"
     if cfg.records:
         return
-    done = {candidate_key(record) for record in data.read_records(path, own=True)}
+    done = collected(path, candidate_key)
     todo = [record for record in unanswered(run) if candidate_key(record) not in done]
     critic, chunk, empty = make_critic(run), 4 * cfg.eval_batch, 0
     run = dataclasses.replace(run, model=plain(run.model))
-    for start in tqdm(range(0, len(todo), chunk), desc="collect", unit="chunk", disable=None):
+    for start in tqdm(range(0, len(todo), chunk), desc="collect", unit="chunk", disable=None if ranks()[0] == 0 else True):
         records = answered(run, todo[start:start + chunk])
         spoken = [record for record in records if record["response"].strip()]
         empty += len(records) - len(spoken)
         for record in spoken:
             if "{input}" in record["instruction"]:          # a task's wording; in records of judged responses that is a text like others
                 record |= {"instruction": record["instruction"].replace("{input}", record["input"]), "input": ""}
-        data.append_records(path, [{**record, "judgment": judgment} for record, judgment in zip(spoken, critic.critique(spoken), strict=True)])
+        keep(path, [{**record, "judgment": judgment} for record, judgment in zip(spoken, critic.critique(spoken), strict=True)])
     judging.RUN.tell(say)
     if empty:
         say(f"{cfg.stage}: {empty} empty responses were not recorded.")
@@ -1230,7 +1256,7 @@ def collect_refined(run: Run) -> None:
     """ilf: judged responses, then for each bad one the best of several refinements by the model itself."""
     collect_judged(run)
     cfg, path = run.cfg, run.folder / "refined.jsonl"
-    done = {record["key"] for record in data.read_records(path, own=True)}
+    done = collected(path, lambda record: record["key"])
     todo = [r for r in judged_records(run) if r["judgment"] is not None and not r["refinement"] and record_key(r) not in done]
     if cfg.judge == "rule" and any(record["target"] is None for record in todo):
         raise ValueError(f"{cfg.records} has records without a target, which --judge rule needs. Give --judge self.")
@@ -1247,7 +1273,7 @@ def collect_refined(run: Run) -> None:
             best = max(span, key=lambda i: (judged[i].reward or 0, -i))
             text = made[best].text
             good = text.strip() and text.strip() != record["response"].strip()
-            data.append_records(path, [{"key": record_key(record), "refinement": text if good else None, "reward": judged[best].reward}])
+            keep(path, [{"key": record_key(record), "refinement": text if good else None, "reward": judged[best].reward}])
 
 
 def record_key(record: dict) -> str:
@@ -1259,15 +1285,15 @@ def make_critic(run: Run):
     """Who writes judgments: a server, rules, or the model with --critic's adapter (its own without)."""
     cfg = run.cfg
     if "http" in (cfg.judge, cfg.critic):
-        return judging.HttpCritic(make_client(cfg, run.folder).ask, max_unparsed=cfg.max_unparsed)
+        return judging.HttpCritic(backend(run), max_unparsed=cfg.max_unparsed)
     if cfg.judge == "rule":
         return judging.RuleCritic()
     model = plain(load_trained(cfg, Path(cfg.critic))) if cfg.critic else plain(run.model)
 
     def write(asked):
         prompts = [run.template.render(*pair) for pair in asked]
-        return [(answer.text, answer.finished) for answer in complete(model, run.tokenizer, prompts, max_new_tokens=cfg.max_new_tokens,
-                                                                      batch_size=cfg.eval_batch, max_len=cfg.max_len)]
+        return shared(prompts, lambda part: [(answer.text, answer.finished) for answer in complete(
+            model, run.tokenizer, part, max_new_tokens=cfg.max_new_tokens, batch_size=cfg.eval_batch, max_len=cfg.max_len)])
     return judging.LocalCritic(write)
 
 
@@ -1300,7 +1326,7 @@ class Stage:
     groups: Callable                                        # Run -> [{"documents": [...], ...}], one per item of a step
     step: Callable                                          # (model, batch, cfg) -> {term: weighted loss sum}
     counts: Callable                                        # (batch, cfg) -> {term: n}
-    collect: Callable = lambda run: None                    # Run -> records in the run folder
+    collect: Callable = lambda run: None                    # Run -> records in the run folder; every rank calls it, rank 0 writes (`keep`)
     needs: str = ""                                         # the stage whose adapter this one continues
     beside: tuple[str, ...] = ()                            # stages that the table shows next to it
     head: bool = False                                      # a value head on the final hidden states
@@ -1406,14 +1432,73 @@ def on_first_rank(action: Callable, *arguments) -> None:
     if rank == 0:
         try:
             action(*arguments)
-        except (ValueError, OSError) as problem:
+        except (ValueError, OSError, judging.JudgeStopped) as problem:
             failed, error = torch.ones(1), problem
     if size > 1:
         dist.broadcast(failed, 0)
     if error:
         raise error
     if failed:
+        with contextlib.suppress(RuntimeError):             # until rank 0 has spoken and left: torchrun ends all with the first that ends
+            dist.broadcast(failed, 0)
         sys.exit(1)
+
+
+def from_first_rank(action: Callable):
+    """What `action` returns on rank 0, on every rank. It travels as JSON: exact for numbers, and nothing is unpickled."""
+    found = []
+    on_first_rank(lambda: found.append(action()))
+    return exchanged(found)[0]
+
+
+def shared(items: list, work: Callable[[list], list]) -> list:
+    """work(items), of which each rank does its share; every rank gets all results, in the order of one process."""
+    rank, size = ranks()
+    if size == 1:
+        return work(items)
+    mine = items[len(items) * rank // size:len(items) * (rank + 1) // size]
+    return exchanged(work(mine) if mine else [])
+
+
+def exchanged(values: list) -> list:
+    """The values of all ranks, rank by rank."""
+    size = ranks()[1]
+    if size == 1:
+        return values
+    blob = torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.long) for _ in range(size)]
+    dist.all_gather(lengths, torch.tensor([len(blob)]))
+    room = max(int(n) for n in lengths)
+    blobs = [torch.zeros(room, dtype=torch.uint8) for _ in range(size)]
+    dist.all_gather(blobs, torch.cat([blob, torch.zeros(room - len(blob), dtype=torch.uint8)]))
+    return [value for part, n in zip(blobs, lengths) for value in json.loads(part[:int(n)].numpy().tobytes())]
+
+
+def keep(path: Path, records: list[dict]) -> None:
+    """Append records that every rank has to a file of the run, once."""
+    on_first_rank(data.append_records, path, records)
+
+
+def collected(path: Path, key: Callable[[dict], object]) -> set:
+    """The keys of the records that a file of the run holds already; rank 0 reads it, and mends it."""
+    found = from_first_rank(lambda: mended(path, key))
+    return {tuple(item) if isinstance(item, list) else item for item in found}
+
+
+def mended(path: Path, key: Callable[[dict], object]) -> list:
+    """The keys of a file's records. A torn end is cut off, a record that is there again is dropped; two of one key that differ are refused."""
+    records, first = data.read_records(path, own=True), {}
+    for number, record in enumerate(records, 1):
+        try:
+            line, known = first.setdefault(key(record), (number, record))
+        except (KeyError, TypeError):
+            raise ValueError(f"{path}, line {number}, is no record of this stage. Fix or delete that line.") from None
+        if known != record:
+            raise ValueError(f"{path}, line {number}, holds another record for {key(record)} than line {line}. Expected one. Delete one of the two lines.")
+    if len(first) < len(records):
+        lora.write_file(path, lambda file: data.append_records(file, [record for _, record in first.values()]))
+        say(f"warning: dropped {len(records) - len(first)} records from {path} that were there twice.")
+    return list(first)
 
 
 def all_sum(values: dict) -> dict:
@@ -1441,15 +1526,21 @@ def backward(model, stage: Stage, batches: list[dict], cfg: TrainConfig) -> dict
             totals[term] = totals.get(term, 0) + n
     totals = all_sum(totals)
     device = next(model.parameters()).device.type
-    for batch in batches:
+    for batch, weight in in_step(batches) if cfg.shard else zip(batches, itertools.repeat(1)):
         with precision(cfg, device):
             terms = stage.step(model, batch, cfg)
-        sum(loss / max(1, totals[term]) for term, loss in terms.items()).backward()
+        (weight * sum(loss / max(1, totals[term]) for term, loss in terms.items())).backward()
         for term, loss in terms.items():
-            sums[term] = sums.get(term, 0.0) + loss.detach()
+            sums[term] = sums.get(term, 0.0) + weight * loss.detach()
     if ranks()[1] > 1:
-        sum_gradients([p for p in model.parameters() if p.requires_grad])
+        sum_gradients([p for p in model.parameters() if p.requires_grad and not is_shard(p)])
     return {term: value / max(1, totals[term]) for term, value in all_sum({k: float(v) for k, v in sums.items()}).items()}
+
+
+def in_step(batches: list[dict]) -> list[tuple[dict, int]]:
+    """Micro-batches, as many as the rank with the most has: the others repeat their last one for nothing, since all need all ranks' shards."""
+    most = max(exchanged([len(batches)]))
+    return [(batch, 1) for batch in batches] + [(batches[-1], 0)] * (most - len(batches))
 
 
 def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
@@ -1473,9 +1564,9 @@ def culprits(model, stage: Stage, groups: list[dict], chosen: list[int], cfg: Tr
     (rank, size), device = ranks(), next(model.parameters()).device
     bad = torch.zeros(len(chosen))
     with torch.no_grad():
-        for k in range(rank, len(chosen), size):
+        for k in range(len(chosen)) if cfg.shard else range(rank, len(chosen), size):
             batch = {**collate([groups[chosen[k]]], device), "step": step}
-            with torch.autocast(device.type, torch.bfloat16, enabled=cfg.full and cfg.dtype != "float32"):
+            with precision(cfg, device.type):
                 bad[k] = not all(bool(loss.isfinite()) for loss in stage.step(model, batch, cfg).values())
     if size > 1:
         dist.all_reduce(bad)
@@ -1513,6 +1604,7 @@ def train(run: Run, stage: Stage, groups: list[dict], log_path: Path, place: Pat
     if cut:
         say(f"{cfg.stage}: {cut} documents are longer than --max-len {cfg.max_len}; the left of their prompts was cut.")
     run.model.train()
+    HEARD["wait"] = True
     seen, started, recent = done["tokens"], time.time() - done["seconds"], done["recent"]
     bar = tqdm(range(done["step"], cfg.steps), desc=cfg.stage, initial=done["step"], total=cfg.steps, disable=None if rank == 0 else True)
     phase = cfg.rollouts * cfg.ppo_epochs // cfg.batch_size     # steps per phase, where a stage has phases
@@ -1523,7 +1615,7 @@ def train(run: Run, stage: Stage, groups: list[dict], log_path: Path, place: Pat
         chosen = data.batch_indices(len(groups), cfg.batch_size, step, cfg.seed)
         batches = [{**collate(part, device), "step": step} for part in data.micro_batches([groups[i] for i in chosen[rank::size]], cfg.micro_tokens)]
         means = backward(run.model, stage, batches, cfg)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.clip))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)))
         if not math.isfinite(sum(means.values())) or not math.isfinite(norm):
             found, last = culprits(run.model, stage, groups, chosen, cfg, step), saved_steps(run.folder)[:1]
             raise FloatingPointError(f"step {step} of {cfg.stage} gave a non-finite loss or gradient norm ({means}, norm {norm}; records {found}); "
@@ -1540,8 +1632,11 @@ def train(run: Run, stage: Stage, groups: list[dict], log_path: Path, place: Pat
         spike, recent = named([groups[i] for i in chosen]) if is_spike(loss, recent) else "", [*recent, loss][-10:]
         if rank == 0:
             log_step(log_path, cfg, step, means, norm=norm, tokens=seen, seconds=seconds, spike=spike)
-        if cfg.save_every and (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
+        stop = asked_to_stop() if step + 1 < cfg.steps else 0
+        if stop or cfg.save_every and (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
             save_checkpoint(run, stage, optimizer, groups, {"step": step + 1, "tokens": seen, "seconds": seconds, "recent": recent})
+        if stop:
+            raise Stopped(stop, f" behind step {step + 1} of {cfg.stage}, which is saved")
     run.model.eval()
     say(f"{cfg.stage}: {seen:,} tokens in {spoken(time.time() - started)}, {seen / (time.time() - started):,.0f} tok/s; {peak_memory(device)[1]}.")
 
@@ -1586,23 +1681,23 @@ def save_checkpoint(run: Run, stage: Stage, optimizer: torch.optim.Optimizer, gr
     states = [torch.empty_like(state) for _ in range(size)] if rank == 0 else None
     if size > 1:
         dist.gather(state, states, 0)
-    on_first_rank(write_checkpoint, run, stage, optimizer, groups, done, states if size > 1 else [state])
-
-
-def write_checkpoint(run: Run, stage: Stage, optimizer, groups: list[dict], done: dict, states: list[torch.Tensor]) -> None:
-    """All files into a folder beside, synced, the manifest of their checksums last; then renamed; then older ones go."""
-    folder, weights = run.folder / CHECKPOINTS, trained(run.model)
+    weights = trained(run.model)
     adam = {f"{name}/{key}": value for name, p in weights.items() for key, value in optimizer.state.get(p, {}).items()}
+    tensors = {"weights": on_cpu(weights), "optimizer": on_cpu(adam), "random": dict(zip(map(str, range(size)), states if size > 1 else [state])) if rank == 0 else {}}
+    on_first_rank(write_checkpoint, run, stage, tensors, groups, done)
+
+
+def write_checkpoint(run: Run, stage: Stage, tensors: dict[str, dict], groups: list[dict], done: dict) -> None:
+    """All files into a folder beside, synced, the manifest of their checksums last; then renamed; then older ones go."""
+    folder = run.folder / CHECKPOINTS
     books = {**done, "memory": {name: value for name, value in run.memory.items() if isinstance(value, (int, float))},
              "sizes": {name: (run.folder / name).stat().st_size for name in GROWING if (run.folder / name).exists()},
              "data": fingerprint(groups), "groups": groups if stage.refresh else None}
-    tensors = {"weights": weights, "optimizer": adam, "random": {str(rank): state for rank, state in enumerate(states)}}
     part = folder / f".tmp-{done['step']:06d}-{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         for name, found in tensors.items():
-            found = {key: value.detach().cpu().contiguous() for key, value in found.items()}
             lora.write_file(part / f"{name}.safetensors", lambda file: safetensors.torch.save_file(found, file))
         lora.write_file(part / "state.json", lambda file: file.write_text(json.dumps(books) + "\n"))
         manifest = {file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for file in sorted(part.iterdir())}
@@ -1632,10 +1727,10 @@ def load_checkpoint(run: Run, optimizer, place: Path, groups: list[dict]) -> tup
                          f"Give the old one, or remove {place.parent} to train the stage anew.")
     with torch.no_grad():
         for name, p in weights.items():
-            p.copy_(read["weights"][name])
+            p.copy_(like(read["weights"][name], p))
     for key, value in read["optimizer"].items():
         name, _, slot = key.rpartition("/")
-        optimizer.state[weights[name]][slot] = value if slot == "step" else value.to(weights[name].device)
+        optimizer.state[weights[name]][slot] = value if slot == "step" else like(value, weights[name])
     run.memory.update(books["memory"])
     if len(read["random"]) == size:
         set_random_state(read["random"][str(rank)])
@@ -1645,6 +1740,35 @@ def load_checkpoint(run: Run, optimizer, place: Path, groups: list[dict]) -> tup
         for name, length in books["sizes"].items():
             cut_back(run.folder / name, length)
     return books, groups
+
+
+def is_shard(x: torch.Tensor) -> bool:
+    """Whether this rank holds only a part of it."""
+    return hasattr(x, "full_tensor")
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, which every rank asks for."""
+    return x.full_tensor() if is_shard(x) else x
+
+
+def on_cpu(tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Tensors whole in rank 0's main memory, gathered one after another; on the other ranks nothing."""
+    found = {}
+    for name, x in tensors.items():
+        x = whole(x.detach())
+        if ranks()[0] == 0:
+            found[name] = x.to("cpu", dtype).contiguous()
+    return found
+
+
+def like(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """x where `other` is, and in the same shards."""
+    if not is_shard(other):
+        return x.to(other.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -1888,7 +2012,7 @@ def make_run(cfg: TrainConfig) -> Run:
     if framed:
         say(framed)
     tokenizer = data.Tokenizer(cfg.tokenizer or cfg.model, cfg.model)
-    model = load_trained(cfg, None)
+    model = load_trained(cfg, None) if not cfg.shard else Llama(read_config(cfg.model)).to("meta")
     warning = data.check_vocabulary(tokenizer, model.config.vocab_size, model.config.bos_id, model.config.eos_ids, cfg.model)
     if warning:
         say(warning)
@@ -1929,7 +2053,7 @@ def finished(folder: Path, cfg: TrainConfig) -> bool:
     done = (folder / "adapter_config.json").exists() or (folder / "model/config.json").exists()
     if not done and not any((folder / name).exists() for name in (*RECORDS, CHECKPOINTS)):
         return False
-    old, ignore = json.loads((folder / "config.json").read_text()), {"out", "device", "evaluate", "compare", "split", "micro_tokens", "checkpointing", "compile", "dry_run", "save_every"}
+    old, ignore = json.loads((folder / "config.json").read_text()), {"out", "device", "evaluate", "compare", "split", "micro_tokens", "checkpointing", "compile", "shard", "dry_run", "save_every"}
     ignore |= JudgeFlags.__annotations__.keys() - {"judge_url", "judge_model"}
     if folder != Path(cfg.out):
         ignore.add("init")
@@ -1944,13 +2068,26 @@ def finished(folder: Path, cfg: TrainConfig) -> bool:
     return done
 
 
-def load_trained(cfg: TrainConfig, folder: Path | None, *, trainable: bool = False) -> torch.nn.Module:
+def spread(model: torch.nn.Module, device: str) -> None:
+    """Cut the weights into as many parts as there are ranks, block by block (FSDP2). Gradients are summed, as everywhere here."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(device.partition(":")[0], (ranks()[1],))
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh)
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)        # gloo knows no sum with a factor
+    register_fsdp_forward_method(model, "hidden")           # what steps call; embeddings and head stay whole from then to the end of the backward pass
+
+
+def load_trained(cfg: TrainConfig, folder: Path | None, *, trainable: bool = False, shard: bool = False) -> torch.nn.Module:
     """The base (folder None), or what a finished stage left in its folder: an adapter, or with --full a whole model."""
     device, dtype = pick_device(cfg)
-    whole = folder and (folder / "model").is_dir()
-    model = load_model(folder / "model" if whole else cfg.model, dtype=dtype, device=device,
-                       quantize="" if whole else cfg.quantize.removeprefix("none"))
-    if folder and not whole:
+    full = folder and (folder / "model").is_dir()
+    model = load_model(folder / "model" if full else cfg.model, dtype=dtype, device=device,
+                       quantize="" if full else cfg.quantize.removeprefix("none"), shard=functools.partial(spread, device=device) if shard else None)
+    if folder and not full:
         lora.load_adapter(model, folder, trainable=trainable)
     model.compiling = cfg.compile
     if folder and (folder / VALUE_HEAD).exists():
@@ -1981,9 +2118,9 @@ def plain(model: torch.nn.Module) -> torch.nn.Module:
     return lora.merge_lora(model) if lora.mergeable(model) else model.eval()
 
 
-def trainable(cfg: TrainConfig, folder: Path | None) -> torch.nn.Module:
+def trainable(cfg: TrainConfig, folder: Path | None, *, shard: bool = False) -> torch.nn.Module:
     """A model to train: all weights with --full, else an adapter, fresh or continued from a finished stage."""
-    model = load_trained(cfg, folder, trainable=True)
+    model = load_trained(cfg, folder, trainable=True, shard=shard)
     model.checkpointing = cfg.checkpointing
     if cfg.full:
         model.float()                                       # float32 masters; autocast makes the products cheap
@@ -1991,6 +2128,18 @@ def trainable(cfg: TrainConfig, folder: Path | None) -> torch.nn.Module:
         torch.manual_seed(cfg.seed)
         lora.apply_lora(model, adapter_config(cfg))
     return model
+
+
+def gathered(run: Run) -> Run:
+    """The run with its model whole on rank 0's CPU, in the type it is saved in, where its shards were trained."""
+    if not run.cfg.shard or not run.cfg.full:
+        return run
+    state = on_cpu(dict(run.model.named_parameters()), pick_device(run.cfg)[1])
+    with torch.device("meta"):
+        model = Llama(run.model.config)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    return dataclasses.replace(run, model=model)
 
 
 def save_trained(run: Run) -> None:
@@ -2026,19 +2175,30 @@ def run_stage(run: Run, name: str) -> Path:
         place = folder / f"round{number + 1}" if number + 1 < rounds else folder
         if not finished(place, cfg):
             say(f"{name}: training in {place}.")
-            part = dataclasses.replace(run, cfg=cfg, folder=place, model=trainable(cfg, before), round=number, memory={})
+            first = trainable(cfg, before) if not cfg.shard or samples(stage, cfg) else None
+            part = dataclasses.replace(run, cfg=cfg, folder=place, model=first, round=number, memory={})
             if stage.head:
                 add_head(part.model)
             stopped = find_checkpoint(place)
             on_first_rank(prepare_folder, part, stopped)
-            on_first_rank(stage.collect, part)
+            stage.collect(part)
+            if cfg.shard:
+                part.model = first = None                   # sampled with it whole
+                part.model = trainable(cfg, before, shard=True)
             if stopped:
                 stage.begin(part)                           # from the weights that the stage began with
             train(part, stage, [] if stopped and stage.refresh else stage.groups(part), place / "log.jsonl", stopped)
-            on_first_rank(save_trained, part)
+            on_first_rank(save_trained, gathered(part))
+            stop_behind(cfg.stage)
         shutil.rmtree(place / CHECKPOINTS, ignore_errors=True)
         before = place
     return folder
+
+
+def samples(stage: Stage, cfg: TrainConfig) -> bool:
+    """Whether collecting needs the model: not where a file holds all that is trained on."""
+    given = {collect_candidates: cfg.candidates, collect_judged: cfg.records}
+    return stage.collect.__name__ != "<lambda>" and not given.get(stage.collect)
 
 
 def prepare_folder(run: Run, stopped: Path | None) -> None:
@@ -2073,6 +2233,7 @@ def pretrain_here(cfg: TrainConfig) -> None:
     say(f"pretrain: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters.")
     train(run, STAGES["pretrain"], corpus_groups(run), run.folder / "log.jsonl", stopped)
     on_first_rank(export, run)
+    stop_behind("pretrain")
 
 
 def export(run: Run) -> None:
@@ -2097,19 +2258,19 @@ def align(cfg: TrainConfig) -> None:
             folder = run_stage(run, name)
             rounds = cfg.rounds - 1 if name == cfg.stage else 0
             ladder |= {f"{stage.title}, round {k + 1}": folder / f"round{k + 1}" for k in range(rounds)} | {STAGES[name].title: folder}
-        on_first_rank(report, run, {"base": None, **ladder} if cfg.compare else {stage.title: ladder[stage.title]})
+        report(run, {"base": None, **ladder} if cfg.compare else {stage.title: ladder[stage.title]})
 
 
 def report(run: Run, ladder: dict[str, Path | None]) -> None:
-    """Evaluate {title: adapter folder} and write metrics.json, judge.json, report.md and plots."""
+    """Evaluate {title: adapter folder} and write metrics.json, judge.json, report.md and plots. Ranks share the answering."""
     cfg = run.cfg
-    judged = measure_judge(run) if STAGES[cfg.stage].collect is collect_candidates and not cfg.preferences else ""
+    judged = from_first_rank(lambda: measure_judge(run)) if STAGES[cfg.stage].collect is collect_candidates and not cfg.preferences else ""
     if not cfg.evaluate:
         return
     if cfg.preferences:
         return say(f"{cfg.stage}: no candidates with rewards, so nothing is compared. The reward model is in {cfg.out}.")
     if kind(cfg.stage) == "reward":
-        return report_rewards(run)
+        return on_first_rank(report_rewards, run)
     if not run.tasks:
         return say(f"{cfg.stage}: no --tasks, so nothing is evaluated. The adapter is in {cfg.out}.")
     if kind(cfg.stage) in JUDGED:
@@ -2121,7 +2282,15 @@ def report(run: Run, ladder: dict[str, Path | None]) -> None:
     for title, folder in ladder.items():
         model = plain(load_trained(cfg, folder))
         asked = dataclasses.replace(config, prefix=best_mark(run)) if title.startswith(STAGES["conditional"].title) else config
-        results[title], tables[title] = evaluate_responses(evaluate_model(model, run.tokenizer, rows, asked), judge=judge)
+        answers = shared(rows, lambda part: evaluate_model(model, run.tokenizer, part, asked))
+        if ranks()[0] == 0:
+            results[title], tables[title] = evaluate_responses(answers, judge=judge)
+    on_first_rank(finish_report, run, results, tables, judged)
+
+
+def finish_report(run: Run, results: dict, tables: dict, judged: str) -> None:
+    """Write what the evaluation found, and say it."""
+    cfg = run.cfg
     write_report(cfg.out, results, tables)
     if kind(cfg.stage) == "ppo" and (Path(cfg.out) / "plots").is_dir():       # there with matplotlib
         plot_rollouts(data.read_records(run.folder / "rollouts.jsonl"), Path(cfg.out) / "plots" / "ppo.png")
@@ -2156,7 +2325,13 @@ def report_judged(run: Run, ladder: dict[str, Path | None]) -> None:
     judge, results, tables = judging.RuleJudge(rouge_threshold=cfg.rouge_threshold), {}, {}
     for title, folder in ladder.items():
         model = plain(load_trained(cfg, folder))
-        results[title], tables[title] = evaluate_errors(model, run.tokenizer, rows, config, judge=judge, seed=cfg.seed)
+        results[title], tables[title] = evaluate_errors(model, run.tokenizer, rows, config, judge=judge, seed=cfg.seed, share=shared)
+    on_first_rank(finish_judged, run, ladder, results, tables)
+
+
+def finish_judged(run: Run, ladder: dict[str, Path | None], results: dict, tables: dict) -> None:
+    """Write what the evaluation of judged responses found, and say it."""
+    cfg = run.cfg
     write_report(cfg.out, results, tables)
     if cfg.stage == "cut":
         measure_mask(run, {title: folder for title, folder in ladder.items() if folder})
@@ -2243,33 +2418,99 @@ def settings(cfg: TrainConfig) -> str:
     return "".join(f" {word}" for word in words)
 
 
-def main(argv=None) -> int:
-    """Run a stage. Returns 0, or 2 for a mistake in what was given, 1 for a run that failed."""
-    cfg, started = parse_config(argv), time.time()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C (`number`), heard where stopping loses nothing; `where` says what was saved for it."""
+
+    def __init__(self, number: int, where: str = ""):
+        super().__init__(number, where)
+        self.number, self.where = number, where
+
+
+HEARD = {"signal": 0, "wait": False}                        # the signal that asked to stop; whether a step is under way, which is waited for
+
+
+@contextlib.contextmanager
+def stoppable():
+    """The first SIGTERM or Ctrl-C stops the run behind the step or the chunk that is under way, a second one at once."""
+    def hear(number, frame):
+        again, HEARD["signal"] = HEARD["signal"], number
+        if again or not HEARD["wait"]:
+            raise Stopped(number)
+
+    HEARD.update(signal=0, wait=False)
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)} if main_thread else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def asked_to_stop() -> int:
+    """The signal that some rank heard while it waited, or 0."""
+    return int(max(exchanged([HEARD["signal"]])))
+
+
+def stop_behind(stage: str) -> None:
+    """A signal that came while a stage ended stops the run now that its result is saved; from here on signals stop at once."""
+    HEARD["wait"] = False
+    stop = asked_to_stop()
+    if stop:
+        raise Stopped(stop, f" behind {stage}, which is finished")
+
+
+def join(cfg: TrainConfig) -> None:
+    """Under torchrun: meet the other processes."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if cfg.batch_size < size:
+        raise ValueError(f"--batch-size {cfg.batch_size} is less than the {size} processes. Raise it.")
+    if cfg.shard and size == 1:
+        raise ValueError("--shard cuts the weights between processes, and this is the only one. Start it with torchrun, or leave out --shard.")
+    if size > 1 and not dist.is_initialized():
         gpu = pick_device(cfg)[0].startswith("cuda")
         if gpu:
             torch.cuda.set_device(pick_device(cfg)[0])
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo",
-                                timeout=datetime.timedelta(hours=12))   # rank 0 samples, judges and evaluates alone
-        if cfg.batch_size < ranks()[1]:
-            return complain(f"--batch-size {cfg.batch_size} is less than the {ranks()[1]} processes. Raise it.")
-    try:
-        (dry_run if cfg.dry_run else pretrain if cfg.stage == "pretrain" else align)(cfg)
-        if not cfg.dry_run:
-            on_first_rank(summarise, cfg, time.time() - started)
-    except ValueError as error:
-        return complain(str(error))
-    except judging.JudgeStopped as error:
-        complain(str(error))
-        return 1
-    except FloatingPointError as error:
-        complain(str(error))
-        return 1
-    except OSError as error:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=datetime.timedelta(hours=12))   # rank 0 asks a server alone
+
+
+def told(error: BaseException) -> int | None:
+    """Say what stopped the run, in one line for all its processes; returns the exit status, or None for what is a fault of the program."""
+    if isinstance(error, Stopped) or HEARD["signal"] and not HEARD["wait"]:     # what a library makes of Stopped has other names
+        complain(f"stopped by {signal.Signals(HEARD['signal'] or error.number).name}{getattr(error, 'where', '')}. The same command goes on from there.")
+        return 128 + (HEARD["signal"] or error.number)
+    if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         complain(f"{place}{error.strerror or error}. What was finished is kept; give another --out, or make room, and run the same command again.")
-        return 1
+    elif isinstance(error, ValueError):
+        return complain(str(error))
+    elif isinstance(error, torch.OutOfMemoryError):
+        complain(f"out of memory: {str(error).splitlines()[0]} Lower --micro-tokens or --eval-batch, or add --checkpointing; what was finished is kept.")
+    elif isinstance(error, (judging.JudgeStopped, FloatingPointError)):
+        complain(str(error))
+    elif ranks()[1] > 1 and any(word in str(error).lower() for word in ("connection", "socket", "peer")):     # gloo's words
+        complain("another process of this job ended before its work was done. What was finished is kept; run the same command again.")
+    else:
+        return None
+    return 1
+
+
+def main(argv=None) -> int:
+    """Run a stage. Returns 0, or 2 for a mistake in what was given, 1 for a run that failed, 143 or 130 for one that was told to stop."""
+    cfg, started = parse_config(argv), time.time()
+    try:
+        with stoppable():
+            join(cfg)
+            (dry_run if cfg.dry_run else pretrain if cfg.stage == "pretrain" else align)(cfg)
+            if not cfg.dry_run:
+                on_first_rank(summarise, cfg, time.time() - started)
+            if dist.is_initialized():
+                dist.barrier()                              # nobody hangs up while another still listens
+    except (Stopped, ValueError, RuntimeError, FloatingPointError, OSError) as error:
+        status = told(error)
+        if status is None:
+            raise
+        return status
     finally:
         judging.RUN.close(say)
         if dist.is_initialized():

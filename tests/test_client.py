@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -689,6 +690,17 @@ def test_planted_verdicts_are_not(shape):
         text, failure = usable({"text": text, "finish": finish, "usage": None, "request": {"messages": []}})
         said = None if failure else parse_verdict(text, NONCE, "correct|incorrect")
         assert said == honest, planted
+
+
+def test_rules_that_look_for_a_word_are_fooled():
+    """The control: the first or the last mention of a verdict anywhere in a reply is the planted one in many of the same texts."""
+    for pick in (0, -1):
+        fooled = 0
+        for reply, _, honest in SHAPES.values():
+            texts = [reply.replace("{planted}", planted).replace("{n}", NONCE) for planted in PLANTED]
+            said = [re.findall(r"\b(incorrect|correct)\b", text) for text in texts]
+            fooled += sum(bool(words) and words[pick] == "correct" != honest for words in said)
+        assert fooled > 20
 
 
 @pytest.mark.parametrize("text", ["VERDICT n: -7", "VERDICT n: 7.5", "VERDICT n: 17", "VERDICT n: 7/10", "VERDICT n: .7", "VERDICT n: 7 or 8", "VERDICT n: seven", "7"])

@@ -6,6 +6,8 @@ The short ones run with the suite; `pytest -m faults` runs all of them, with mor
 import json
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import socket
@@ -15,8 +17,11 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from safetensors.torch import load_file
 
+import chatserver
 import data
 import train
 from test_train import JUDGED, ROOT, arguments, cat, planted, world     # noqa: F401
@@ -323,10 +328,10 @@ def test_a_save_that_fails_leaves_the_one_before(call, world, whole, tmp_path, m
                 return real(*args, **more)
             saving = [False]
 
-            def write(run, stage, optimizer, groups, done, states):
+            def write(run, stage, tensors, groups, done):
                 saving[0] = done["step"] == 4
                 try:
-                    real_write(run, stage, optimizer, groups, done, states)
+                    real_write(run, stage, tensors, groups, done)
                 finally:
                     saving[0] = False
             patch.setattr(owner, call, broken)
@@ -340,6 +345,147 @@ def test_a_save_that_fails_leaves_the_one_before(call, world, whole, tmp_path, m
         assert train.find_checkpoint(out) and not list((out / "checkpoints").glob(".tmp-*"))
         assert train.main(argv) == 0 and leftovers(out) == whole("sft")[0]
     assert failed == {"fsync": 7, "replace": 5, "rename": 1, "mkdir": 1}[call]
+
+
+# Kills at random moments, of what saves and of what records ----------------------------------------------------------
+
+
+def killed(work, delay: float) -> int:
+    """Fork a child that does work(say), where say(number) reaches this process at once; kill it after `delay`; the last number it said, or -1."""
+    read, write = os.pipe()
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            work(lambda number: os.write(write, f"{number}\n".encode()))
+        finally:
+            os._exit(70)
+    os.close(write)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with os.fdopen(read) as stream:
+        return int((stream.read().split() or ["-1"])[-1])
+
+
+def saved_in_place(run, stage, tensors, groups, done):
+    """The control: what many programs do."""
+    place = run.folder / "checkpoints" / f"step-{done['step']:06d}"
+    place.mkdir(parents=True)
+    for name, found in tensors.items():
+        safetensors.torch.save_file(found, place / f"{name}.safetensors")
+    (place / "state.json").write_text(json.dumps(done))
+    for old in train.saved_steps(run.folder)[train.KEPT:]:
+        shutil.rmtree(old)
+
+
+@pytest.mark.parametrize("how, trials", [("ours", 20), ("in place", 200), pytest.param("ours", 300, marks=pytest.mark.faults)])
+def test_kills_while_saving_leave_the_last_checkpoint_whole(how, trials, world, tmp_path, monkeypatch, record_property):     # noqa: F811
+    """A child saves without end; the newest checkpoint it leaves is of one step, and of the last that it reported or a later one. The control stops when it has failed."""
+    cfg = train.parse_config(command(world, tmp_path, "sft"))
+    run = train.make_run(cfg)
+    run.model = train.trainable(cfg, None)
+    weights, rng, bad = train.trained(run.model), random.Random(trials), 0
+    if how == "in place":
+        monkeypatch.setattr(train, "write_checkpoint", saved_in_place)
+        monkeypatch.setattr(train, "damage", lambda place: "")
+    for trial in range(trials):
+        if how != "ours" and bad > 2:
+            break
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+
+        def work(say):
+            optimizer = torch.optim.AdamW(weights.values())
+            for step in range(1, 10**6):
+                with torch.no_grad():
+                    for p in weights.values():
+                        p.fill_(step)
+                        optimizer.state[p] = {"exp_avg": torch.full_like(p, step)}
+                train.save_checkpoint(run, train.STAGES["sft"], optimizer, [], {"step": step})
+                say(step)
+        last = killed(work, rng.uniform(0.05, 0.25))
+        try:
+            place = train.find_checkpoint(tmp_path)
+            if place is None:
+                bad += last > 0
+                continue
+            values = [x for name in ("weights", "optimizer") for x in load_file(place / f"{name}.safetensors").values()]
+            steps = {float(x) for value in values for x in (value.min(), value.max())} | {float(json.loads((place / "state.json").read_text())["step"])}
+            load_file(place / "random.safetensors")
+            bad += len(steps) > 1 or max(steps) < last
+        except (OSError, ValueError, safetensors.SafetensorError):
+            bad += 1
+    record_property("trials", trials)
+    assert bad == 0 if how == "ours" else bad > 2, f"{bad} of {trials}"
+
+
+@pytest.mark.parametrize("how, trials", [("ours", 10), ("unmended", 200), pytest.param("ours", 150, marks=pytest.mark.faults)])
+def test_kills_while_recording_lose_no_record_that_was_reported(how, trials, tmp_path, monkeypatch, record_property):
+    """Two lives each; records of 300 bytes, 20 KB and 4 MB. The control does not cut the torn end before it goes on, and loses what is glued to it."""
+    rng, bad = random.Random(trials), 0
+    for trial in range(trials):
+        if how != "ours" and bad:
+            break
+        path, reported = tmp_path / f"{trial}.jsonl", []
+        size = (300, 20_000, 4_000_000)[trial % 3] if how == "ours" else 4_000_000
+        for life in range(2):
+            if how == "ours":
+                data.read_records(path, own=True)
+
+            def work(say):
+                for number in range(10**6):
+                    data.append_records(path, [{"id": f"{life}/{number}", "text": "x" * size}])
+                    say(number)
+            reported += [f"{life}/{number}" for number in range(killed(work, rng.uniform(0.01, 0.06)) + 1)]
+        try:
+            found = [record["id"] for record in data.read_records(path, own=how == "ours")]
+            bad += len(found) != len(set(found)) or not set(reported) <= set(found)
+        except ValueError:
+            bad += 1
+        path.unlink(missing_ok=True)
+    record_property("trials", 2 * trials)
+    assert bad == 0 if how == "ours" else bad, f"{bad} of {trials}"
+
+
+# Full disks and repeated records -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, size", [("sft", 20_000), ("sft", 70_000), ("cut", 3000), *(pytest.param(name, size, marks=pytest.mark.faults) for name, most in (
+    ("sft", 60_000), ("cat", 60_000), ("cut", 60_000)) for size in range(500, most, most // 15))])
+def test_a_full_disk_is_one_sentence_and_loses_nothing(name, size, world, whole, tmp_path, monkeypatch, capfd):     # noqa: F811
+    """No file may grow beyond `size` bytes: records, log, checkpoints, results. With room again the same command ends in the same bytes."""
+    def cramped(argv, real=train.main):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        return real(argv)
+    argv = command(world, tmp_path, name)
+    whole(name), capfd.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "main", cramped)
+        status = lives(argv, [])[1]
+    error = capfd.readouterr().err
+    assert status == 1 and error.count("\n") == 1 and error.startswith("error: ") and str(tmp_path) in error and "too large" in error.lower(), error
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob(".tmp-*"))
+    assert train.main(argv) == 0 and leftovers(tmp_path) == whole(name)[0]
+
+
+def test_records_that_are_there_twice_are_dropped_and_contradictions_refused(world, tmp_path, capsys):     # noqa: F811
+    """1,000 records, 200 of them again: the first stays. 100 of another content under a known key: refused, and the file untouched."""
+    rng, path = random.Random(0), tmp_path / "candidates.jsonl"
+    records = [{"task": "t", "id": str(i), "wording": "w", "sample": 0, "response": rng.choice("abc")} for i in range(1000)]
+    data.append_records(path, records + rng.sample(records, 200))
+    assert train.collected(path, train.candidate_key) == {("t", str(i), "w", 0) for i in range(1000)}
+    assert data.read_records(path) == records and "dropped 200 records" in capsys.readouterr().out
+    for record in rng.sample(records, 100):
+        data.append_records(path, [{**record, "response": "other"}])
+        before = path.read_bytes()
+        with pytest.raises(ValueError, match=rf"line 1001, holds another record for .* than line {records.index(record) + 1}\."):
+            train.collected(path, train.candidate_key)
+        assert path.read_bytes() == before
+        os.truncate(path, before[:-1].rindex(b"\n") + 1)
+    for line in (b"null\n", b"[1]\n", b"{}\n", b"3\n"):
+        path.write_bytes(line)
+        with pytest.raises(ValueError, match="line 1, is no record of this stage"):
+            train.collected(path, train.candidate_key)
 
 
 # One process per run folder ------------------------------------------------------------------------------------------
@@ -415,8 +561,8 @@ def test_a_bad_number_changes_no_bit_and_names_its_record(where, value, ranks, w
     assert seen.read_text() == "True"
 
 
-def together(argv: list[str], size: int, *, limit: float = 240) -> list[int]:
-    """train.py as `size` gloo processes, forked from this one: their exit statuses."""
+def together(argv: list[str], size: int, *, limit: float = 240, strike=lambda: 0) -> list[int]:
+    """train.py as `size` gloo processes, forked from this one: their exit statuses. The last is sent the signal that `strike` returns, once."""
     port, children = free_port(), []
     for rank in range(size):
         sys.stdout.flush()
@@ -437,7 +583,11 @@ def together(argv: list[str], size: int, *, limit: float = 240) -> list[int]:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 statuses[child] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
+        number = strike() if children[-1] not in statuses else 0
+        if number:
+            os.kill(children[-1], number)
+            strike = lambda: 0                              # noqa: E731
+        time.sleep(0.002)
     for child in set(children) - statuses.keys():
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -501,3 +651,257 @@ def test_a_spike_is_flagged_in_the_log_with_its_records(world, tmp_path, monkeyp
     assert train.main(command(world, tmp_path, "sft")) == 0
     log = data.read_records(tmp_path / "log.jsonl")
     assert [row["step"] for row in log if "spike" in row] == [10] and ("colour/" in log[10]["spike"] or "person/" in log[10]["spike"])
+
+
+# Many processes ------------------------------------------------------------------------------------------------------
+
+
+COLLECT = {"greedy": ["--stage", "cat", "--judge", "rule", "--temperature", "0"], "sampled": ["--stage", "cat", "--judge", "rule"],
+           "self": ["--stage", "cat", "--judge", "self"], "ilf": ["--stage", "ilf", "--judge", "rule", "--refinements", "2", "--downsample", "0"],
+           "scores": ["--stage", "rlaif", "--judge", "self", "--labels", "scores"], "letters": ["--stage", "rlaif", "--judge", "self", "--labels", "letters"],
+           "revised": ["--stage", "constitutional", "--judge", "self"]}
+
+
+@pytest.fixture(scope="module")
+def taught(world, tmp_path_factory):                        # noqa: F811
+    """The tiny world with a model that has learnt a little: some of its answers are right."""
+    out, path = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("taught")
+    torch.set_num_threads(1)
+    assert train.main(["--stage", "sft", *arguments(world, out), "--steps", "120", "--lr", "5e-3", "--per-task", "30", "--batch-size", "8", "--judge-share", "0.1",
+                       "--full", "--no-evaluate"]) == 0
+    shutil.copytree(world, path, dirs_exist_ok=True)
+    shutil.copytree(out / "model", path / "model", dirs_exist_ok=True)
+    return path
+
+
+def nearly(one, other, most: float = 1e-4) -> bool:
+    """Equal, but for rounding in float32."""
+    if isinstance(one, (dict, list)):
+        keys = one.keys() if isinstance(one, dict) else range(len(one))
+        return len(one) == len(other) and all(nearly(one[key], other[key], most) for key in keys)
+    return one == other or isinstance(one, float) and isinstance(other, float) and abs(one - other) <= most + most * abs(one)
+
+
+@pytest.mark.parametrize("name, size", [("greedy", 2), ("self", 2), *(pytest.param(name, size, marks=pytest.mark.faults) for name in COLLECT for size in (2, 3, 4)
+                                                                    if size != 2 or name not in ("greedy", "self"))])
+def test_processes_share_sampling_judging_and_evaluation(name, size, taught, tmp_path):
+    """Records byte for byte as one process writes them (a model's probabilities within rounding), also where the work is uneven; adapter and figures within rounding."""
+    extra = [] if name == "ilf" else ["--wordings", "3", "--pool-wordings", "2", "--no-compare"]
+    argv = lambda out: [*arguments(taught, out, *COLLECT[name], "--pool-per-task", "7", "--steps", "3", "--sft-steps", "3", "--batch-size", "4", "--samples", "1", *extra)]     # noqa: E731
+    one, many, way = tmp_path / "one", tmp_path / "many", "sft" if name == "ilf" else "sft-ia"
+    status = lives(argv(one), [])[1]
+    assert status == (2 if name == "revised" else 0)        # it writes no revision that ends, so that nothing is left to train on
+    shutil.copytree(one / way, many / way)                  # the same start, to the bit
+    assert together(argv(many), size) == [status] * size
+    found = [path.name for path in one.iterdir() if path.name in train.RECORDS]
+    for file in found:
+        rows = [data.read_records(folder / file) for folder in (one, many)]
+        assert rows[0] and nearly(*rows)
+        assert name in ("self", "scores", "letters") or (one / file).read_bytes() == (many / file).read_bytes()
+    assert found and {path.name for path in one.iterdir()} == {path.name for path in many.iterdir()}
+    for file in [path.name for path in one.glob("*.json") if path.name not in ("summary.json", "config.json")]:
+        assert nearly(*(json.loads((folder / file).read_text()) for folder in (one, many)))
+    for file in [path.name for path in one.glob("*.safetensors")]:
+        weights = [load_file(folder / file) for folder in (one, many)]
+        assert all(torch.allclose(weights[0][key], weights[1][key], atol=1e-5) for key in weights[0])
+
+
+def torchrun(*argv: str, size: int = 2) -> tuple[int, list[str], str]:
+    """train.py under torchrun: exit status, the lines of ours on stderr that begin with error, and all of stderr."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "train.py", *argv]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return done.returncode, [line for line in done.stderr.splitlines() if line.startswith("error: ")], done.stderr
+
+
+@pytest.mark.parametrize("change, words", [
+    (["--stepz", "3"], "--stepz"), (["--tasks", "/nowhere"], "--tasks /nowhere does not exist"), (["--max-len", "100000"], "--max-len is 100000, but"),
+    (["--lr", "1e30"], "gave a non-finite loss or gradient norm"), (["--batch-size", "1"], "--batch-size 1 is less than the 2 processes")])
+def test_a_mistake_is_one_line_for_the_whole_job(change, words, world, tmp_path):     # noqa: F811
+    """Behind it torchrun writes what it has to say itself."""
+    status, lines, stderr = torchrun(*command(world, tmp_path, "sft"), *change)
+    assert status != 0 and len(lines) == 1 and words in lines[0], stderr
+    assert not [line for line in stderr.splitlines() if line.lstrip().startswith('File "') and str(ROOT) in line]     # no traceback through our code
+
+
+def test_what_one_process_alone_finds_or_dies_of_is_one_line(world, tmp_path, monkeypatch, capfd):     # noqa: F811
+    real_run, real_backward, count = train.make_run, train.backward, [0]
+
+    def make_run(cfg):
+        if train.ranks()[0] == 1:
+            raise ValueError("this machine has no such file")
+        return real_run(cfg)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "make_run", make_run)
+        assert together(command(world, tmp_path / "a", "sft"), 2) == [1, 2]
+    error = capfd.readouterr().err
+    assert error == "error: rank 1: this machine has no such file\n"
+
+    def backward(*args):
+        count[0] += 1
+        if train.ranks()[0] == 1 and count[0] == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real_backward(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "backward", backward)
+        assert together(command(world, tmp_path / "b", "sft"), 2) == [1, -signal.SIGKILL]
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: another process of this job ended before its work was done.")
+    assert [place.name for place in train.saved_steps(tmp_path / "b")] == ["step-000003", "step-000002"]
+
+
+def served(world, out, server, *more):                      # noqa: F811
+    """A run whose judge is a server."""
+    return [*arguments(world, out), "--stage", "cat", "--judge", "http", "--judge-url", server.url, "--judge-model", "m", "--sft-steps", "2", "--steps", "2",
+            "--batch-size", "4", "--wordings", "3", "--no-compare", *more]
+
+
+def test_a_server_is_asked_by_the_first_rank_alone(taught, tmp_path):
+    def decide(request, number):
+        nonce, words = re.search(r"VERDICT ([0-9a-f]{8}): X\" with (\w+) or (\w+)", text := request["messages"][-1]["content"]).group(1, 2, 3), text[-2000:]
+        return {"body": chatserver.completion(f"VERDICT {nonce[0]}: {nonce[1 + len(words) % 2]}")}
+    asked, records = [], []
+    with chatserver.ChatServer(decide) as server:
+        for size in (1, 2):
+            out = tmp_path / str(size)
+            if size > 1:
+                shutil.copytree(tmp_path / "1/sft-ia", out / "sft-ia")
+            assert together(served(taught, out, server, "--pool-per-task", "5"), size) == [0] * size
+            asked.append(sorted(json.dumps(request) for request, *_ in server.requests))
+            records.append((out / "candidates.jsonl").read_bytes())
+            server.requests.clear()
+    assert records[0] == records[1] and asked[0] == asked[1] and len(asked[0]) == len(set(asked[0])) > 50
+
+
+@pytest.mark.parametrize("reply, words", [({"status": 401, "body": {"error": {"message": "no"}}}, "no API key"), ({"body": chatserver.completion("hm")}, "had no readable verdict")])
+def test_a_server_that_fails_the_first_rank_stops_all_with_one_line(reply, words, taught, tmp_path, capfd):
+    """Where rank 0 cannot ask on, and where every rank sees that the answers are no verdicts."""
+    with chatserver.ChatServer(lambda request, number: reply) as server:
+        argv = served(taught, tmp_path, server, "--pool-per-task", "30")
+        capfd.readouterr()
+        statuses = together(argv, 2)
+    error = capfd.readouterr().err
+    assert statuses == [1, 1] and error.count("error: ") == 1 and words in error and "Traceback" not in error
+
+
+def test_a_run_of_two_processes_goes_on_with_one_and_back(world, tmp_path, monkeypatch):     # noqa: F811
+    """The same records in the same steps: equal to the run that one process never stopped within float32 rounding, with 2 -> 2 to the bit."""
+    argv = lambda out: command(world, out, "sft")[:-2] + ["--dropout", "0", "--save-every", "4"]     # noqa: E731
+    assert together(argv(tmp_path / "1"), 1) == [0] and together(argv(tmp_path / "2"), 2) == [0, 0]
+    for first, second in ((2, 1), (1, 2), (2, 2)):
+        out = tmp_path / f"{first}{second}"
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "backward", lambda *args, steps=iter(range(9)), real=train.backward: os._exit(9) if next(steps) == 6 else real(*args))
+            assert together(argv(out), first) == [9] * first
+        assert [place.name for place in train.saved_steps(out)] == ["step-000004"]
+        assert together(argv(out), second) == [0] * second
+    final = {out: load_file(tmp_path / out / "adapter_model.safetensors") for out in ("1", "2", "21", "12", "22")}
+    rows = {out: data.read_records(tmp_path / out / "log.jsonl") for out in final}
+    assert leftovers(tmp_path / "22")["adapter_model.safetensors"] == leftovers(tmp_path / "2")["adapter_model.safetensors"]
+    for out in final:
+        assert [row["step"] for row in rows[out]] == list(range(12))
+        assert max(abs(row["ce"] - wanted["ce"]) for row, wanted in zip(rows[out], rows["1"])) <= 2e-6
+        assert all(torch.allclose(value, final["1"][name], atol=1e-6, rtol=1e-5) for name, value in final[out].items())
+
+
+# Told to stop --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_signal_stops_behind_the_step_and_nothing_is_lost(number, size, world, whole, tmp_path, capfd):     # noqa: F811
+    argv = [*command(world, tmp_path, "sft"), "--save-every", "0"]
+    capfd.readouterr()
+    log = tmp_path / "log.jsonl"
+    assert together(argv, size, strike=lambda: number if log.exists() and log.read_bytes().count(b"\n") >= 4 else 0) == [128 + number] * size
+    error, done = capfd.readouterr().err, len(log.read_text().splitlines())
+    assert error.count("\n") == 1 and f"stopped by {number.name} behind step {done} of sft, which is saved. The same command goes on from there." in error
+    assert [place.name for place in train.saved_steps(tmp_path)] == [f"step-{done:06d}"]
+    if size == 1:
+        assert train.main(argv) == 0 and leftovers(tmp_path) == whole("sft")[0]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["sft", "cat", "ppo", "rounds"])
+def test_signals_at_random_moments_lose_nothing(name, world, whole, tmp_path, capfd):     # noqa: F811
+    """Also while answers are sampled, judged and written."""
+    wanted, seconds = whole(name)
+    rng = random.Random(seed := random.randrange(10**6))
+    for trial in range(5):
+        out, argv = tmp_path / str(trial), [*command(world, tmp_path / str(trial), name), "--save-every", "0"]
+        statuses = []
+        for _ in range(2):
+            moment = time.time() + rng.uniform(0.1, 0.9 * seconds)
+            statuses += together(argv, 1, strike=lambda: signal.SIGTERM if time.time() > moment else 0)
+        error = capfd.readouterr().err
+        assert set(statuses) <= {0, 143} and error.count("\n") == statuses.count(143), f"seed {seed}: {error}"
+        assert train.main(argv) == 0 and leftovers(out) == wanted, f"seed {seed}"
+
+
+# Shards --------------------------------------------------------------------------------------------------------------
+
+
+SAMPLED = ["--sft-steps", "3", "--judge", "rule", "--temperature", "0", "--samples", "1", "--pool-per-task", "7", "--wordings", "3", "--pool-wordings", "2", "--no-compare"]
+SHARDED = {"full": ["--stage", "sft", "--full", "--lr", "0.02"], "adapter": ["--stage", "sft"], "recomputed": ["--stage", "sft", "--full", "--checkpointing"],
+           "cat": ["--stage", "cat", "--full", *SAMPLED], "dpo": ["--stage", "dpo", *SAMPLED],
+           "frozen": ["--stage", "cut", "--sft-steps", "3", "--detector", "frozen", "--samples", "1", "--pool-per-task", "7", "--downsample", "0"]}
+
+
+@pytest.mark.parametrize("name, size", [("full", 2), ("adapter", 2), *(pytest.param(name, size, marks=pytest.mark.faults) for name in SHARDED for size in (2, 3)
+                                                                      if size != 2 or name not in ("full", "adapter"))])
+def test_shards_train_as_one_process_does(name, size, taught, tmp_path, monkeypatch):
+    """Losses, norms and final weights are those of one process that holds all, within float32 rounding; also with uneven micro-batches, and stopped and resumed
+    with and without shards. (AdamW's first steps have full size whatever the gradient's; where that is rounding alone, a weight differs by up to --lr.)"""
+    if name == "full":
+        monkeypatch.setattr(torch.optim, "AdamW", lambda weights, lr, **rest: torch.optim.SGD(weights, lr=lr, momentum=0.9))
+    loss, weight = (3e-6, 2e-6) if name == "full" else (1e-4, 2e-5) if name not in ("cat", "recomputed") else (2e-4, 2e-4)
+    argv = lambda out: [*arguments(taught, out), *SHARDED[name], "--steps", "6", "--batch-size", "5", "--micro-tokens", "120", "--save-every", "2",     # noqa: E731
+                        "--dtype", "float32"]
+    assert lives(argv(tmp_path / "one"), []) == (0, 0)
+    assert together([*argv(tmp_path / "many"), "--shard"], size) == [0] * size
+    for first, second in ((["--shard"], []), ([], ["--shard"])) if name in ("full", "adapter") else ():
+        out = tmp_path / f"then{len(first)}"
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "backward", lambda *args, steps=iter(range(9)), real=train.backward: os._exit(9) if next(steps) == 3 else real(*args))
+            assert together([*argv(out), *first], size if first else 1) == [9] * (size if first else 1)
+        assert together([*argv(out), *second], size if second else 1) == [0] * (size if second else 1)
+    for out in [path for path in tmp_path.iterdir() if path.name != "one"]:
+        rows = [[{**row, "seconds": 0, "tokens": 0} for row in data.read_records(folder / "log.jsonl")] for folder in (tmp_path / "one", out)]
+        assert nearly(*rows, loss)
+        for file in [path.relative_to(out) for path in out.rglob("*.safetensors")]:
+            weights = [load_file(folder / file) for folder in (tmp_path / "one", out)]
+            assert weights[0].keys() == weights[1].keys()
+            assert all(torch.allclose(weights[0][key], weights[1][key], atol=weight, rtol=weight) for key in weights[0])
+
+
+def test_each_process_reads_and_holds_its_rows_alone(taught):
+    """Of a base of n numbers each of two processes holds n / 2 (the last rows may be fewer)."""
+    code = ("import sys, torch, train, model; cfg = train.parse_config(sys.argv[1:]); train.join(cfg)\n"
+            "reads, real = [], model.fill\n"
+            "model.fill = lambda place, read, shape, *rest: (reads.append(torch.Size(shape).numel()), real(place, read, shape, *rest))[1]\n"
+            "held = train.load_trained(cfg, None, shard=True)\n"
+            "local = sum(p.to_local().numel() for p in held.parameters())\n"
+            "whole = train.load_trained(cfg, None)\n"
+            "same = all(torch.equal(train.whole(p), q) for p, q in zip(held.parameters(), whole.parameters()))\n"
+            "total = sum(p.numel() for p in whole.parameters())\n"
+            "read = sum(reads[:len(reads) // 2])\n"
+            "train.os.write(1, f'share {local / total} {read / total} {same}\\n'.encode()); train.dist.destroy_process_group()")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable, "-c", code,
+               "--stage", "sft", "--model", str(taught / "model"), "--tasks", str(taught / "tasks"), "--shard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    lines = re.findall(r"share ([\d.]+) ([\d.]+) (\w+)", done.stdout)
+    assert len(lines) == 2 and all(same == "True" and 0.49 < float(local) < 0.51 and 0.49 < float(read) < 0.51 for local, read, same in lines), done.stderr
+
+
+@pytest.mark.faults
+def test_two_machines_are_one_job(taught, tmp_path, capfd):
+    """Two agents of torchrun on loopback: the weights of two processes of one agent, and one line for a mistake."""
+    found = []
+    for name, more in (("two", []), ("mistake", ["--max-len", "100000"])):
+        port, argv = free_port(), [*arguments(taught, tmp_path / name), "--stage", "sft", "--steps", "3", "--batch-size", "4", "--no-evaluate", *more]
+        agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1", "--master-addr", "127.0.0.1",
+                                    "--master-port", str(port), "train.py", *argv], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for node in range(2)]
+        stderr = "".join(agent.communicate(timeout=120)[1] for agent in agents)
+        found.append(([agent.returncode == 0 for agent in agents], stderr.count("error: "), "--max-len is 100000" in stderr))
+    assert found == [([True, True], 0, False), ([False, False], 1, True)]
+    assert together([*arguments(taught, tmp_path / "one"), "--stage", "sft", "--steps", "3", "--batch-size", "4", "--no-evaluate"], 2) == [0, 0]
+    assert (tmp_path / "one/adapter_model.safetensors").read_bytes() == (tmp_path / "two/adapter_model.safetensors").read_bytes()
