@@ -1512,7 +1512,7 @@ def all_sum(values: dict) -> dict:
 
 def precision(cfg: TrainConfig, device: str):
     """The numbers that a step computes in; what it is compared with (a reference, old log-probabilities) must use the same."""
-    return torch.autocast(device, torch.bfloat16, enabled=cfg.full and cfg.dtype != "float32")
+    return torch.autocast(device, torch.bfloat16, enabled=cfg.full and pick_device(cfg)[1] != torch.float32)
 
 
 def backward(model, stage: Stage, batches: list[dict], cfg: TrainConfig) -> dict:

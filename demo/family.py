@@ -4,7 +4,8 @@
 
 Per seed: SFT(IA), its sampled answers, and their rewards by the model itself and by exact rules; then each method on
 either, each one `python train.py ...` that is printed first, two side by side, one thread each. ppo samples its own
-answers, but its reward model learns from the same candidates. Writes results.md, family.png and ppo.png to --out.
+answers; they are rewarded by the rules, or by a reward model that learns the model's own rewards of the same candidates.
+Writes results.md, family.png and ppo.png to --out.
 """
 
 import argparse
@@ -58,8 +59,9 @@ def runs_of_seed(root, seed, split, per_task, judges, methods):
         candidates = ["--init", str(main), "--candidates", str(start / "candidates.jsonl")]
         for number, (title, (stage, flags)) in enumerate(methods.items()):
             jobs[title] = out = start if stage == "cat" else root / f"seed{seed}-{judge}-{number}"
+            direct = ["--no-fit-reward"] if stage == "ppo" and judge == "rule" else []      # rules can be asked as often as one likes
             if not (out / "adapter_config.json").exists():
-                launch(command(out, *shared, *candidates, *flags, stage=stage))
+                launch(command(out, *shared, *candidates, *flags, *direct, stage=stage))
         found[judge] = evaluated(root / f"seed{seed}-{judge}-eval", main, jobs, split, per_task)
     return found
 
@@ -116,7 +118,7 @@ def plot_ppo(root, numbers, judge, path):
         phases = sorted({row["phase"] for row in rows})
         for axis, name in zip(axes, ("score", "kl")):
             axis.plot(phases, [np.mean([row[name] for row in rows if row["phase"] == phase]) for phase in phases], color=colour, label=f"seed {seed}")
-    for axis, title in zip(axes, ("reward model's score of sampled answers", "KL to SFT(IA), nats per answer")):
+    for axis, title in zip(axes, ("reward of sampled answers", "KL to SFT(IA), nats per answer")):
         axis.set(title=title, xlabel="phase")
         _tidy(axis)
         axis.set_ylabel("")

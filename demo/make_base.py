@@ -215,7 +215,7 @@ def main(argv=None):
         with open(path, "w", encoding="utf-8") as file:
             for _ in range(42 * steps):                     # 40 documents a step: none is seen twice
                 file.write(json.dumps(corpus.draw()) + "\n")
-        code = train.main(["--stage", "pretrain", "--corpus", str(path), "--tokenizer", str(work / "tokenizer.model"),
+        code = train.main(["--stage", "pretrain", "--dtype", "bfloat16", "--corpus", str(path), "--tokenizer", str(work / "tokenizer.model"),
                            "--steps", str(steps), "--lr", str(lr), "--out", str(work / f"phase{number}"), "--export", export,
                            "--seed", str(args.seed), *model])
         if code:

@@ -589,7 +589,7 @@ def test_outside_preferences_can_be_labelled(world, tmp_path, monkeypatch):     
 def test_a_reference_computes_as_the_step_does(world, tmp_path):        # noqa: F811
     """With --full in bfloat16, too, DPO starts at log 2 exactly."""
     path = planted(world, tmp_path / "candidates.jsonl")
-    assert stage(world, tmp_path / "run", "dpo", "--candidates", str(path), "--full", "--no-compare", "--no-evaluate") == 0
+    assert stage(world, tmp_path / "run", "dpo", "--candidates", str(path), "--full", "--dtype", "bfloat16", "--no-compare", "--no-evaluate") == 0
     first = data.read_records(tmp_path / "run/log.jsonl")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["margin"] == 0
 
