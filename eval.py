@@ -191,7 +191,7 @@ def prompt_room(model, max_new_tokens: int, max_len: int | None) -> int:
 
 @dataclass(frozen=True)
 class _Branch:
-    """Tokens to run behind a cached prefix, and the next tokens to score: (keyword 0 or 1, position, token id)."""
+    """Tokens to run behind a prefix, and the next tokens to score: (keyword 0 or 1, position, token id)."""
 
     item: int
     token_ids: tuple[int, ...]
@@ -248,15 +248,17 @@ def keyword_logprobs(model, tokenizer, prefixes: list[str], suffixes: list[str],
     for item, (prefix, suffix, pair) in enumerate(zip(prefixes, suffixes, keywords, strict=True)):
         by_prefix.setdefault(prefix, []).extend(_branches(tokenizer, item, suffix, pair))
     forks = [(text, branch) for text in sorted(by_prefix, key=len) for branch in sorted(by_prefix[text], key=lambda branch: len(branch.token_ids))]
-    room = min(max_len or sys.maxsize, model.config.context) - max((len(branch.token_ids) for _, branch in forks), default=0)
-    if room < 2:
-        raise ValueError(f"an answer to judge is too long: it leaves {room} tokens for its question. Lower --max-new-tokens, or raise --max-len.")
+    longest = {text: max(len(branch.token_ids) for branch in branches) for text, branches in by_prefix.items()}
+    most = min(max_len or sys.maxsize, model.config.context)
+    if most - max(longest.values(), default=0) < 2:
+        raise ValueError(f"an answer to judge has about {max(longest.values())} tokens and leaves no room for its question within "
+                         f"{most}. Lower --max-new-tokens, or raise --max-len.")
     results, was_training = torch.zeros(len(prefixes), 2, device=next(model.parameters()).device), model.training           # (items, 2)
     model.eval()
     try:
         with torch.inference_mode():
             for part in _chunks(forks, batch_size):                         # like lengths attend together
-                _add_logprobs(model, [(cut_left(tokenizer.encode_prompt(text), room), [branch for _, branch in same])
+                _add_logprobs(model, [(cut_left(tokenizer.encode_prompt(text), most - longest[text]), [branch for _, branch in same])
                                       for text, same in groupby(part, key=lambda fork: fork[0])], results)
     finally:
         model.train(was_training)

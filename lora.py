@@ -108,13 +108,16 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
     """Adapt, in place, each Linear whose name ends in a target; freeze all else. Returns the model.
 
     Raises:
-        ValueError: the model has adapters already, or a target names no Linear.
+        ValueError: the model has adapters already, or a target names no Linear, or one that shares its weight.
     """
     linears = plain_linears(model)
     for target in config.targets:
         if not any(matches(name, [target]) for name in linears):
             raise ValueError(f'LoRA target "{target}" names no linear layer of the model; there are: '
                              f"{', '.join(sorted({name.rpartition('.')[2] for name in linears})) or 'none'}.")
+    embedded = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    if any(module.weight is weight for name, module in linears.items() if isinstance(module, nn.Linear) and matches(name, config.targets) for weight in embedded):
+        raise ValueError("this model's lm_head is its embedding, and an adapter on the one would be merged into both. Adapt other linears.")
     model.requires_grad_(False)
     for name, module in linears.items():
         if matches(name, config.targets):

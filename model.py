@@ -10,7 +10,8 @@ Module names are those of Hugging Face's LlamaForCausalLM, so its weights load w
 
 The one shape inside is (N, D): linears, norms and RoPE see real tokens only, laid end to end, never padding. One small
 object, `attend(layer, q, k, v)`, knows which token belongs to which document: `Packed` for whole documents (training,
-scoring), `Cached` for tokens appended to a KV cache (prefill, decoding, forks).
+scoring), `Branched` for those that share their beginning, `Prefill` for prompts into a KV cache, `Cached` for tokens behind
+them, `Step` for one token a row.
 
 Shapes: B batch (rows or documents), T row length, N real tokens in all, S key length, D model dim, H/K query/kv heads,
 Dh head dim, F ffn dim, V vocab, L layers, M rows of logits asked for.
@@ -430,7 +431,8 @@ class QuantLinear(nn.Module):
         return QUANTIZERS[self.kind][1](self.codes, self.scales, dtype)[:, :self.in_features]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "int8" and x.dtype == torch.bfloat16 and x.device.type == "cpu" and x[..., 0].numel() <= 16 and not x.requires_grad:
+        if self.kind == "int8" and x.dtype == torch.bfloat16 and x.device.type == "cpu" and x[..., 0].numel() <= 16 and not x.requires_grad and (
+                self.in_features % 16 == 0):                                             # other widths crash the kernel
             rows = x.reshape(-1, x.shape[-1])                                            # a few rows: the codes are read as they are
             out = torch._weight_int8pack_mm(rows, self.codes, self.scales.flatten()).view(*x.shape[:-1], -1)
         else:
@@ -569,7 +571,8 @@ def attention(trees: list[tuple[int, list[int]]], device: torch.device | str = "
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (B, T, H, Dh), k and v (B, T, K, Dh) -> (B * T, H, Dh)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                     # (B, H or K, T, Dh)
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] <= 1024:      # there the fused kernel takes twice as long
+    small = q.numel() // q.shape[3] * q.shape[2] <= 2**24                                # weights of attention, if they are written down
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and small:                   # there the fused kernel takes twice as long
         later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)             # (T, T)
         scores = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3) @ k.transpose(-1, -2) * q.shape[-1] ** -0.5      # (B, K, H/K * T, T)
         weights = scores.unflatten(2, (-1, len(later))).masked_fill(later, float("-inf")).softmax(-1)
@@ -583,7 +586,8 @@ class Branched:
     """Causal attention in documents that share their beginnings: each tree is a stem, then branches that see it and themselves.
 
     trees: [(tokens of the stem, [tokens of each branch])]; the flat row holds each stem and behind it its branches. A
-    branch's positions go on from its stem's, so that it is computed as if it stood behind a copy of the stem.
+    branch's positions go on from its stem's, so that it is computed as if it stood behind a copy of the stem (but for dynamic
+    RoPE past the original length, where a stem turns as a text of its own).
     """
 
     def __init__(self, trees: list[tuple[int, list[int]]], device: torch.device | str = "cpu"):
@@ -734,7 +738,9 @@ class Prefill:
 
     def __init__(self, kv_cache: KVCache, prompts: list[list[int]], first: int):
         ids, trees, rows, places, source, last, device = [], [], [], [], [], {}, kv_cache.k.device
-        for stem, members in shared_prompts(prompts):
+        scaling = kv_cache.config.rope_scaling or {}
+        alone = scaling.get("rope_type") == "dynamic" and max(map(len, prompts)) > kv_cache.config.max_position_embeddings
+        for stem, members in [(len(prompt), [k]) for k, prompt in enumerate(prompts)] if alone else shared_prompts(prompts):
             begin = len(ids)
             ids += prompts[members[0]][:stem]
             for member in members:
@@ -822,7 +828,7 @@ class Llama(nn.Module):
     def hidden(self, input_ids: Tensor, attend: Callable, position_ids: Tensor | None = None) -> Tensor:
         """Final hidden states, normed, (N, D) of flat input_ids (N,); lm_head turns them into logits.
 
-        attend: `Packed`, `Cached`, or any callable (layer, q (N, H, Dh), k, v (N, K, Dh)) -> (N, H, Dh).
+        attend: `Packed`, `Branched`, `Cached`, ..., or any callable (layer, q (N, H, Dh), k, v (N, K, Dh)) -> (N, H, Dh).
         position_ids: (N,); by default those of `attend`. Where they are given, all tokens count as one text as long
             as the highest of them, for the sake of dynamic RoPE.
         """
@@ -988,6 +994,8 @@ def decode(model: Llama, answers: list[Answer], how: tuple, eos_ids: set[int], b
     weight = model.model.embed_tokens.weight
     slots = min(batch_size, len(answers))
     max_len = max(len(answer.prompt) + answer.most for answer in answers)
+    if model.compiling:                                                                  # few shapes: each is compiled anew
+        slots, max_len = batch_size, min(model.config.context, -(-max_len // 256) * 256)
     cache = KVCache(model.config, slots, max_len, weight.dtype, weight.device)
     step = torch.compile(one_token, dynamic=False) if model.compiling else None
     waiting = sorted(answers, key=lambda answer: (len(answer.prompt), answer.prompt))    # longest last, taken first

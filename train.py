@@ -1218,14 +1218,13 @@ def unlikelihood_step(model, batch, cfg) -> dict:
     tokens said before, in good responses, as the paper has it for its training texts; bad responses take no part.
     """
     targets, ids = batch["targets"], batch["owners"]
-    logits = model.lm_head(label_hidden(model, batch))      # (M, V): words other than the target count, too
     good = batch["roles"][ids] == losses.ALIGN_P
-    if cfg.level == "token":
-        tokens = good * losses.token_unlikelihood(logits, targets, ids, alpha=cfg.unlike_alpha)
+    if cfg.level == "token":                                # words other than the target count, so all logits are needed
+        tokens = good * losses.token_unlikelihood(model.lm_head(label_hidden(model, batch)), targets, ids, alpha=cfg.unlike_alpha)
     else:
         flagged = ~good if cfg.level == "response" else losses.repeated_ngrams(targets, ids)
-        tokens = losses.unlikelihood_loss(losses.gathered_logprobs(logits, targets), losses.complement_logprobs(logits, targets),
-                                          flagged, cfg.unlike_alpha) * (good | flagged)
+        logprobs, complements = label_logprobs(model, batch)
+        tokens = losses.unlikelihood_loss(logprobs, complements(), flagged, cfg.unlike_alpha) * (good | flagged)
     lengths = torch.bincount(ids, minlength=len(batch["lengths"])).clamp(min=1)
     return {"ce": (tokens / lengths[ids]).sum()}
 

@@ -36,6 +36,7 @@ def document(prompt: list[int], answer: list[int]) -> dict:
 def steps(model, groups: list[dict], stage: str, batch_size: int, n: int) -> float:
     """Seconds of n steps of the loop's own work: choosing, packing, forward, backward."""
     cfg = train.TrainConfig(stage=stage, batch_size=batch_size)
+    data._permutation.cache_clear()
     began = time.perf_counter()
     for step in range(n):
         chosen = [groups[i] for i in data.batch_indices(len(groups), batch_size, step, 0)]

@@ -8,7 +8,7 @@ what this machine's plainest matrix products allow for the same arithmetic (meas
 memory the work took beyond the loaded model. Weights and tokens are random; lengths are the same for everyone.
 
     sft      16 ragged examples (mean 192 tokens, a quarter labelled), LoRA of rank 16 on all linears, AdamW included; useful tokens/s
-    sample   80 prompts (mean 225 tokens), answers of imposed lengths (mean 43, at most 96), temperature 1, 32 at a time; new tokens/s
+    sample   80 prompts (mean 225 tokens, nothing in common), answers of imposed lengths (mean 43, at most 96), temperature 1, 32 at a time; new tokens/s
     stream   one prompt of 64 tokens, 128 new ones, greedy; new tokens/s
     rank     groups of one better and three worse answers (40 tokens each) to one prompt of 300, LoRA, AdamW included; groups/s
     judge    40 items of about 60 tokens behind one header of 600, two words asked; items/s
@@ -18,6 +18,7 @@ Needs transformers, peft and trl; generate_batch wants transformers 5, llama.cpp
 
 import argparse
 import contextlib
+import gc
 import importlib.util
 import io
 import json
@@ -65,7 +66,7 @@ def documents() -> list[dict]:
 
 
 def prompts() -> tuple[list[list[int]], list[int]]:
-    """The prompts of sample, eight questions in ten wordings each, and how long every answer is to be."""
+    """The prompts of sample, and how long every answer is to be."""
     return [tokens(length, k) for k, length in enumerate(ragged(80, 225, 60, 600, 2))], ragged(80, 43, 4, 96, 3)
 
 
@@ -96,6 +97,8 @@ def memory(name: str) -> int:
 
 def timed(work, times: int, useful: float, **more) -> dict:
     """Warm up once, then the mean of `times` runs; memory beyond what was loaded before."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")           # forget the peak of building
     loaded = memory("VmRSS")
     work()
     began = time.perf_counter()
@@ -118,7 +121,7 @@ def own_model(dtype, adapt: bool = False):
     return apply_lora(model, LoraConfig(rank=RANK, alpha=2 * RANK, dropout=0.0)).train() if adapt else model.eval()
 
 
-def peer_model(dtype, adapt: bool = False):
+def peer_model(dtype, adapt: bool = False, float32_adapters: bool = True):
     import peft
     import transformers
 
@@ -129,7 +132,7 @@ def peer_model(dtype, adapt: bool = False):
                                       bos_token_id=1, eos_token_id=2, pad_token_id=0)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).to(dtype)
-    return peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")).train() if adapt else model.eval()
+    return peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"), autocast_adapter_dtype=float32_adapters).train() if adapt else model.eval()
 
 
 def stepped(model, loss):
@@ -189,13 +192,13 @@ def sft_padded(dtype, rows: int = 16, sort: bool = False, labelled: bool = False
             part = made[start:start + rows]
             ids, labels = padded([d["input_ids"] for d in part], 0), padded([d["labels"] for d in part], -100)
             mask = padded([[1] * len(d["input_ids"]) for d in part], 0)
-            model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=torch.tensor(total)).loss.backward()
+            model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, num_items_in_batch=torch.tensor(total)).loss.backward()
     return stepped(model, loss)
 
 
-def sft_packed(dtype, most: int = 512):
+def sft_packed(dtype, float32_adapters: bool = True, most: int = 512):
     """The best setting of transformers that was found: rows without padding of at most 512 tokens, logits of labelled places only."""
-    model, rows = peer_model(dtype, adapt=True), packed_rows(documents(), most)
+    model, rows = peer_model(dtype, True, float32_adapters), packed_rows(documents(), most)
     total = sum(label != -100 for row in rows for document in row for label in document["labels"])
 
     def loss():
@@ -204,7 +207,7 @@ def sft_packed(dtype, most: int = 512):
             places = torch.tensor([[i for d in row for i in range(len(d["input_ids"]))]])
             labels = torch.tensor([i for d in row for i in d["labels"]])
             wanted = (labels != -100).nonzero().squeeze(1)
-            logits = model(input_ids=ids, position_ids=places, logits_to_keep=wanted - 1).logits[0]
+            logits = model(input_ids=ids, position_ids=places, logits_to_keep=wanted - 1, use_cache=False).logits[0]     # with a cache documents would mix
             (torch.nn.functional.cross_entropy(logits.float(), labels[wanted], reduction="sum") / total).backward()
     return stepped(model, loss)
 
@@ -237,7 +240,8 @@ def sft(system, dtype):
     useful = sum(len(document["input_ids"]) for document in documents())
     build = {"own": lambda: sft_own(dtype), "own --micro-tokens 512": lambda: sft_own(dtype, micro_tokens=512),
              "peft padded (default)": lambda: sft_padded(dtype), "peft sorted, rows of 4": lambda: sft_padded(dtype, 4, sort=True),
-             "peft packed, labelled only": lambda: sft_packed(dtype), "trl SFTTrainer": lambda: sft_trl(dtype)}[system]
+             "peft packed, labelled only": lambda: sft_packed(dtype),
+             "peft packed, adapters in the base's type": lambda: sft_packed(dtype, False), "trl SFTTrainer": lambda: sft_trl(dtype)}[system]
     labelled = sum(label != -100 for document in documents() for label in document["labels"])
     return timed(build(), 2, useful, flops=4 * useful * LINEARS + 4 * labelled * HEAD)
 
@@ -314,7 +318,7 @@ def sample(system, dtype):
 def stream(system, dtype):
     asked, new = tokens(64, 1), 128
     if system.startswith("llama.cpp"):
-        with llama_cpp(dtype, 1) as ask:
+        with llama_cpp("q8_0" if "q8_0" in system else dtype, 1, temperature=0) as ask:
             return timed(lambda: ask([asked], [new]), 2, new, grow=0, peak=0)
     if system.startswith("own"):
         from model import generate
@@ -361,7 +365,7 @@ def rank_peer(dtype, labelled: bool):
         for group in groups:
             ids = torch.tensor([d["input_ids"] for d in group["documents"]])
             rows = slice(299, 339)
-            logits = (model(input_ids=ids, logits_to_keep=torch.arange(299, 339)) if labelled else model(input_ids=ids)).logits
+            logits = (model(input_ids=ids, use_cache=False, logits_to_keep=torch.arange(299, 339)) if labelled else model(input_ids=ids, use_cache=False)).logits
             logits = logits if labelled else logits[:, rows]
             logprobs = logits.float().log_softmax(-1).gather(-1, ids[:, 300:, None]).squeeze(-1)
             scores = logprobs.mean(1)
@@ -472,7 +476,7 @@ def gguf_file(path: Path, dtype) -> Path:
 
 
 @contextlib.contextmanager
-def llama_cpp(dtype, slots: int):
+def llama_cpp(dtype, slots: int, temperature: float = 1.0):
     """Inside, a function (prompts, lengths) that has llama.cpp's server answer them, `slots` at a time."""
     import socket
     from concurrent.futures import ThreadPoolExecutor
@@ -497,7 +501,7 @@ def llama_cpp(dtype, slots: int):
                 time.sleep(0.1)
 
             def one(job):
-                body = {"prompt": job[0], "n_predict": job[1], "ignore_eos": True, "temperature": 1.0, "cache_prompt": False, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+                body = {"prompt": job[0], "n_predict": job[1], "ignore_eos": True, "temperature": temperature, "cache_prompt": False, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
                 reply = session.post(f"http://127.0.0.1:{port}/completion", json=body, timeout=600).json()
                 assert reply["tokens_predicted"] == job[1], reply
 
@@ -514,9 +518,9 @@ def llama_cpp(dtype, slots: int):
 # The plan and the table
 
 PLAN = {                                                    # workload: systems; the first is the peers' default
-    "sft": ("peft padded (default)", "peft sorted, rows of 4", "peft packed, labelled only", "trl SFTTrainer", "own", "own --micro-tokens 512"),
+    "sft": ("peft padded (default)", "peft sorted, rows of 4", "peft packed, labelled only", "peft packed, adapters in the base's type", "trl SFTTrainer", "own", "own --micro-tokens 512"),
     "sample": ("generate (default)", "generate, sorted", "generate_batch", "llama.cpp", "own"),
-    "stream": ("generate (default)", "generate, compiled", "llama.cpp", "own", "own, compiled", "own, int8"),
+    "stream": ("generate (default)", "generate, compiled", "llama.cpp", "llama.cpp q8_0", "own", "own, compiled", "own, int8"),
     "rank": ("peft, all logits (default)", "peft, answers' logits", "own"),
     "judge": ("naive (default)", "cache reused by hand", "own"),
 }
@@ -563,7 +567,7 @@ def table(rows: list[dict], limits: dict) -> str:
             if (row["workload"], row["dtype"]) == (workload, dtype) and "rate" in row:
                 found.setdefault(row["system"], []).append(row)
         rate = {system: statistics.median(row["rate"] for row in part) for system, part in found.items()}
-        peers = [value for system, value in rate.items() if not system.startswith("own") and system != "llama.cpp q8_0"]
+        peers = [value for system, value in rate.items() if not system.startswith("own") and "q8_0" not in system]
         first = rate.get(PLAN[workload][0])
         lines += [f"\n**{workload}, {dtype}** ({UNITS[workload]})\n", "| system | rate | spread | x default | x best peer | of the limit | grow, MB |", "|---" * 7 + "|"]
         for system, part in found.items():
@@ -573,7 +577,7 @@ def table(rows: list[dict], limits: dict) -> str:
             elif "bytes" in row:
                 limit = f"{row['bytes'] * rate[system] / 1e7 / limits[dtype]['gbs']:.0f} %"
             spread = 100 * (max(r["rate"] for r in part) - min(r["rate"] for r in part)) / rate[system]
-            cells = [system, f"{rate[system]:.4g}", f"{spread:.0f} %", f"{rate[system] / first:.2f}" if first else "", f"{rate[system] / max(peers):.2f}" if peers else "",
+            cells = [system, f"{rate[system]:.4g}", f"{spread:.0f} %", f"{rate[system] / first:.2f}" if first else "", f"{rate[system] / max(peers):.2f}" if peers and "8" not in system else "",       # eight bits are no peer of sixteen
                      limit, f"{statistics.median(r['grow'] for r in part):.0f}" if row["peak"] else ""]
             lines.append("| " + " | ".join(cells) + " |")
         missing = {row["system"]: row["error"] for row in rows if (row["workload"], row["dtype"]) == (workload, dtype) and "error" in row}

@@ -1,5 +1,6 @@
 """lora.py against peft, against its own algebra, and against foreign adapters."""
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -315,3 +316,11 @@ def test_an_adapter_that_changes_nothing_is_warned_about(tmp_path):
     save_adapter(apply_lora(llama(), LoraConfig(rank=2)), tmp_path)
     with pytest.warns(UserWarning, match="changes nothing"):
         load_adapter(llama(), tmp_path)
+
+
+def test_an_adapter_on_a_head_that_is_the_embedding_is_refused():
+    tied, free = (Llama(dataclasses.replace(PRESETS["tiny"], tie_embeddings=tie)) for tie in (True, False))
+    with pytest.raises(ValueError, match="lm_head is its embedding"):
+        apply_lora(tied, LoraConfig(targets=("q_proj", "lm_head")))
+    apply_lora(free, LoraConfig(targets=("q_proj", "lm_head")))
+    apply_lora(tied, LoraConfig(targets=("q_proj",)))
