@@ -1732,8 +1732,8 @@ def adapter_template(folder) -> str:
 def chat(config: EvalConfig) -> None:
     """Read lines, print answers as they come. The adapter stays apart, so that it can be switched off."""
     from data import Tokenizer, find_template
-    from lora import disabled, load_adapter
-    from model import load_model
+    from lora import load_adapter
+    from model import load_model, packed
 
     tokenizer = Tokenizer(config.tokenizer or config.model, config.model)
     device, dtype = pick_device(config)
@@ -1743,6 +1743,14 @@ def chat(config: EvalConfig) -> None:
         load_adapter(model, config.adapter[0])
     name = config.template or (adapter_template(config.adapter[0]) if config.adapter else "") or model.config.prompt_template or "alpaca"
     print(f"{config.model}{' with ' + config.adapter[0] if config.adapter else ''}, template {name}. /help lists the commands.")
+    with packed(model):
+        _converse(config, model, tokenizer, find_template(name))
+
+
+def _converse(config: EvalConfig, model, tokenizer, template) -> None:
+    """Obey commands and answer messages until /quit or the end of the input."""
+    from lora import disabled
+
     messages, on, temperature = [], bool(config.adapter), config.temperature
     for line in iter(lambda: _ask("> "), None):
         command, _, rest = line.strip().partition(" ")
@@ -1760,7 +1768,7 @@ def chat(config: EvalConfig) -> None:
             messages.append({"role": "user", "content": line})
             try:
                 with disabled(model) if not on else nullcontext():
-                    answer = _say_answer(model, tokenizer, find_template(name), messages, config, temperature)
+                    answer = _say_answer(model, tokenizer, template, messages, config, temperature)
             except (KeyboardInterrupt, ValueError) as error:        # the line is forgotten, the conversation goes on
                 print(f"\n({str(error) or 'stopped'})")
                 messages.pop()

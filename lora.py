@@ -74,14 +74,14 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.base(x)                                                               # (..., out)
-        if not self.enabled:
-            return out
-        if self.config.dropout > 0:
-            x = F.dropout(x, self.config.dropout, self.training)
-        low = F.linear(x.reshape(-1, x.shape[-1]), self.lora_A.to(x.dtype)).to(out.dtype)              # (N, R)
-        up, scale = self.lora_B.to(out.dtype), self.config.alpha / self.config.rank        # (out, R)
-        return out.view(-1, out.shape[-1]).addmm_(low, up.T, alpha=scale).view(out.shape)        # in place: no second copy
+        rows = x.reshape(-1, x.shape[-1])                                                # (N, in)
+        out = self.base(rows)                                                            # (N, out)
+        if self.enabled:
+            if self.config.dropout > 0:
+                rows = F.dropout(rows, self.config.dropout, self.training)
+            low = F.linear(rows, self.lora_A.to(rows.dtype)).to(out.dtype)               # (N, R)
+            out = out.addmm_(low, self.lora_B.to(out.dtype).T, alpha=self.config.alpha / self.config.rank)         # in place: no second copy
+        return out.view(*x.shape[:-1], -1)
 
     def merged(self) -> nn.Linear:
         """The base, its weight now W + (alpha / r) B A: summed in float32, rounded once to the base's type."""

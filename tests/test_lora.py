@@ -131,7 +131,7 @@ def test_merged_equals_unmerged_and_leaves_the_model_alone():
     before, adapted = {k: v.clone() for k, v in model.state_dict().items()}, model(IDS)
     with disabled(model):
         merged = merge_lora(model)
-    assert not lora_modules(merged) and type(merged.model.layers[0].mlp.up_proj) is nn.Linear
+    assert not lora_modules(merged) and isinstance(merged.model.layers[0].mlp.up_proj, nn.Linear)
     assert (merged(IDS) - adapted).abs().max() < 1e-5
     assert merged.state_dict().keys() == llama().state_dict().keys()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import (PRESETS, Branched, Cached, KVCache, Llama, ModelConfig, Packed, generate, load_model, sample, save_model,
+from model import (PRESETS, Branched, Cached, KVCache, Llama, ModelConfig, Packed, generate, load_model, packed, sample, save_model,
                    shared_prompts, similar_lengths, weight_files)
 
 TINY = PRESETS["tiny"]
@@ -354,6 +354,56 @@ def test_branches_equal_documents_with_a_copy_of_the_stem_each(tiny):
         found.append(torch.autograd.grad((hidden * slope).sum(), weights, allow_unused=True, retain_graph=True))
     for one, two in zip(*found):                                                         # norms compute in float32
         assert one is two is None or (one - two).abs().max() <= 1e-5 * two.abs().max()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_weights_laid_out_for_sampling_serve_alike_and_come_back(dtype, tolerance):
+    rng = random.Random(5)
+    for _ in range(6):
+        model = Llama(dataclasses.replace(random_config(rng), vocab_size=321)).init_weights(rng.randrange(99)).to(dtype)
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        ids = torch.randint(321, (rng.randint(1, 40),))
+        with torch.inference_mode():
+            plain = model(ids)
+            with pytest.raises(RuntimeError, match="inside"), packed(model):
+                with packed(model):
+                    inner = model(ids)
+                laid = [module.layout is not None for module in model.modules() if hasattr(module, "layout")]
+                freed = not model.model.layers[0].mlp.up_proj.weight.untyped_storage().nbytes()
+                again, few, none = model(ids), model(ids[:1]), model(ids, logits_at=ids[:0])
+                raise RuntimeError("inside")
+        assert all(laid) == any(laid) == freed and none.shape == (0, 321)
+        assert freed or not torch.backends.mkldnn.is_available() or "AVX" not in torch.backends.cpu.get_cpu_capability()
+        assert torch.equal(inner, again) and (inner - plain).abs().max() <= tolerance * plain.abs().max()
+        assert (few - plain[:1]).abs().max() <= tolerance * plain.abs().max() and not (hasattr(model.lm_head, "bias") and model.lm_head.layout)
+        assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_sampling_between_forward_and_backward_changes_no_gradient(tiny):
+    def gradients(between):
+        model = copy.deepcopy(tiny)
+        loss = model(torch.arange(5, 25)).logsumexp(-1).sum()
+        between(model)
+        loss.backward()
+        return [weight.grad for weight in model.parameters()]
+    sampled = gradients(lambda model: generate(model, [[1, 5, 9]], max_new_tokens=3))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(lambda model: None), sampled, strict=True))
+
+
+def test_frozen_linears_pass_the_gradients_that_trainable_ones_do():
+    for seed in range(4):
+        rng = random.Random(seed)
+        model = Llama(dataclasses.replace(random_config(rng), attention_bias=False)).init_weights(seed)
+        ids, found = torch.randint(20, (rng.randint(2, 60),)), {}
+        for frozen in (False, True):
+            model.requires_grad_(not frozen).model.embed_tokens.weight.requires_grad_(True)
+            model.zero_grad()
+            logits = model(ids)
+            logits.logsumexp(-1).sum().backward()
+            found[frozen] = logits.detach(), model.model.layers[0].input_layernorm.weight.grad, model.model.embed_tokens.weight.grad.clone()
+        if not model.config.tie_embeddings:                              # a tied head has a gradient of its own
+            assert (found[True][2] - found[False][2]).abs().max() <= 1e-5 * found[False][2].abs().max()
+        assert (found[True][0] - found[False][0]).abs().max() <= 1e-5
 
 
 def test_eos_is_kept_and_ends_the_row(tiny):
