@@ -400,6 +400,22 @@ def test_keyword_logprobs_read_a_shared_prefix_once():
     assert model.training
 
 
+def test_a_question_is_cut_for_its_own_answers_alone():
+    """A long answer to another question takes none of its room."""
+    import torch
+
+    from model import PRESETS, Llama
+
+    torch.manual_seed(0)
+    model, tokenizer = Llama(PRESETS["tiny"]).eval(), ToyTokenizer()
+    asked = (["a long question " * 8 + "\n", "t\n"], ["a:", "answer " * 9 + ":"], [(" y", " n")] * 2)
+    most = len(tokenizer.encode_prompt(asked[0][0])) + len(tokenizer.encode_continuation("a:"))
+    whole, fitted, cut = (keyword_logprobs(model, tokenizer, *asked, max_len=n) for n in (None, most, most - 9))
+    for one, two in zip(whole, fitted):
+        assert one == pytest.approx(two, abs=1e-5)
+    assert cut[0] != pytest.approx(whole[0], abs=1e-5) and cut[1] == pytest.approx(whole[1], abs=1e-5)
+
+
 def test_keyword_that_is_no_continuation_is_refused():
     with pytest.raises(ValueError, match="Begin the keyword with a space"):
         keyword_logprobs(None, ToyTokenizer(), ["p\n"], ["right: "], [("yes", "no")])

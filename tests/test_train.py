@@ -101,6 +101,21 @@ def test_adapt_names_the_linears(world, tmp_path, capsys):
     assert "gait_proj" in capsys.readouterr().err
 
 
+def test_compile_reaches_the_model_in_both_programs_and_changes_no_number(world, tmp_path, monkeypatch):
+    calls, found = [], {}
+    monkeypatch.setattr(torch, "compile", lambda function, **how: lambda *arguments: calls.append(1) or function(*arguments))
+    for flag in ((), ("--compile",)):
+        calls.clear()
+        out = tmp_path / f"train{len(flag)}"
+        assert train.main(["--stage", "sft", *arguments(world, out, "--steps", "2", *flag)]) == 0
+        in_training = len(calls)
+        evaluation.main(["--model", str(world / "model"), "--tasks", str(world / "tasks"), "--paraphrases", str(world / "paraphrases.json"),
+                         "--per-task", "2", "--max-new-tokens", "4", "--out", str(out / "eval"), *flag])
+        assert (in_training > 0, len(calls) > in_training) == (bool(flag), bool(flag))
+        found[flag] = [(out / name).read_text() for name in ("metrics.json", "eval/metrics.json")]
+    assert found[()] == found["--compile",]
+
+
 def test_full_tuning_moves_all_weights_and_cat_continues_it(world, tmp_path):
     path = planted(world, tmp_path / "candidates.jsonl")
     assert train.main(cat(world, tmp_path / "run", "--candidates", str(path), "--full", "--no-compare")) == 0
