@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -414,6 +415,34 @@ def test_a_question_is_cut_for_its_own_answers_alone():
     for one, two in zip(whole, fitted):
         assert one == pytest.approx(two, abs=1e-5)
     assert cut[0] != pytest.approx(whole[0], abs=1e-5) and cut[1] == pytest.approx(whole[1], abs=1e-5)
+
+
+def test_samples_of_a_question_differ_and_kl_is_that_of_the_samples():
+    """Each answer from its own seed; the policy is asked with its prefix, the reference without."""
+    import torch
+
+    from eval import sampled_answers, sampled_kl
+    from model import PRESETS, Llama
+
+    policy, reference = (Llama(PRESETS["tiny"]).init_weights(seed) for seed in (1, 2))
+    for weight in (*policy.parameters(), *reference.parameters()):
+        weight.data.mul_(4)
+    tokenizer, asked = ToyTokenizer(), [{"wordings": ["do it"], "input": f"x{k}"} for k in range(3)]
+    config = EvalConfig(template="plain", max_new_tokens=6, prefix="best ")
+    many = sampled_answers(policy, tokenizer, asked, config, n=4)
+    assert all(len({tuple(answer.token_ids) for answer in answers}) == 4 for answers in many)
+    assert sampled_answers(policy, tokenizer, asked, config, n=4) == many != sampled_answers(policy, tokenizer, asked, replace(config, seed=1), n=4)
+    differences = []
+    for question, (answer,) in zip(asked, sampled_answers(policy, tokenizer, asked, config, n=1)):
+        sums = []
+        for model, prefix in ((policy, "best "), (reference, "")):
+            prompt = tokenizer.encode_prompt(f"### Instruction: {prefix}do it\n### Input: {question['input']}\n### Response:")
+            with torch.no_grad():
+                table = model(torch.tensor(prompt + answer.token_ids)).log_softmax(-1)[len(prompt) - 1:-1]
+            sums.append(float(table.gather(1, torch.tensor(answer.token_ids)[:, None]).sum()))
+        differences.append(sums[0] - sums[1])
+    found = sampled_kl(policy, reference, tokenizer, asked, config)
+    assert found["n"] == 3 and found["mean"] == pytest.approx(sum(differences) / 3, abs=1e-3) and abs(found["mean"]) > 0.1
 
 
 def test_keyword_that_is_no_continuation_is_refused():
