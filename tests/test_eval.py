@@ -79,7 +79,7 @@ def test_one_response_has_no_cr_and_an_mcr_of_one():
 
 def test_a_pair_counts_only_if_both_orders_agree_but_greedy_reads_one():
     similar = np.array([[1, 0], [1, 1]], dtype=bool)       # asked (1, 0): similar; asked (0, 1): not
-    assert consistency_rate(similar) == 0
+    assert consistency_rate(similar) == consistency_rate(similar.T) == 0
     assert max_consistency_rate(similar) == max_consistency_rate(similar, cluster="component") == 0.5
     assert max_consistency_rate(similar, cluster="greedy") == 1
     assert max_consistency_rate(similar.T, cluster="greedy") == 0.5
