@@ -322,7 +322,7 @@ class ToyTokenizer:
     def encode_turn(self, text):
         return [{"</s>": 2}[text]]
 
-    def encode_continuation(self, text):
+    def encode_continuation(self, text, tail="\n"):
         ids, raw = [], text.encode()
         while raw:
             joined = raw[:1] == b" " and raw[1:2].isalpha()
@@ -355,6 +355,34 @@ def test_complete_generates_equal_greedy_prompts_once(monkeypatch):
     assert [answer.finished for answer in made] == [True, True, True, False]
     assert len(complete(ROOMY, ToyTokenizer(), ["a", "a"], max_new_tokens=4, temperature=1.0, seed=[1, 2])) == 2
     assert len(calls[1]) == 2
+
+
+def test_each_answer_is_asked_with_the_prefix_and_has_its_own_seed(monkeypatch):
+    from eval import sampled_answers
+
+    seen, tokenizer = [], ToyTokenizer()
+
+    def generate(model, prompts, *, temperature, seed, eos_ids, **_):
+        seen.append(([tokenizer.decode(prompt) for prompt in prompts], temperature, seed, eos_ids))
+        return [[5, 2] for _ in prompts]
+    monkeypatch.setattr("model.generate", generate)
+    model = SimpleNamespace(config=SimpleNamespace(context=10**6, eos_ids=(77,)))
+    asked = [question([], input=f"in {k}", wordings=["do it", "make it"]) for k in range(3)]
+    config = EvalConfig(template="plain", max_new_tokens=4, prefix="best ")
+    evaluate_errors(model, tokenizer, asked, config, judge=EqualJudge())
+    sampled_answers(model, tokenizer, asked, config, n=5)
+    assert [temperature for _, temperature, _, _ in seen] == [0.0, 1.0, 1.0]
+    assert all(text.startswith("### Instruction: best ") for texts, *_ in seen for text in texts)
+    assert all(len(set(seeds)) == len(texts) for texts, _, seeds, _ in seen[1:])
+    assert all(set(eos_ids) == {2, 77} for *_, eos_ids in seen)     # the tokenizer's and the config's
+
+
+def test_best_of_n_is_chosen_by_the_reward_and_worth_the_truth():
+    from eval import best_of_table
+
+    rows = best_of_table([[0.0, 1.0], [0.0, 2.0]], [[1.0, 0.0], [0.0, 1.0]])
+    assert [(row["n"], row["reward"], row["truth"]) for row in rows] == [(1, 0.75, 0.5), (2, 1.5, 0.5)]
+    assert best_of_table([[0.0, 1.0]], [[1.0, 0.0]])[-1]["truth"] == 0
 
 
 def test_evaluate_model_answers_every_wording(monkeypatch):
@@ -586,6 +614,27 @@ def test_masks_are_eq_5_of_two_plain_forward_passes(tmp_path):
             assert flags == [judged > lam * plain for judged, plain in zip(*values)]
         words = [tokenizer.decode([token]) for token, wrong in zip(mask["ids"], mask["wrong"]) if wrong]
         assert "".join(words) == "1" and mask["wrong"][-1] is None
+
+
+def test_responses_are_scored_behind_their_own_words_and_the_satisfied_condition():
+    """Braces in a record are text; the plain prompt may be one with a judgment of satisfaction."""
+    import torch
+
+    from data import TEMPLATES, encode_response
+    from model import PRESETS, Llama
+
+    model, tokenizer = Llama(PRESETS["tiny"]).init_weights(0).eval(), ToyTokenizer()
+    for weight in model.parameters():
+        weight.data.mul_(4)
+    record = {"instruction": "say {input}", "input": "x", "response": "red", "judgment": "bad", "target": None}
+    for satisfied in (None, "fine"):
+        (mask,) = cut_masks(model, tokenizer, TEMPLATES["plain"], [record], lams=[1.0], satisfied=satisfied)
+        for found, judgment in ((mask["p_judged"], "bad"), (mask["p_plain"], satisfied)):
+            middle = f"### Judgment: {judgment}\n" if judgment else ""
+            prompt, answer = tokenizer.encode_prompt(f"### Instruction: say {{input}}\n### Input: x\n{middle}### Response:"), encode_response(tokenizer, TEMPLATES["plain"], "red")
+            with torch.no_grad():
+                table = model(torch.tensor(prompt + answer)).softmax(-1)[len(prompt) - 1:-1]
+            assert found == pytest.approx(table.gather(1, torch.tensor(answer)[:, None])[:, 0].tolist(), rel=1e-3)
 
 
 def test_command_shows_the_mask(tmp_path, capsys):
