@@ -847,6 +847,17 @@ def test_too_many_unread_verdicts_stop_a_run():
     assert None in judge.similar_pairs([({}, f"no. {k}", f"b {k}") for k in range(100)])
 
 
+def test_a_question_that_is_asked_again_is_another_draw():
+    for temperature in (0.0, 1.0):
+        seen = []
+
+        def ask_it(questions, *, temperature, sample):
+            seen.append((temperature, sample))
+            return [Reply("I cannot say.")] * len(questions)
+        judging.ask_all(ask_it, [make_question("t", {}, choices=("a", "b"))], temperature=temperature, sample=3, reask=2)
+        assert len({sample for _, sample in seen}) == 3 and seen[0] == (temperature, 3) and all(heat > 0 for heat, _ in seen[1:])
+
+
 def test_critiques():
     says = {"good": "All there.\nVERDICT {n}: perfect", "bad": "The colour is wrong.\nIt is red.\nVERDICT {n}: flawed", "mute": "VERDICT {n}: flawed", "lost": "hm",
             "cut": Reply("The colour is", "cut at max_tokens")}

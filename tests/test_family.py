@@ -311,6 +311,24 @@ def test_the_judge_of_ppo_does_not_learn(more, world, tmp_path):        # noqa: 
     assert run.memory["judge"].judge(items) != before       # another model judges otherwise
 
 
+def test_ppo_books_by_hand_in_its_first_phase(world, tmp_path):         # noqa: F811
+    """No token has moved yet, so that every token of an answer returns its score; and the price of KL falls, as there is none."""
+    run = ppo_run(world, tmp_path, "--gae-lam", "1", "--no-whiten-rewards", "--unfinished-reward", "-3", "--kl-target", "0.5")
+    groups, rows = train.ppo_groups(run), data.read_records(tmp_path / "rollouts.jsonl")
+    for group, row in zip(groups, rows, strict=True):
+        assert group["per_token"]["returns"] == pytest.approx([row["score"]] * len(group["per_token"]["old"]), abs=1e-4)
+    assert run.memory["beta"] == pytest.approx(losses.adapted_beta(run.cfg.kl_beta, 0.0, 0.5)) != run.cfg.kl_beta
+
+
+def test_ppo_compares_in_the_type_that_its_steps_compute_in(world, tmp_path):           # noqa: F811
+    run = ppo_run(world, tmp_path, "--full", "--dtype", "bfloat16")
+    groups = train.ppo_groups(run)
+    batch = train.collate(groups, "cpu")
+    with train.precision(run.cfg, "cpu"):
+        logprobs, _ = train.policy_and_values(run.model, batch, run.cfg)
+    assert (logprobs - batch["old"]).abs().max() < 1e-5
+
+
 def test_ppo_first_step_is_on_policy(world, tmp_path):                  # noqa: F811
     """Before any update every ratio is 1, the reference is the policy, and all values are the mean of what was returned."""
     argv = cat(world, tmp_path, "--temperature", "0.7", "--no-fit-reward")
@@ -401,6 +419,39 @@ def test_later_rounds_of_conditional_ask_with_the_best_mark(world, tmp_path, mon
     for number in (0, 1):
         train.answered(dataclasses.replace(run, round=number), train.unanswered(run)[:2])
     assert [train.best_mark(run) in prompt for prompt in asked] == [False, True]
+
+
+def test_soft_labels_of_a_step_are_those_of_the_first_answer(monkeypatch):
+    sums, q = torch.randn(4), torch.rand(2)
+    monkeypatch.setattr(train, "document_logprobs", lambda model, batch: (sums, torch.ones(4)))
+    batch = {"reference": torch.zeros(4), "better": torch.tensor([0, 2]), "worse": torch.tensor([1, 3]), "probability": q}
+    h = 0.1 * (sums[[0, 2]] - sums[[1, 3]])
+    wanted = -(q * torch.nn.functional.logsigmoid(h) + (1 - q) * torch.nn.functional.logsigmoid(-h)).sum()
+    assert train.dpo_step(None, batch, train.TrainConfig(stage="rlaif", beta=0.1))["loss"].item() == pytest.approx(wanted.item(), abs=1e-5)
+
+
+def test_pairs_without_a_label_are_left_out_and_told(world, tmp_path, monkeypatch, capsys):        # noqa: F811
+    path, argv = planted(world, tmp_path / "candidates.jsonl"), cat(world, tmp_path / "run", "--judge", "self")
+    argv[argv.index("cat")] = "rlaif"
+    run = train.make_run(train.parse_config([*argv, "--candidates", str(path)]))
+    run.folder.mkdir()
+    monkeypatch.setattr(train, "make_labeller", lambda run: lambda pairs: [None if pair["task"] == "colour" else 0.25 for pair in pairs])
+    train.collect_preferences(run)
+    rows = data.read_records(run.folder / "preferences.jsonl")
+    assert rows and {(row["task"], row["probability"]) for row in rows} == {("person", 0.25)} and "got no label and are left out" in capsys.readouterr().out
+
+
+def test_rejection_sampling_of_answers_said_twice_takes_each_once(world, tmp_path, monkeypatch):      # noqa: F811
+    argv = cat(world, tmp_path / "run")
+    argv[argv.index("cat")] = "rso"
+    run, seen = train.make_run(train.parse_config(argv)), []
+    group = [{"task": "t", "id": "1", "wording": "w", "instruction": "w", "input": "", "target": "a", "response": text, "reward": reward, "how": "rule"}
+             for text, reward in (("a", 2), ("b", 0), ("a", 2), ("c", 1), ("b", 0), ("d", None))]
+    monkeypatch.setattr(train, "grouped_candidates", lambda run: [group])
+    monkeypatch.setattr(train, "with_reference", lambda run, groups: groups)
+    monkeypatch.setattr(losses, "rejection_sample", lambda rewards, n, **_: seen.append(sorted(rewards)) or list(range(len(rewards))))
+    train.rso_groups(run)
+    assert seen == [[0, 1, 2]]
 
 
 # Against trl ---------------------------------------------------------------------------------------------------------

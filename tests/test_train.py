@@ -185,6 +185,35 @@ def test_pretrain_makes_a_checkpoint_that_loads(world, tmp_path):
     assert load_model(tmp_path / "base").config.prompt_template == "plain"
 
 
+def test_each_round_goes_on_from_the_last_and_the_report_asks_each_model(world, tmp_path, monkeypatch):
+    began, asked, trainable, load_trained = [], [], train.trainable, train.load_trained
+    monkeypatch.setattr(train, "trainable", lambda cfg, folder, **how: began.append(folder) or trainable(cfg, folder, **how))
+    monkeypatch.setattr(train, "load_trained", lambda cfg, folder, **how: asked.append(folder) or load_trained(cfg, folder, **how))
+    assert train.main(["--stage", "hindsight", *arguments(world, tmp_path / "run", *JUDGED, "--rounds", "2")]) == 0
+    assert began == [None, tmp_path / "run/sft", tmp_path / "run/round1"]
+    assert asked[-4:] == [None, tmp_path / "run/sft", tmp_path / "run/round1", tmp_path / "run"]
+    assert train.main(["--stage", "sft", *arguments(world, tmp_path / "sft", "--steps", "2")]) == 0 and asked[-2:] == [None, tmp_path / "sft"]
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_bad_answers_take_no_part_in_unlikelihood_of_what_was_said_before(level, world, judged, tmp_path):
+    argv = ["--stage", "unlikelihood", *arguments(world, tmp_path, *JUDGED, "--records", str(judged), "--level", level)]
+    run = train.make_run(train.parse_config(argv))
+    groups = train.unlikelihood_groups(run)
+    good = [group for group in groups if group["roles"] == [losses.ALIGN_P]]
+    assert 0 < len(good) < len(groups)
+    found = [train.unlikelihood_step(run.model, train.collate(part, "cpu"), run.cfg)["ce"].item() for part in (groups, good)]
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[1] > 0
+
+
+def test_the_end_of_a_text_is_learnt_in_pretraining(world, tmp_path):
+    data.append_records(tmp_path / "corpus.jsonl", [[["anna has a hat", True], ["</s>", True]], [["anna", True]]])
+    cfg = train.parse_config(["--stage", "pretrain", "--corpus", str(tmp_path / "corpus.jsonl"), "--tokenizer", str(world / "model/tokenizer.model"), "--out", str(tmp_path)])
+    tokenizer = data.Tokenizer(world / "model")
+    ended, open_ended = (group["documents"][0] for group in train.corpus_groups(train.Run(cfg, None, tokenizer, None, [], tmp_path)))
+    assert ended["input_ids"][-1] == ended["labels"][-1] == tokenizer.eos_id != open_ended["input_ids"][-1]
+
+
 # The loop ------------------------------------------------------------------------------------------------------------
 
 
