@@ -454,6 +454,13 @@ def test_rejection_sampling_of_answers_said_twice_takes_each_once(world, tmp_pat
     assert seen == [[0, 1, 2]]
 
 
+def test_a_conditional_model_alone_is_evaluated_with_the_best_mark(world, tmp_path, monkeypatch):      # noqa: F811
+    path, seen, evaluate = planted(world, tmp_path / "candidates.jsonl"), [], train.evaluate_model
+    monkeypatch.setattr(train, "evaluate_model", lambda model, tokenizer, rows, config: seen.append(config.prefix) or evaluate(model, tokenizer, rows, config))
+    assert stage(world, tmp_path / "run", "conditional", "--candidates", str(path)) == 0
+    assert seen == ["", "", "", "good answer : "]           # base, SFT, SFT(IA), and the one that knows marks
+
+
 # Against trl ---------------------------------------------------------------------------------------------------------
 
 
