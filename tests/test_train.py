@@ -309,6 +309,13 @@ def test_the_seed_alone_decides_the_adapter(world, tmp_path):
     assert adapter("four", "5", *on) == adapter("five", "5", *on)
 
 
+def test_each_step_begins_without_the_gradients_of_the_last(cat_run, tmp_path, monkeypatch):
+    (run, groups), seen, backward = cat_run, [], train.backward
+    monkeypatch.setattr(train, "backward", lambda model, *rest: seen.append(any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())) or backward(model, *rest))
+    train.train(run, train.STAGES["cat"], groups, tmp_path / "log.jsonl")
+    assert seen == [False] * 3
+
+
 def test_what_is_collected_follows_the_seed(world, tmp_path):
     found = []
     for seed in ("5", "5", "6"):
