@@ -307,6 +307,8 @@ def test_the_seed_alone_decides_the_adapter(world, tmp_path):
     on = cat(world, "", "--candidates", str(path), "--init", str(tmp_path / "one"), "--no-compare")
     assert adapter("one", "5", *ia) == adapter("two", "5", *ia) != adapter("three", "6", *ia)
     assert adapter("four", "5", *on) == adapter("five", "5", *on)
+    fresh = ["--stage", "sft", *arguments(world, "", "--steps", "3")]
+    assert adapter("six", "5", *fresh) == adapter("seven", "5", *fresh)
 
 
 def test_each_step_begins_without_the_gradients_of_the_last(cat_run, tmp_path, monkeypatch):
