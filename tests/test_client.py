@@ -433,6 +433,17 @@ def test_the_budget_is_never_passed(workers):
         ClientConfig(model="m", budget=1.0)
 
 
+def test_the_budget_holds_for_all_clients_of_a_run():
+    paid, book = {"prompt_tokens": 100, "completion_tokens": 50}, Ledger()
+    with ChatServer(lambda request, number: {"body": completion("ok", **paid)}) as server:
+        one, two = (client(server, ledger=book, budget=0.05, price_in=2.0, price_out=10.0) for _ in range(2))
+        one.ask(ask(map(str, range(50)), max_tokens=50))
+        with pytest.raises(JudgeStopped, match="could pass --budget 0.05"):
+            two.ask(ask(map(str, range(50, 150)), max_tokens=50))
+        cost = len(server.requests) * (100 * 2.0 + 50 * 10.0) / 1e6
+        assert two.spent > 0 and one.spent + two.spent == pytest.approx(cost) == book.spent and 0.035 < cost <= 0.05
+
+
 def test_usage_is_summed_and_what_may_have_been_paid_is_said():
     with ChatServer(lambda request, number: {"drop": "early"} if number == 1 else {"body": completion("ok", prompt_tokens=70, completion_tokens=3)}) as server:
         asked = client(server, workers=1, price_in=1.0, price_out=1.0)
@@ -834,6 +845,17 @@ def test_too_many_unread_verdicts_stop_a_run():
     assert len(judge.ask.asked) == 200, "the other 800 questions are not paid for"
     judge = HttpJudge(Says(lambda question, text: Reply("VERDICT", "cut at max_tokens") if "no. 7" in text else "VERDICT {n}: same"), reask=0, max_unparsed=0.5)
     assert None in judge.similar_pairs([({}, f"no. {k}", f"b {k}") for k in range(100)])
+
+
+def test_a_question_that_is_asked_again_is_another_draw():
+    for temperature in (0.0, 1.0):
+        seen = []
+
+        def ask_it(questions, *, temperature, sample):
+            seen.append((temperature, sample))
+            return [Reply("I cannot say.")] * len(questions)
+        judging.ask_all(ask_it, [make_question("t", {}, choices=("a", "b"))], temperature=temperature, sample=3, reask=2)
+        assert len({sample for _, sample in seen}) == 3 and seen[0] == (temperature, 3) and all(heat > 0 for heat, _ in seen[1:])
 
 
 def test_critiques():

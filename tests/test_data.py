@@ -224,6 +224,17 @@ def test_pack_against_a_literal_row():
     assert batch["lengths"] == [3, 2]
 
 
+def test_only_what_carries_no_label_is_laid_down_once():
+    """Answers that begin alike are learnt in each of their documents."""
+    dice = random.Random()
+    prompt, begin = ([dice.randrange(3, 99) for _ in range(size)] for size in (20, 4))
+    answers = [begin + [100 + k] * dice.randint(1, 5) for k in range(3)]
+    group = [{"input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer} for answer in answers]
+    batch = data.pack(group, [3])
+    assert batch["trees"] == [(20, [len(answer) for answer in answers])]
+    assert batch["labels"][batch["labels"] != IGNORE_INDEX].tolist() == sum(answers, [])
+
+
 def test_micro_batches_keep_groups_whole_and_in_order():
     groups = [{"documents": [{"input_ids": [0] * n}] * k} for n, k in ((5, 2), (3, 1), (9, 1), (1, 1))]
     runs = data.micro_batches(groups, 12)

@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,7 +79,7 @@ def test_one_response_has_no_cr_and_an_mcr_of_one():
 
 def test_a_pair_counts_only_if_both_orders_agree_but_greedy_reads_one():
     similar = np.array([[1, 0], [1, 1]], dtype=bool)       # asked (1, 0): similar; asked (0, 1): not
-    assert consistency_rate(similar) == 0
+    assert consistency_rate(similar) == consistency_rate(similar.T) == 0
     assert max_consistency_rate(similar) == max_consistency_rate(similar, cluster="component") == 0.5
     assert max_consistency_rate(similar, cluster="greedy") == 1
     assert max_consistency_rate(similar.T, cluster="greedy") == 0.5
@@ -321,7 +322,7 @@ class ToyTokenizer:
     def encode_turn(self, text):
         return [{"</s>": 2}[text]]
 
-    def encode_continuation(self, text):
+    def encode_continuation(self, text, tail="\n"):
         ids, raw = [], text.encode()
         while raw:
             joined = raw[:1] == b" " and raw[1:2].isalpha()
@@ -354,6 +355,34 @@ def test_complete_generates_equal_greedy_prompts_once(monkeypatch):
     assert [answer.finished for answer in made] == [True, True, True, False]
     assert len(complete(ROOMY, ToyTokenizer(), ["a", "a"], max_new_tokens=4, temperature=1.0, seed=[1, 2])) == 2
     assert len(calls[1]) == 2
+
+
+def test_each_answer_is_asked_with_the_prefix_and_has_its_own_seed(monkeypatch):
+    from eval import sampled_answers
+
+    seen, tokenizer = [], ToyTokenizer()
+
+    def generate(model, prompts, *, temperature, seed, eos_ids, **_):
+        seen.append(([tokenizer.decode(prompt) for prompt in prompts], temperature, seed, eos_ids))
+        return [[5, 2] for _ in prompts]
+    monkeypatch.setattr("model.generate", generate)
+    model = SimpleNamespace(config=SimpleNamespace(context=10**6, eos_ids=(77,)))
+    asked = [question([], input=f"in {k}", wordings=["do it", "make it"]) for k in range(3)]
+    config = EvalConfig(template="plain", max_new_tokens=4, prefix="best ")
+    evaluate_errors(model, tokenizer, asked, config, judge=EqualJudge())
+    sampled_answers(model, tokenizer, asked, config, n=5)
+    assert [temperature for _, temperature, _, _ in seen] == [0.0, 1.0, 1.0]
+    assert all(text.startswith("### Instruction: best ") for texts, *_ in seen for text in texts)
+    assert all(len(set(seeds)) == len(texts) for texts, _, seeds, _ in seen[1:])
+    assert all(set(eos_ids) == {2, 77} for *_, eos_ids in seen)     # the tokenizer's and the config's
+
+
+def test_best_of_n_is_chosen_by_the_reward_and_worth_the_truth():
+    from eval import best_of_table
+
+    rows = best_of_table([[0.0, 1.0], [0.0, 2.0]], [[1.0, 0.0], [0.0, 1.0]])
+    assert [(row["n"], row["reward"], row["truth"]) for row in rows] == [(1, 0.75, 0.5), (2, 1.5, 0.5)]
+    assert best_of_table([[0.0, 1.0]], [[1.0, 0.0]])[-1]["truth"] == 0
 
 
 def test_evaluate_model_answers_every_wording(monkeypatch):
@@ -398,6 +427,50 @@ def test_keyword_logprobs_read_a_shared_prefix_once():
     keyword_logprobs(model, ToyTokenizer(), ["long prefix\n"] * 3, ["a:", "b:", "c:"], [(" y", " n")] * 3)
     assert read == [1 + len("long prefix\n") - 1 + 3 * 2]                    # " p" is one token; one branch per item
     assert model.training
+
+
+def test_a_question_is_cut_for_its_own_answers_alone():
+    """A long answer to another question takes none of its room."""
+    import torch
+
+    from model import PRESETS, Llama
+
+    torch.manual_seed(0)
+    model, tokenizer = Llama(PRESETS["tiny"]).eval(), ToyTokenizer()
+    asked = (["a long question " * 8 + "\n", "t\n"], ["a:", "answer " * 9 + ":"], [(" y", " n")] * 2)
+    most = len(tokenizer.encode_prompt(asked[0][0])) + len(tokenizer.encode_continuation("a:"))
+    whole, fitted, cut = (keyword_logprobs(model, tokenizer, *asked, max_len=n) for n in (None, most, most - 9))
+    for one, two in zip(whole, fitted):
+        assert one == pytest.approx(two, abs=1e-5)
+    assert cut[0] != pytest.approx(whole[0], abs=1e-5) and cut[1] == pytest.approx(whole[1], abs=1e-5)
+
+
+def test_samples_of_a_question_differ_and_kl_is_that_of_the_samples():
+    """Each answer from its own seed; the policy is asked with its prefix, the reference without."""
+    import torch
+
+    from eval import sampled_answers, sampled_kl
+    from model import PRESETS, Llama
+
+    policy, reference = (Llama(PRESETS["tiny"]).init_weights(seed) for seed in (1, 2))
+    for weight in (*policy.parameters(), *reference.parameters()):
+        weight.data.mul_(4)
+    tokenizer, asked = ToyTokenizer(), [{"wordings": ["do it"], "input": f"x{k}"} for k in range(3)]
+    config = EvalConfig(template="plain", max_new_tokens=6, prefix="best ")
+    many = sampled_answers(policy, tokenizer, asked, config, n=4)
+    assert all(len({tuple(answer.token_ids) for answer in answers}) == 4 for answers in many)
+    assert sampled_answers(policy, tokenizer, asked, config, n=4) == many != sampled_answers(policy, tokenizer, asked, replace(config, seed=1), n=4)
+    differences = []
+    for question, (answer,) in zip(asked, sampled_answers(policy, tokenizer, asked, config, n=1)):
+        sums = []
+        for model, prefix in ((policy, "best "), (reference, "")):
+            prompt = tokenizer.encode_prompt(f"### Instruction: {prefix}do it\n### Input: {question['input']}\n### Response:")
+            with torch.no_grad():
+                table = model(torch.tensor(prompt + answer.token_ids)).log_softmax(-1)[len(prompt) - 1:-1]
+            sums.append(float(table.gather(1, torch.tensor(answer.token_ids)[:, None]).sum()))
+        differences.append(sums[0] - sums[1])
+    found = sampled_kl(policy, reference, tokenizer, asked, config)
+    assert found["n"] == 3 and found["mean"] == pytest.approx(sum(differences) / 3, abs=1e-3) and abs(found["mean"]) > 0.1
 
 
 def test_keyword_that_is_no_continuation_is_refused():
@@ -541,6 +614,27 @@ def test_masks_are_eq_5_of_two_plain_forward_passes(tmp_path):
             assert flags == [judged > lam * plain for judged, plain in zip(*values)]
         words = [tokenizer.decode([token]) for token, wrong in zip(mask["ids"], mask["wrong"]) if wrong]
         assert "".join(words) == "1" and mask["wrong"][-1] is None
+
+
+def test_responses_are_scored_behind_their_own_words_and_the_satisfied_condition():
+    """Braces in a record are text; the plain prompt may be one with a judgment of satisfaction."""
+    import torch
+
+    from data import TEMPLATES, encode_response
+    from model import PRESETS, Llama
+
+    model, tokenizer = Llama(PRESETS["tiny"]).init_weights(0).eval(), ToyTokenizer()
+    for weight in model.parameters():
+        weight.data.mul_(4)
+    record = {"instruction": "say {input}", "input": "x", "response": "red", "judgment": "bad", "target": None}
+    for satisfied in (None, "fine"):
+        (mask,) = cut_masks(model, tokenizer, TEMPLATES["plain"], [record], lams=[1.0], satisfied=satisfied)
+        for found, judgment in ((mask["p_judged"], "bad"), (mask["p_plain"], satisfied)):
+            middle = f"### Judgment: {judgment}\n" if judgment else ""
+            prompt, answer = tokenizer.encode_prompt(f"### Instruction: say {{input}}\n### Input: x\n{middle}### Response:"), encode_response(tokenizer, TEMPLATES["plain"], "red")
+            with torch.no_grad():
+                table = model(torch.tensor(prompt + answer)).softmax(-1)[len(prompt) - 1:-1]
+            assert found == pytest.approx(table.gather(1, torch.tensor(answer)[:, None])[:, 0].tolist(), rel=1e-3)
 
 
 def test_command_shows_the_mask(tmp_path, capsys):

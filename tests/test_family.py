@@ -15,6 +15,7 @@ import torch
 
 import data
 import judge
+import lora
 import losses
 import train
 from eval import correlation, reward_report
@@ -248,6 +249,86 @@ def test_ppo_raises_the_reward_and_keeps_the_books(world, tmp_path):    # noqa: 
     assert sum(scores["1e-3"][-3:]) / 3 > sum(scores["1e-12"]) / 10 + 0.25
 
 
+def ppo_run(world, out, *more):                             # noqa: F811
+    """A run at the start of its ppo stage."""
+    argv = cat(world, out, "--no-fit-reward", "--rollouts", "8", "--batch-size", "8", *more)
+    argv[argv.index("cat")] = "ppo"
+    run = train.make_run(train.parse_config(argv))
+    run.model = train.trainable(run.cfg, None)
+    train.add_head(run.model)
+    run.folder.mkdir(exist_ok=True)
+    return run
+
+
+def shaken(model):
+    """The same model with other adapters, or other weights where it has none."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+
+
+def test_ppo_draws_anew_each_phase_and_measures_kl_from_its_start(world, tmp_path):     # noqa: F811
+    run = ppo_run(world, tmp_path, "--unfinished-reward", "-3")
+    train.begin_ppo(run)
+    run.memory["todo"] = run.memory["todo"][:1]             # one question, so that phases differ by their draws alone
+    said = [[group["documents"][0]["labels"] for group in train.ppo_groups(run)] for _ in range(2)]
+    assert not any(one in said[0] for one in said[1])
+    shaken(run.model)
+    groups = train.ppo_groups(run)
+    rows = [row for row in data.read_records(tmp_path / "rollouts.jsonl") if row["phase"] == 2]
+    assert all(row["score"] == -3 for row in rows if not row["finished"]) and not all(row["finished"] for row in rows)
+    with torch.no_grad():
+        for group, row in zip(groups, rows, strict=True):
+            batch = train.collate([group], "cpu")
+            now = train.policy_and_values(run.model, batch, run.cfg)[0].sum()
+            with lora.disabled(run.model):                  # a fresh adapter changes nothing: the base is the start
+                start = train.policy_and_values(run.model, batch, run.cfg)[0].sum()
+            assert row["kl"] == pytest.approx(float(now - start), abs=1e-3)
+    assert max(abs(row["kl"]) for row in rows) > 0.1
+    advantages = torch.tensor([value for group in groups for value in group["per_token"]["advantages"]])
+    assert advantages.mean() == pytest.approx(0, abs=1e-4) and advantages.var() == pytest.approx(1, abs=1e-3)
+
+
+def test_ppo_scores_the_prompt_that_it_answered(world, tmp_path):       # noqa: F811
+    """A prompt that is too long loses the same tokens for sampling and for training."""
+    run = ppo_run(world, tmp_path, "--max-len", "16", "--max-new-tokens", "4")
+    for group in train.ppo_groups(run):
+        ids = group["documents"][0]["input_ids"]
+        assert len(ids) <= 16 and ids[0] == run.tokenizer.bos_id
+
+
+@pytest.mark.parametrize("more", [(), ("--full",)])
+def test_the_judge_of_ppo_does_not_learn(more, world, tmp_path):        # noqa: F811
+    run = ppo_run(world, tmp_path, "--judge", "self", *more)
+    train.begin_ppo(run)
+    items = [{**record, "response": "red hat"} for record in run.memory["todo"][:3]]
+    before = run.memory["judge"].judge(items)
+    shaken(run.model)
+    assert run.memory["judge"].judge(items) == before
+    run.memory.clear()
+    train.begin_ppo(run)
+    assert run.memory["judge"].judge(items) != before       # another model judges otherwise
+
+
+def test_ppo_books_by_hand_in_its_first_phase(world, tmp_path):         # noqa: F811
+    """No token has moved yet, so that every token of an answer returns its score; and the price of KL falls, as there is none."""
+    run = ppo_run(world, tmp_path, "--gae-lam", "1", "--no-whiten-rewards", "--unfinished-reward", "-3", "--kl-target", "0.5")
+    groups, rows = train.ppo_groups(run), data.read_records(tmp_path / "rollouts.jsonl")
+    for group, row in zip(groups, rows, strict=True):
+        assert group["per_token"]["returns"] == pytest.approx([row["score"]] * len(group["per_token"]["old"]), abs=1e-4)
+    assert run.memory["beta"] == pytest.approx(losses.adapted_beta(run.cfg.kl_beta, 0.0, 0.5)) != run.cfg.kl_beta
+
+
+def test_ppo_compares_in_the_type_that_its_steps_compute_in(world, tmp_path):           # noqa: F811
+    run = ppo_run(world, tmp_path, "--full", "--dtype", "bfloat16")
+    groups = train.ppo_groups(run)
+    batch = train.collate(groups, "cpu")
+    with train.precision(run.cfg, "cpu"):
+        logprobs, _ = train.policy_and_values(run.model, batch, run.cfg)
+    assert (logprobs - batch["old"]).abs().max() < 1e-5
+
+
 def test_ppo_first_step_is_on_policy(world, tmp_path):                  # noqa: F811
     """Before any update every ratio is 1, the reference is the policy, and all values are the mean of what was returned."""
     argv = cat(world, tmp_path, "--temperature", "0.7", "--no-fit-reward")
@@ -312,6 +393,72 @@ def test_conditional_marks_follow_the_reward(world, tmp_path):          # noqa: 
     assert train.best_mark(run) == "good answer : "
     run.cfg = dataclasses.replace(run.cfg, conditional="best")
     assert len(train.conditional_groups(run)) == 10
+
+
+def test_held_out_questions_teach_no_reward_model(world, tmp_path, monkeypatch):        # noqa: F811
+    path = planted(world, tmp_path / "candidates.jsonl")
+    argv = cat(world, tmp_path / "run", "--candidates", str(path))
+    argv[argv.index("cat")] = "reward"
+    run = train.make_run(train.parse_config(argv))
+    monkeypatch.setattr(train, "held_out", lambda record: record["task"] == "colour")
+    groups = train.reward_groups(run)
+    assert {group["name"].split("/")[0] for group in groups} == {"person"}
+    assert all(len(group["pairs"]) > 1 and sum(group["pair_weights"]) == pytest.approx(1) for group in groups)       # each question counts once
+
+
+def test_full_tuning_keeps_its_weights_in_float32(world, tmp_path):     # noqa: F811
+    cfg = train.parse_config(cat(world, tmp_path, "--full", "--dtype", "bfloat16"))
+    assert {p.dtype for p in train.trainable(cfg, None).parameters()} == {torch.float32}
+
+
+def test_later_rounds_of_conditional_ask_with_the_best_mark(world, tmp_path, monkeypatch):     # noqa: F811
+    asked, argv = [], cat(world, tmp_path / "run")
+    argv[argv.index("cat")] = "conditional"
+    run = train.make_run(train.parse_config(argv))
+    monkeypatch.setattr(train, "sampled", lambda run, records, prompts: asked.append(prompts[0]) or [train.Completion("x", [], True) for _ in records])
+    for number in (0, 1):
+        train.answered(dataclasses.replace(run, round=number), train.unanswered(run)[:2])
+    assert [train.best_mark(run) in prompt for prompt in asked] == [False, True]
+
+
+def test_soft_labels_of_a_step_are_those_of_the_first_answer(monkeypatch):
+    sums, q = torch.randn(4), torch.rand(2)
+    monkeypatch.setattr(train, "document_logprobs", lambda model, batch: (sums, torch.ones(4)))
+    batch = {"reference": torch.zeros(4), "better": torch.tensor([0, 2]), "worse": torch.tensor([1, 3]), "probability": q}
+    h = 0.1 * (sums[[0, 2]] - sums[[1, 3]])
+    wanted = -(q * torch.nn.functional.logsigmoid(h) + (1 - q) * torch.nn.functional.logsigmoid(-h)).sum()
+    assert train.dpo_step(None, batch, train.TrainConfig(stage="rlaif", beta=0.1))["loss"].item() == pytest.approx(wanted.item(), abs=1e-5)
+
+
+def test_pairs_without_a_label_are_left_out_and_told(world, tmp_path, monkeypatch, capsys):        # noqa: F811
+    path, argv = planted(world, tmp_path / "candidates.jsonl"), cat(world, tmp_path / "run", "--judge", "self")
+    argv[argv.index("cat")] = "rlaif"
+    run = train.make_run(train.parse_config([*argv, "--candidates", str(path)]))
+    run.folder.mkdir()
+    monkeypatch.setattr(train, "make_labeller", lambda run: lambda pairs: [None if pair["task"] == "colour" else 0.25 for pair in pairs])
+    train.collect_preferences(run)
+    rows = data.read_records(run.folder / "preferences.jsonl")
+    assert rows and {(row["task"], row["probability"]) for row in rows} == {("person", 0.25)} and "got no label and are left out" in capsys.readouterr().out
+
+
+def test_rejection_sampling_of_answers_said_twice_takes_each_once(world, tmp_path, monkeypatch):      # noqa: F811
+    argv = cat(world, tmp_path / "run")
+    argv[argv.index("cat")] = "rso"
+    run, seen = train.make_run(train.parse_config(argv)), []
+    group = [{"task": "t", "id": "1", "wording": "w", "instruction": "w", "input": "", "target": "a", "response": text, "reward": reward, "how": "rule"}
+             for text, reward in (("a", 2), ("b", 0), ("a", 2), ("c", 1), ("b", 0), ("d", None))]
+    monkeypatch.setattr(train, "grouped_candidates", lambda run: [group])
+    monkeypatch.setattr(train, "with_reference", lambda run, groups: groups)
+    monkeypatch.setattr(losses, "rejection_sample", lambda rewards, n, **_: seen.append(sorted(rewards)) or list(range(len(rewards))))
+    train.rso_groups(run)
+    assert seen == [[0, 1, 2]]
+
+
+def test_a_conditional_model_alone_is_evaluated_with_the_best_mark(world, tmp_path, monkeypatch):      # noqa: F811
+    path, seen, evaluate = planted(world, tmp_path / "candidates.jsonl"), [], train.evaluate_model
+    monkeypatch.setattr(train, "evaluate_model", lambda model, tokenizer, rows, config: seen.append(config.prefix) or evaluate(model, tokenizer, rows, config))
+    assert stage(world, tmp_path / "run", "conditional", "--candidates", str(path)) == 0
+    assert seen == ["", "", "", "good answer : "]           # base, SFT, SFT(IA), and the one that knows marks
 
 
 # Against trl ---------------------------------------------------------------------------------------------------------

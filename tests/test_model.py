@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import (PRESETS, Branched, Cached, KVCache, Llama, ModelConfig, Packed, generate, load_model, packed, sample, save_model,
+from model import (PRESETS, Branched, Cached, KVCache, Llama, ModelConfig, Packed, attention, generate, load_model, packed, sample, save_model,
                    shared_prompts, similar_lengths, weight_files)
 
 TINY = PRESETS["tiny"]
@@ -40,6 +40,13 @@ def sharpened(model):
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight) * (0.1 if weight.dim() == 2 else 0.2))
     return model.eval()
+
+
+def grown(model, longest=16):
+    """The model under dynamic RoPE, which changes past `longest` tokens."""
+    twin = Llama(dataclasses.replace(model.config, max_position_embeddings=longest, rope_scaling={"rope_type": "dynamic", "factor": 4.0})).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
 
 
 def random_config(rng):
@@ -404,6 +411,65 @@ def test_frozen_linears_pass_the_gradients_that_trainable_ones_do():
         if not model.config.tie_embeddings:                              # a tied head has a gradient of its own
             assert (found[True][2] - found[False][2]).abs().max() <= 1e-5 * found[False][2].abs().max()
         assert (found[True][0] - found[False][0]).abs().max() <= 1e-5
+
+
+def test_a_branch_turns_as_tokens_behind_a_cached_stem_do(tiny):
+    """Dynamic RoPE past the original length: a branch is as long as its stem and itself, the stem as long as it is."""
+    dice = random.Random()
+    model = grown(tiny)
+    stem, ends = [dice.randrange(300) for _ in range(12)], [[dice.randrange(300) for _ in range(size)] for size in (9, 1, 20)]
+    with torch.no_grad():
+        rows = model.lm_head(model.hidden(torch.tensor(stem + sum(ends, [])), attention([(len(stem), list(map(len, ends)))])))[len(stem):]
+        for end, logits in zip(ends, rows.split(list(map(len, ends)))):
+            cache = KVCache(model.config, 1, 40, torch.float32, "cpu")
+            model(torch.tensor(stem), kv_cache=cache)
+            assert torch.allclose(logits, model(torch.tensor(end), kv_cache=cache), atol=1e-4)
+
+
+def test_long_prompts_under_dynamic_rope_are_answered_as_alone(tiny):
+    """There a beginning turns otherwise in each length, so that it cannot be read once for all."""
+    dice = random.Random()
+    head, model = [dice.randrange(300) for _ in range(14)], grown(tiny)
+    prompts = [head + [dice.randrange(300) for _ in range(size)] for size in (1, 6, 15, 15)]
+    how = {"max_new_tokens": 4, "eos_ids": (), "return_logprobs": True}
+    together, alone = generate(model, prompts, **how), [generate(model, [prompt], **how) for prompt in prompts]
+    assert together[0] == [ids[0] for ids, _ in alone]
+    assert torch.allclose(torch.tensor(together[1]), torch.tensor([logprobs[0] for _, logprobs in alone]), atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [[7], [5, 9, 9, 1]])
+def test_bfloat16_on_a_cpu_sees_the_past_alone_and_as_float32_does(tiny, lengths):
+    model, rows = copy.deepcopy(tiny).bfloat16(), [torch.randint(300, (n,)) for n in lengths]
+    logits = model(torch.cat(rows), lengths=lengths)
+    assert (logits.float() - tiny(torch.cat(rows), lengths=lengths)).abs().mean() < 0.02 * logits.float().abs().mean()
+    changed = [torch.cat([row[:-1], (row[-1:] + 1) % 300]) for row in rows]
+    before = torch.cat([torch.arange(n) < n - 1 for n in lengths])
+    other = model(torch.cat(changed), lengths=lengths)
+    assert torch.equal(other[before], logits[before]) and not torch.equal(other, logits)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """torch.compile as a list of the calls to what it has made, which is the plain function."""
+    calls = []
+
+    def compile(function, **how):
+        return lambda *arguments: calls.append(arguments) or function(*arguments)
+    monkeypatch.setattr(torch, "compile", compile)
+    return calls
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_the_compiled_step_says_what_the_plain_one_does(tiny, compiled, batch_size):
+    prompts, model = [row.tolist() for row in ragged([3, 14, 7, 7, 1, 25, 9])], copy.deepcopy(tiny)
+    how = {"max_new_tokens": 12, "temperature": 1.3, "eos_ids": tuple(range(40)), "seed": 2, "batch_size": batch_size, "return_logprobs": True}
+    wanted = generate(model, prompts, **how)
+    assert len({len(answer) for answer in wanted[0]}) > 2 and not compiled
+    model.compiling = True
+    found = generate(model, prompts, **how)
+    assert found[0] == wanted[0] and compiled
+    assert all(one == pytest.approx(two, abs=1e-4) for one, two in zip(found[1], wanted[1]))
 
 
 def test_eos_is_kept_and_ends_the_row(tiny):

@@ -18,7 +18,7 @@ import eval as evaluation
 import train
 from data import Tokenizer
 from lora import LoraConfig, apply_lora, load_adapter, lora_modules, merge_lora, save_adapter
-from model import Packed, load_model, read_config, save_model
+from model import PRESETS, Packed, load_model, read_config, save_model
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "demo/base"
@@ -113,6 +113,13 @@ def test_device_and_type_mean_the_same_in_both_programs(gpus, device, dtype, wan
         assert stop.value.code == 2 == train.main(["--stage", "sft", "--device", device, "--out", str(tmp_path)])
         error = capsys.readouterr().err
         assert error.count(f"error: --device {device} is not on this machine, which has {gpus} GPUs") == error.count("\n") == 2
+
+
+@pytest.mark.parametrize("flags, computes", [
+    ([], torch.float32), (["--full"], torch.float32), (["--full", "--dtype", "float32"], torch.float32), (["--full", "--dtype", "bfloat16"], torch.bfloat16)])
+def test_full_tuning_computes_in_the_type_that_dtype_means(flags, computes):
+    with train.precision(train.parse_config(["--stage", "sft", *flags]), "cpu"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == computes
 
 
 def test_every_tokenizer_file_is_carried_over_and_meta_is_written(tmp_path, capsys):
@@ -315,6 +322,16 @@ def test_estimates_are_what_a_model_takes(more):
         plain = {name: number for name, number, _ in train.estimate(dataclasses.replace(cfg, checkpointing=False))}
         real += plain["activations"] / model.config.n_layers
     assert hidden.requires_grad and 0.75 < rows["activations"] / real < 1.3, (rows["activations"], real)
+
+
+@pytest.mark.parametrize("flags, kept", [([], False), (["--full"], True), (["--adapt", "q_proj", "lm_head"], True)])
+def test_estimates_know_that_a_frozen_heads_logits_come_in_pieces(flags, kept):
+    config, found = PRESETS["tinyllama"], []
+    for micro in ("2000", "5000"):
+        cfg = train.parse_config(["--stage", "sft", "--model", "tinyllama", "--dry-run", "--micro-tokens", micro, *flags])
+        found.append(next(number for name, number, _ in train.estimate(cfg) if name == "logits"))
+    token = (found[1] - found[0]) / 3000                    # bytes that one more token takes
+    assert token >= 4 * config.vocab_size if kept else token == 4 * config.dim and found[0] > 200 * 4 * config.vocab_size
 
 
 @pytest.mark.parametrize("flags, documents", [

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -101,6 +102,21 @@ def test_adapt_names_the_linears(world, tmp_path, capsys):
     assert "gait_proj" in capsys.readouterr().err
 
 
+def test_compile_reaches_the_model_in_both_programs_and_changes_no_number(world, tmp_path, monkeypatch):
+    calls, found = [], {}
+    monkeypatch.setattr(torch, "compile", lambda function, **how: lambda *arguments: calls.append(1) or function(*arguments))
+    for flag in ((), ("--compile",)):
+        calls.clear()
+        out = tmp_path / f"train{len(flag)}"
+        assert train.main(["--stage", "sft", *arguments(world, out, "--steps", "2", *flag)]) == 0
+        in_training = len(calls)
+        evaluation.main(["--model", str(world / "model"), "--tasks", str(world / "tasks"), "--paraphrases", str(world / "paraphrases.json"),
+                         "--per-task", "2", "--max-new-tokens", "4", "--out", str(out / "eval"), *flag])
+        assert (in_training > 0, len(calls) > in_training) == (bool(flag), bool(flag))
+        found[flag] = [(out / name).read_text() for name in ("metrics.json", "eval/metrics.json")]
+    assert found[()] == found["--compile",]
+
+
 def test_full_tuning_moves_all_weights_and_cat_continues_it(world, tmp_path):
     path = planted(world, tmp_path / "candidates.jsonl")
     assert train.main(cat(world, tmp_path / "run", "--candidates", str(path), "--full", "--no-compare")) == 0
@@ -169,6 +185,35 @@ def test_pretrain_makes_a_checkpoint_that_loads(world, tmp_path):
     assert load_model(tmp_path / "base").config.prompt_template == "plain"
 
 
+def test_each_round_goes_on_from_the_last_and_the_report_asks_each_model(world, tmp_path, monkeypatch):
+    began, asked, trainable, load_trained = [], [], train.trainable, train.load_trained
+    monkeypatch.setattr(train, "trainable", lambda cfg, folder, **how: began.append(folder) or trainable(cfg, folder, **how))
+    monkeypatch.setattr(train, "load_trained", lambda cfg, folder, **how: asked.append(folder) or load_trained(cfg, folder, **how))
+    assert train.main(["--stage", "hindsight", *arguments(world, tmp_path / "run", *JUDGED, "--rounds", "2")]) == 0
+    assert began == [None, tmp_path / "run/sft", tmp_path / "run/round1"]
+    assert asked[-4:] == [None, tmp_path / "run/sft", tmp_path / "run/round1", tmp_path / "run"]
+    assert train.main(["--stage", "sft", *arguments(world, tmp_path / "sft", "--steps", "2")]) == 0 and asked[-2:] == [None, tmp_path / "sft"]
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_bad_answers_take_no_part_in_unlikelihood_of_what_was_said_before(level, world, judged, tmp_path):
+    argv = ["--stage", "unlikelihood", *arguments(world, tmp_path, *JUDGED, "--records", str(judged), "--level", level)]
+    run = train.make_run(train.parse_config(argv))
+    groups = train.unlikelihood_groups(run)
+    good = [group for group in groups if group["roles"] == [losses.ALIGN_P]]
+    assert 0 < len(good) < len(groups)
+    found = [train.unlikelihood_step(run.model, train.collate(part, "cpu"), run.cfg)["ce"].item() for part in (groups, good)]
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[1] > 0
+
+
+def test_the_end_of_a_text_is_learnt_in_pretraining(world, tmp_path):
+    data.append_records(tmp_path / "corpus.jsonl", [[["anna has a hat", True], ["</s>", True]], [["anna", True]]])
+    cfg = train.parse_config(["--stage", "pretrain", "--corpus", str(tmp_path / "corpus.jsonl"), "--tokenizer", str(world / "model/tokenizer.model"), "--out", str(tmp_path)])
+    tokenizer = data.Tokenizer(world / "model")
+    ended, open_ended = (group["documents"][0] for group in train.corpus_groups(train.Run(cfg, None, tokenizer, None, [], tmp_path)))
+    assert ended["input_ids"][-1] == ended["labels"][-1] == tokenizer.eos_id != open_ended["input_ids"][-1]
+
+
 # The loop ------------------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +280,52 @@ def test_a_non_finite_loss_stops_before_anything_moves(cat_run, tmp_path):
     with pytest.raises(FloatingPointError, match="step 0 of cat gave a non-finite loss"):
         train.train(run, stage, groups, tmp_path / "log.jsonl")
     assert all(torch.equal(a, b) for a, b in zip(before, lora.lora_parameters(run.model)))
+
+
+def test_steps_are_as_long_as_the_schedule_and_the_clip_let_them(cat_run, tmp_path, monkeypatch):
+    run, groups = cat_run
+    run.cfg = dataclasses.replace(run.cfg, lr=1e-2)
+
+    def moved(**changes):
+        before = [p.detach().clone() for p in lora.lora_parameters(run.model)]
+        train.train(dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, **changes)), train.STAGES["cat"], groups, tmp_path / "log.jsonl")
+        return max(float((a - b).detach().abs().max()) for a, b in zip(before, lora.lora_parameters(run.model)))
+    assert moved() > 1e-3 and moved(clip=1e-12) < 1e-5      # so small a gradient drowns in AdamW's epsilon
+    monkeypatch.setattr(train, "learning_rate", lambda step, cfg: 0.0)
+    assert moved() == 0
+
+
+def test_the_seed_alone_decides_the_adapter(world, tmp_path):
+    """Whatever torch has drawn before; `cat` goes on from an adapter, so that dropout alone is left to chance."""
+    path = planted(world, tmp_path / "candidates.jsonl")
+
+    def adapter(name, seed, *more):
+        torch.manual_seed(random.randrange(2**31))
+        assert train.main([*more, "--out", str(tmp_path / name), "--dropout", "0.3", "--no-evaluate", "--seed", seed]) == 0
+        return (tmp_path / name / "adapter_model.safetensors").read_bytes()
+    ia = ["--stage", "sft-ia", *arguments(world, "", "--wordings", "3", "--steps", "3")]
+    on = cat(world, "", "--candidates", str(path), "--init", str(tmp_path / "one"), "--no-compare")
+    assert adapter("one", "5", *ia) == adapter("two", "5", *ia) != adapter("three", "6", *ia)
+    assert adapter("four", "5", *on) == adapter("five", "5", *on)
+    fresh = ["--stage", "sft", *arguments(world, "", "--steps", "3")]
+    assert adapter("six", "5", *fresh) == adapter("seven", "5", *fresh)
+
+
+def test_each_step_begins_without_the_gradients_of_the_last(cat_run, tmp_path, monkeypatch):
+    (run, groups), seen, backward = cat_run, [], train.backward
+    monkeypatch.setattr(train, "backward", lambda model, *rest: seen.append(any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())) or backward(model, *rest))
+    train.train(run, train.STAGES["cat"], groups, tmp_path / "log.jsonl")
+    assert seen == [False] * 3
+
+
+def test_what_is_collected_follows_the_seed(world, tmp_path):
+    found = []
+    for seed in ("5", "5", "6"):
+        run = train.make_run(train.parse_config(cat(world, tmp_path, "--pool-wordings", "1", "--seed", seed)))
+        records = train.unanswered(run)
+        same = [{**record, "wording": record["instruction"]} for record in records]
+        found.append(([record["wording"] for record in records], [record["response"] for record in train.answered(run, same)]))
+    assert found[0] == found[1] and all(one != two for one, two in zip(found[0], found[2]))
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -344,6 +435,49 @@ def test_stages_on_judged_records(stage, more, world, judged, tmp_path, capsys):
         assert l1[:2] == [0, 0] and l1[2] > 0
     if stage == "cut":
         assert len(json.loads((tmp_path / "mask.json").read_text())) == 2 and "CUT's mask" in (tmp_path / "report.md").read_text()
+
+
+def cut_run(world, judged, out, *more):
+    """A run at the start of its cut stage, its adapters moved."""
+    cfg = train.parse_config(["--stage", "cut", *arguments(world, out, *JUDGED, "--records", str(judged), *more)])
+    run = train.make_run(cfg)
+    run.model = train.trainable(cfg, None)
+    with torch.no_grad():
+        for p in lora.lora_parameters(run.model):
+            p.normal_(0, 0.2)
+    return run
+
+
+def test_detection_sees_no_dropout_and_training_does(world, judged, tmp_path):
+    run = cut_run(world, judged, tmp_path, "--dropout", "0.5")
+    batch = {**train.collate(train.cut_groups(run), "cpu"), "step": 10**6}
+    wanted, found = int(train.flagged_tokens(run.model.eval(), batch, run.cfg).sum()), []
+    for _ in range(3):
+        terms = train.cut_step(run.model.train(), batch, run.cfg)
+        assert terms["flagged"] == wanted and run.model.training
+        found.append(float(terms["l2"]))
+    assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize("positive, words", [("none", ""), ("text", "perfect .")])
+def test_the_satisfied_condition_stands_before_good_answers_and_twins(positive, words, world, judged, tmp_path):
+    run, seen = cut_run(world, judged, tmp_path, *(["--positive", positive] if words else [])), set()
+    for group in train.cut_groups(run):
+        for document, role in zip(group["documents"], group["roles"], strict=True):
+            text = run.tokenizer.decode(document["input_ids"])
+            wanted = {losses.ALIGN_P: words, losses.MISALIGN: words, losses.ALIGN_N: "wrong : blue ."}[role]
+            assert ("Judgment:" in text) == bool(wanted) and wanted in text
+            seen.add(role)
+    assert len(seen) == 3
+
+
+def test_the_best_of_several_refinements_is_kept(world, judged, tmp_path, monkeypatch):
+    texts = itertools.cycle(["blue coat", "red hat", "hat"])
+    run = train.make_run(train.parse_config(["--stage", "ilf", *arguments(world, tmp_path / "run", *JUDGED, "--judge", "rule", "--records", str(judged), "--refinements", "3")]))
+    run.folder.mkdir()
+    monkeypatch.setattr(train, "sampled", lambda run, records, prompts: [train.Completion(next(texts), [], True) for _ in records])
+    train.collect_refined(run)
+    assert [record["refinement"] for record in data.read_records(run.folder / "refined.jsonl")] == ["red hat"] * 6
 
 
 def test_rounds_collect_anew_and_continue(world, tmp_path):
