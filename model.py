@@ -45,6 +45,7 @@ MAX_CONFIG_BYTES = 10**6
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK_NUMBERS = 2**20      # weights are converted, checked and quantised so many at a time
 PREFILL_TOKENS = 8192      # prompts enter the cache in calls of about this many tokens, which bounds memory
+ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")     # where it is known to be fast
 PACKED_ROWS = 64           # rows that oneDNN's layout is chosen for; it serves any number
 SHORTEST_SHARED = 8        # tokens that prompts must have in common to be read together
 
@@ -237,8 +238,8 @@ torch.library.define("llama::linear", "(Tensor x, Tensor layout, Tensor? bias, i
 
 
 @torch.library.impl("llama::linear", "CompositeExplicitAutograd")
-def packed_linear(x: Tensor, layout: Tensor, bias: Tensor | None, out: int) -> Tensor:
-    """x (N, in) times a weight that `packed` has laid out, (N, out); an operator that torch.compile leaves as it is."""
+def onednn_linear(x: Tensor, layout: Tensor, bias: Tensor | None, out: int) -> Tensor:
+    """x (N, in) times a weight (out, in), plain or laid out by `packed`: (N, out). An operator, so that torch.compile leaves it as it is."""
     return torch.ops.mkldnn._linear_pointwise(x, layout, bias, "none", [], "")
 
 
@@ -247,15 +248,9 @@ torch.library.register_fake("llama::linear", lambda x, layout, bias, out: x.new_
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight, (N, in) and (in, out), without gradients; in float32 on x86 oneDNN's, which takes a tenth less time than MKL's or better."""
-    if x.dtype == torch.float32 == weight.dtype and len(x) and x.device.type == "cpu" and onednn() and not torch.is_autocast_enabled("cpu"):
-        return torch.ops.mkldnn._linear_pointwise(x, weight.t(), None, "none", [], "")
+    if ONEDNN and x.dtype == torch.float32 == weight.dtype and len(x) and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        return torch.ops.llama.linear(x, weight.t(), None, weight.shape[1])
     return x @ weight
-
-
-@functools.cache
-def onednn() -> bool:
-    """Whether oneDNN's products are at hand, on a processor for which they are known to be fast."""
-    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -279,9 +274,9 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.layout is not None:
             return torch.ops.llama.linear(x, self.layout, self.bias, self.out_features)
-        if self.bias is None and x.dim() == 2 and not (self.weight.requires_grad and torch.is_grad_enabled()):
-            return FrozenProduct.apply(x, self.weight.to)
-        return super().forward(x)
+        if self.bias is not None or x.dim() != 2 or self.weight.requires_grad and torch.is_grad_enabled():
+            return super().forward(x)
+        return FrozenProduct.apply(x, self.weight.to) if torch.is_grad_enabled() else product(x, self.weight.t())
 
 
 @contextmanager
@@ -293,7 +288,8 @@ def packed(model: nn.Module) -> Iterator[None]:
     Nests. Where oneDNN has no such layout (GPUs, other types, sharded weights) nothing happens.
     """
     shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    types = [torch.float32, torch.bfloat16] if onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else [torch.float32] if onednn() else []
+    types = [torch.float32] if ONEDNN else []
+    types += [torch.bfloat16] if ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
     linears = [module for module in model.modules() if isinstance(module, Linear) and module.layout is None
                and type(module.weight.data) is Tensor and module.weight.device.type == "cpu" and module.weight.dtype in types]
     try:
@@ -416,7 +412,21 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, which keeps these two for the backward pass and nothing in between. (N, F), (N, F) -> (N, F)."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
 class Block(nn.Module):
