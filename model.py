@@ -722,33 +722,33 @@ class Branched:
 
 
 class KVCache:
-    """Keys and values (L, B, K, S, Dh) of B rows; lengths (B,), on the CPU, says how many of the S places are filled.
+    """Keys and values of B rows: k[layer] and v[layer] are (B, K, S, Dh); lengths (B,), on the CPU, says how many of the S places are filled.
 
-    Make one, and give it to `Llama.forward` as often as there are new tokens. To fork rows, `select` them.
+    Make one, and give it to `Llama.forward` as often as there are new tokens. To fork rows, `select` them. A layer's tensors
+    are its own: a compiled step that writes to a part of one larger tensor would copy all of it.
     """
 
     def __init__(self, config: ModelConfig, batch: int, max_len: int, dtype: torch.dtype, device: torch.device | str):
-        shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
-        self.config = config
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.config, self.max_len, self.dtype, self.device = config, max_len, dtype, device
+        shape = (batch, config.n_kv_heads, max_len, config.head_dim)
+        self.k, self.v = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)] for _ in range(2))
         self.lengths = torch.zeros(batch, dtype=torch.long)
 
     def select(self, rows: list[int], max_len: int | None = None) -> "KVCache":
         """A copy of the given rows in their order, repeated as asked, with room for max_len (default: as here)."""
-        rows = torch.tensor(rows, dtype=torch.long)
-        copy = KVCache(self.config, len(rows), max_len or self.k.shape[3], self.k.dtype, self.k.device)
-        copy.lengths = self.lengths[rows]
+        index = torch.tensor(rows, dtype=torch.long)
+        copy = KVCache(self.config, len(rows), max_len or self.max_len, self.dtype, self.device)
+        copy.lengths = self.lengths[index]
         used = max(copy.lengths.tolist(), default=0)
-        copy.k[:, :, :, :used] = self.k[:, rows.to(self.k.device), :, :used]
-        copy.v[:, :, :, :used] = self.v[:, rows.to(self.v.device), :, :used]
+        for new, old in zip(copy.k + copy.v, self.k + self.v):
+            new[:, :, :used] = old[index.to(self.device), :, :used]
         return copy
 
     def move(self, source: int, target: int) -> None:
         """Overwrite row `target` with row `source`, and empty `source`."""
         used = int(self.lengths[source])
-        self.k[:, target, :, :used] = self.k[:, source, :, :used]
-        self.v[:, target, :, :used] = self.v[:, source, :, :used]
+        for layer in self.k + self.v:
+            layer[target, :, :used] = layer[source, :, :used]
         self.lengths[target], self.lengths[source] = used, 0
 
 
@@ -760,12 +760,12 @@ class Cached:
     """
 
     def __init__(self, kv_cache: KVCache, counts: list[int]):
-        size, before, device = torch.tensor(counts), kv_cache.lengths.clone(), kv_cache.k.device
+        size, before, device = torch.tensor(counts), kv_cache.lengths.clone(), kv_cache.device
         if len(size) != len(before):
             raise ValueError(f"the cache has {len(before)} rows, the batch {len(size)}; they must be the same.")
         n_keys = int((before + size).max())
-        if n_keys > kv_cache.k.shape[3]:
-            raise ValueError(f"the cache has room for {kv_cache.k.shape[3]} tokens a row, {n_keys} are needed; make it "
+        if n_keys > kv_cache.max_len:
+            raise ValueError(f"the cache has room for {kv_cache.max_len} tokens a row, {n_keys} are needed; make it "
                              "with a larger max_len.")
         kv_cache.lengths += size
         starts = size.cumsum(0) - size                                                   # (B,)
@@ -793,7 +793,7 @@ class Cached:
         if self.packed is not None:
             return self.packed(layer, q, k, v)
         (B, T), S = self.shape, self.n_keys
-        k, v = self.cache.k[layer, :B, :, :S], self.cache.v[layer, :B, :, :S]            # (B, K, S, Dh)
+        k, v = self.cache.k[layer][:B, :, :S], self.cache.v[layer][:B, :, :S]            # (B, K, S, Dh)
         q = q.unflatten(0, (B, T)) if self.index is None else take(q, self.index)        # (B, T, H, Dh)
         q = q.unflatten(2, (k.shape[1], -1)).transpose(1, 2).flatten(2, 3)            # (B, K, T * H/K, Dh): heads that share keys become more queries
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)               # (B, K, T * H/K, Dh)
@@ -807,7 +807,7 @@ class Step:
     def __init__(self, kv_cache: KVCache, position_ids: Tensor):
         self.cache, self.position_ids, self.spans = kv_cache, position_ids, position_ids + 1             # (B,) each
         self.rows = torch.arange(len(position_ids), device=position_ids.device)
-        places = torch.arange(kv_cache.k.shape[3], device=position_ids.device)           # (S,)
+        places = torch.arange(kv_cache.max_len, device=position_ids.device)               # (S,)
         self.mask = (places <= position_ids[:, None])[:, None, None]                     # (B, 1, 1, S)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -825,7 +825,7 @@ class Prefill:
     """
 
     def __init__(self, kv_cache: KVCache, prompts: list[list[int]], first: int):
-        ids, trees, rows, places, source, last, device = [], [], [], [], [], {}, kv_cache.k.device
+        ids, trees, rows, places, source, last, device = [], [], [], [], [], {}, kv_cache.device
         scaling = kv_cache.config.rope_scaling or {}
         alone = scaling.get("rope_type") == "dynamic" and max(map(len, prompts)) > kv_cache.config.max_position_embeddings
         for stem, members in [(len(prompt), [k]) for k, prompt in enumerate(prompts)] if alone else shared_prompts(prompts):
@@ -1084,7 +1084,7 @@ def decode(model: Llama, answers: list[Answer], how: tuple, eos_ids: set[int], b
     slots = min(batch_size, len(answers))
     max_len = max(len(answer.prompt) + answer.most for answer in answers)
     if model.compiling:                                                                  # few shapes: each is compiled anew
-        slots, max_len = batch_size, min(model.config.context, -(-max_len // 256) * 256)
+        slots, max_len = min(batch_size, 1 << (slots - 1).bit_length()), min(model.config.context, -(-max_len // 256) * 256)
     cache = KVCache(model.config, slots, max_len, weight.dtype, weight.device)
     step = torch.compile(one_token, dynamic=False) if model.compiling else None
     waiting = sorted(answers, key=lambda answer: (len(answer.prompt), answer.prompt))    # longest last, taken first

@@ -205,7 +205,7 @@ def test_shapes_dtypes_and_degenerate_batches(tiny):
     assert Packed([3, 4]).position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3]
     assert tiny.hidden(torch.arange(7), Packed([3, 4])).shape == (7, config.dim)
     cache = KVCache(config, 2, 9, torch.float32, "cpu")
-    assert cache.k.shape == (2, 2, 2, 9, 8) and cache.lengths.dtype == torch.long
+    assert len(cache.k) == 2 and cache.v[1].shape == (2, 2, 9, 8) and cache.lengths.dtype == torch.long
     assert Cached(cache, [5, 2])(0, q, k, k).shape == (7, 4, 8)
     input_ids = torch.stack(ragged([6, 6, 6]))
     mask = torch.tensor([[1] * 6, [0] * 6, [0, 0, 1, 1, 0, 0]]).bool()                   # a row that is all padding
