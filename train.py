@@ -373,7 +373,7 @@ class Run:
 def corpus_groups(run: Run) -> list[dict]:
     """pretrain: one document per group; </s> as a last segment of its own is EOS."""
     groups = []
-    for number, segments in enumerate(data.read_records(run.cfg.corpus), 1):
+    for number, segments in enumerate(data.load_corpus(run.cfg.corpus), 1):
         ends = segments[-1][0] == "</s>"
         document = data.encode_document(run.tokenizer, segments[:-1] if ends else segments, max_len=run.cfg.max_len)
         if ends:
@@ -699,7 +699,7 @@ def reward_groups(run: Run) -> list[dict]:
 def labelled_groups(run: Run, path) -> list[dict]:
     """Pairs with an AI judge's soft labels, as preferences.jsonl holds them."""
     groups = []
-    for record in data.read_records(path):
+    for record in data.load_labelled(path) if Path(path).exists() else []:
         documents = [run.document(record[side]["wording"], record["input"], record[side]["response"]) for side in ("first", "second")]
         groups.append({"documents": documents, "pairs": [(0, 1)], "probability": [record["probability"]], "pair_weights": [1.0],
                        "name": record_name(record)})

@@ -1,0 +1,520 @@
+"""Hostile input: every sentence a user should see, and files that are damaged, foreign or made to do harm.
+
+Whatever may die of a signal runs in a child with limits. The short ones run with the suite; `pytest -m faults` draws more.
+"""
+
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import struct
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from chatserver import ChatServer, completion
+from safetensors.torch import load_file, save_file
+
+import data
+import eval as evaluation
+import judge as judging
+import train
+from lora import LoraConfig, apply_lora, lora_modules, save_adapter
+from model import hf_fields, load_model, read_config, save_model
+from test_train import ROOT, SHARED, arguments, planted, world     # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+# Children with limits ------------------------------------------------------------------------------------------------
+
+
+def said(program: str, argv: list[str]) -> tuple[int, str]:
+    """main() of train.py or eval.py: exit status and what stands on stderr; an exception that it lets through is status 70 and a traceback."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = (train if program == "train" else evaluation).main([str(word) for word in argv]) or 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        except BaseException:
+            traceback.print_exc(file=err)
+            status = 70
+    return status, err.getvalue()
+
+
+def complaints(error: str) -> list[str]:
+    """The lines of stderr but for progress bars and warnings."""
+    return [line for line in re.sub(r"[^\n]*\r", "", error).splitlines() if line.strip() and not re.search(r"Warning: |^  warnings\.warn|it/s\]|s/it\]|\?it/s", line)]
+
+
+def in_children(work, cases: list, *, memory: int = 4 << 30, seconds: float = 20) -> list[tuple[int, str]]:
+    """work(case) -> (status, text) for each case, in forked children of limited memory; one that dies of signal n gives (-n, "").
+
+    A case that takes longer than `seconds` counts as killed by SIGALRM. A child does cases until one of them kills it.
+    """
+    found: list[tuple[int, str]] = []
+    while len(found) < len(cases):
+        read, write = os.pipe()
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.close(read)
+                now = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
+                resource.setrlimit(resource.RLIMIT_AS, (now + memory, now + memory))
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                with os.fdopen(write, "w") as stream:
+                    for case in cases[len(found):]:
+                        signal.setitimer(signal.ITIMER_REAL, seconds)
+                        print(json.dumps(work(case)), file=stream, flush=True)
+            finally:
+                os._exit(0)
+        os.close(write)
+        with os.fdopen(read) as stream:
+            found += [tuple(json.loads(line)) for line in stream if line.endswith("\n")]
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if len(found) < len(cases):
+            found.append((min(status, -1), ""))
+    return found
+
+
+def everything(folder: Path, but: Path) -> dict[str, bytes]:
+    """What lies under a folder, outside `but`."""
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and but not in path.parents}
+
+
+def judged(results: list[tuple[int, str]], cases: list) -> list[str]:
+    """What is wrong with the outcomes: anything but a run that went well or one sentence and status 2."""
+    wrong = []
+    for (status, error), case in zip(results, cases, strict=True):
+        lines = complaints(error)
+        if status not in (0, 2) or status == 2 and (len(lines) != 1 or not lines[0].startswith("error: ") or len(lines[0]) > 1500) or "Traceback" in error:
+            wrong.append(f"{status}: {case!r:.300}: {error[-700:]}")
+    return wrong
+
+
+# Mutations -----------------------------------------------------------------------------------------------------------
+
+
+def nest(depth: int):
+    """A list in a list in a list."""
+    found: list = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
+NASTY = [None, True, False, -1, 0, 1, 2, 7, 0.5, -0.0, 1e308, -1e308, float("nan"), float("inf"), float("-inf"), 10**12, 2**31, 2**63, -2**63, 10**40, "", " ", "1", "x" * 3000,
+         "\ud800", "\x00", "\u2028", "\u202e", "../../x", "/etc/passwd", "{input}", "{}", "%s", "</s>", [], {}, [None], [[]], {"a": {"b": 1}}, ["x", 3], nest(50), {"": ""}, "é" * 40, [1] * 500]
+
+
+def places(value, path=()) -> list[tuple]:
+    """The paths of everything inside a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path + (key,) for key, _ in inner] + [found for key, part in inner for found in places(part, path + (key,))]
+
+
+def spoilt(value, rng: random.Random):
+    """A copy of a JSON value with one or two places in it changed, removed, doubled, wrapped or renamed."""
+    value = json.loads(json.dumps(value))
+    for _ in range(rng.choice((1, 1, 1, 2))):
+        *path, key = rng.choice(places(value) or [("x",)])
+        home = value
+        for part in path:
+            home = home[part]
+        how = rng.choice(("set", "set", "set", "remove", "wrap", "double", "rename", "swap"))
+        if key == "x" and not places(value):
+            return rng.choice(NASTY)
+        if how == "remove":
+            del home[key]
+        elif how == "wrap":
+            home[key] = rng.choice(([home[key]], {"value": home[key]}, [home[key]] * 3, [[home[key]]]))
+        elif how == "double" and isinstance(home[key], (str, list)):
+            home[key] = home[key] * 2
+        elif how == "rename" and isinstance(home, dict):
+            home[rng.choice((key.upper(), key + " ", "x", "", "__class__"))] = home.pop(key)
+        elif how == "swap" and isinstance(home, dict):
+            other = rng.choice(list(home))
+            home[key], home[other] = home[other], home[key]
+        else:
+            home[key] = rng.choice(NASTY)
+    return value
+
+
+def garbled(blob: bytes, rng: random.Random) -> bytes:
+    """Bytes changed, cut out, put in or repeated."""
+    blob = bytearray(blob)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        at, size = rng.randrange(len(blob) + 1), rng.choice((1, 1, 2, 4, 16, 200))
+        how = rng.choice(("flip", "flip", "set", "cut", "insert", "repeat", "end"))
+        if how == "flip" and at < len(blob):
+            blob[at] ^= 1 << rng.randrange(8)
+        elif how == "set":
+            blob[at:at + size] = rng.choice((b"\x00", b"\xff", b"\x80", bytes([rng.randrange(256)]))) * len(blob[at:at + size])
+        elif how == "cut":
+            del blob[at:at + size]
+        elif how == "insert":
+            blob[at:at] = rng.choice((bytes(rng.randrange(256) for _ in range(size)), b"\x00" * size, b"\xff" * size))
+        elif how == "repeat":
+            blob[at:at] = blob[at:at + size * 8]
+        elif how == "end":
+            del blob[at:]
+    return bytes(blob)
+
+
+def spoilt_text(text: str, rng: random.Random) -> bytes:
+    """JSON text with damage that no JSON value has."""
+    blob, at = text.encode(errors="surrogatepass"), rng.randrange(max(1, len(text)))
+    how = rng.randrange(9)
+    if how == 0:
+        return b"\xef\xbb\xbf" + blob
+    if how == 1:
+        return blob.replace(b"{", b"{" + rng.choice((b'"a": ' + b"[" * 100_000, b'"a": ' + b"7" * 5000 + b",", b'"a": 1e400,', b'"a": NaN,', b'"a": "\\ud800",')), 1)
+    if how == 2:
+        return blob[:at] + b"[" * 100_000
+    if how == 3:
+        return blob.replace(b"\n", b"\r\n") + b"\r\n\r\n"
+    if how == 4:
+        name = re.search(rb'"(\w+)":', blob[at:]) or re.search(rb'"(\w+)":', blob)
+        return blob.replace(b"{", b'{"%s": null, ' % name[1] if rng.random() < 0.5 else b'{"%s": "twice", ' % name[1], 1) if name else blob
+    if how == 5:
+        return blob + rng.choice((b"\x00" * 40, b"{}", b"\n\n", b"]", b"\xff"))
+    return garbled(blob, rng)
+
+
+ROWS = {                                                    # flag of train.py -> rows as the wild has them
+    "records": [
+        {"instruction": "name it", "input": "anna has a red hat", "response": "blue", "judgment": "It is red, not blue."},
+        {"id": "7", "instruction": "name it", "input": "", "output": "tom has a hat", "judgment": "Too long.", "score": 3, "i_ans": "tom", "score_ans": 9},
+        {"instruction": "name it", "input": "x", "response": "red", "judgment": None, "target": "red", "targets": ["red", "a red"]},
+        {"question": "who has a hat ?", "answer": "mary", "feedback": "Wrong name.", "output_correct": "anna"},
+        {"instruction": "who is it", "completions": [{"response": "anna", "critique": "Good.", "overall_score": 8}, {"response": "tom", "critique": "Bad.", "overall_score": 2.5}]},
+        {"data": {"passage": {"text": "anna has a hat"}, "questions": [{"question": "who ?", "rankings": [0.1, 0.9], "answers": [
+            {"answer": "tom", "feedback": {"critiques": []}}, {"answer": "mary", "feedback": {"critiques": [{"text": "No.", "refinement": "anna"}]}}]}]}}],
+    "candidates": [
+        {"prompt": "name it", "chosen": "red", "rejected": "blue"},
+        {"chosen": "\n\nHuman: who ?\n\nAssistant: anna", "rejected": "\n\nHuman: who ?\n\nAssistant: tom"},
+        {"conversations": [{"from": "human", "value": "which hat ?"}], "chosen": {"from": "gpt", "value": "red"}, "rejected": {"from": "gpt", "value": "black"}},
+        {"prompt": [{"role": "system", "content": "be short"}, {"role": "user", "content": "who ?"}], "chosen": [{"role": "assistant", "content": "anna"}],
+         "rejected": [{"role": "assistant", "content": "paul"}]},
+        {"instruction": "who has it ?", "completions": [{"response": "anna", "overall_score": 9.0}, {"response": "tom", "overall_score": 2}]},
+        {"query": "which ?", "responses": ["red", "blue", "white"], "scores": [0.9, -0.3, 0.1]},
+        {"prompt": "who ?", "prompt_id": "a", "chosen": [{"role": "user", "content": "who ?"}, {"role": "assistant", "content": "anna"}],
+         "rejected": [{"role": "user", "content": "who ?"}, {"role": "assistant", "content": "tom"}], "score_chosen": 8.0, "score_rejected": 3.5}],
+    "own": [{"task": "colour", "id": str(n // 3), "instruction": "name it", "wording": f"w{n}", "input": f"hat {n // 3}", "target": "red", "sample": 0, "response": text, "reward": reward,
+             "finished": True, "how": "rule", "expected": True, "correct": reward == 2, "p_expected": None, "p_correct": None}
+            for n, (text, reward) in enumerate([("red", 2), ("blue", 1), ("hat hat", 0)] * 3)],
+    "examples": [
+        {"instruction": "name the colour", "input": "anna has a red hat", "output": "red"}, {"instruction": "say a name", "input": "", "output": "tom", "text": "..."},
+        {"id": "x_0", "conversations": [{"from": "human", "value": "who ?"}, {"from": "gpt", "value": "anna"}, {"from": "human", "value": "sure ?"}, {"from": "gpt", "value": "yes"}]},
+        {"messages": [{"role": "system", "content": "be short"}, {"role": "user", "content": "which ?"}, {"role": "assistant", "content": "red"}]}],
+}
+ROWS |= {
+    "labelled": [{"task": "colour", "id": str(n), "number": 0, "instruction": "name it", "input": f"hat {n}", "probability": p, "first": {"wording": "name it", "response": "red"},
+                  "second": {"wording": "colour ?", "response": "blue"}} for n, p in enumerate((0.9, 0.2, 0.5))],
+    "corpus": [[["anna has a red hat . ", False], ["red", True], ["</s>", True]], [["tom has a blue hat", True]], [["who ? ", False], ["tom", True]]],
+    "pairs": [{"input": f"name it {n}", "output_1": "red", "output_2": "a blue hat", "label": 1 + n % 2} for n in range(4)],
+    "instructions": [{"instruction": "name it", "input": "a red hat", "dataset": "x"}, {"instruction": "who ?"}, {"instruction": "which", "input": "", "output": "red"}]}
+WHOLE = {
+    "task": {"Contributors": ["x"], "Source": ["y"], "Definition": ["give the colour ."], "Positive Examples": [{"input": "a", "output": "b", "explanation": "c"}],
+             "Instances": [{"id": f"task9-{n}", "input": f"{who} has a {colour} hat {n}", "output": [colour]} for n, (who, colour) in enumerate(
+                 [("anna", "red"), ("tom", "blue"), ("mary", "white"), ("paul", "black")] * 6)]},
+    "wordings": {"colour": {"train": [{"text": "which colour ?", "style": "plain"}, "name it :"], "dev": ["the colour , please", "colour ?"], "test": ["say it", "tell it"]},
+                 "person": [f"who {n} ?" for n in range(9)]},
+    "execute": {"metadata": {"num_examples": 2}, "examples": {"1": {"input": "a", "output": "b"}, "2": {"cause": "x", "effect": "y"}, "3": {"items": ["a", "b"], "concept": "c", "all_common_concepts": ["d"]},
+                                                              **{str(n): {"input": f"hat {n}", "output": "red", "other_rhymes": ["b"], "possible_translations": ["c"]} for n in range(4, 20)}}},
+    "annotations": {"annotations": [f"name it {n}" for n in range(9)]},
+    "template": {"description": "x", "prompt_input": "{instruction} {input} :", "prompt_no_input": "{instruction} :", "response_split": ":", "end": "</s>", "turn": "{opening}{user} :", "strip": True},
+}
+TRAINED = ["train", "--steps", "1", "--batch-size", "2", "--no-evaluate", "--save-every", "0"]
+READERS = {                                                 # kind of file -> (trials, name, a command that reads it)
+    "records": (150, "f.json", [*TRAINED, "--stage", "cut", "--records", "FILE"]), "candidates": (150, "f.json", [*TRAINED, "--stage", "dpo", "--candidates", "FILE"]),
+    "own": (100, "f.jsonl", [*TRAINED, "--stage", "cat", "--candidates", "FILE"]), "examples": (100, "f.json", [*TRAINED, "--stage", "sft", "--examples", "FILE"]),
+    "task": (150, "colour.json", [*TRAINED, "--stage", "sft", "--tasks", "FILE"]), "wordings": (100, "f.json", [*TRAINED, "--stage", "sft-ia", "--tasks", "TASKS", "--paraphrases", "FILE"]),
+    "execute": (60, "execute/a.json", [*TRAINED, "--stage", "sft", "--tasks", "HOME"]), "annotations": (60, "annotations/a.json", [*TRAINED, "--stage", "sft-ia", "--tasks", "HOME"]),
+    "labelled": (60, "f.jsonl", [*TRAINED, "--stage", "reward", "--tasks", "TASKS", "--sft-steps", "1", "--preferences", "FILE"]),
+    "corpus": (60, "f.jsonl", [*TRAINED[:-3], "--save-every", "0", "--stage", "pretrain", "--tokenizer", "TOKENIZER", "--preset", "tiny", "--corpus", "FILE"]),
+    "template": (60, "f.json", ["eval", "--instructions", "ASKED", "--max-new-tokens", "2", "--template", "FILE"]),
+    "pairs": (60, "f.json", ["eval", "--benchmark", "llmbar", "--judge", "rule", "--data", "FILE"]),
+    "instructions": (60, "f.json", ["eval", "--max-new-tokens", "2", "--instructions", "FILE"])}
+
+
+def drawn(kind: str, number: int) -> tuple[bytes, int | None]:
+    """A damaged file of a kind, and the record that is damaged, where it is one."""
+    rng = random.Random(f"{kind}/{number}")
+    if kind in WHOLE:
+        text = json.dumps(WHOLE[kind], ensure_ascii=rng.random() < 0.5)
+        return spoilt_text(text, rng) if rng.random() < 0.25 else json.dumps(spoilt(WHOLE[kind], rng)).encode(), None
+    at, lines = rng.randrange(len(ROWS[kind])), kind == "corpus" or kind != "pairs" and rng.random() < 0.5
+    broken = rng.random() < 0.25
+    rows = [json.dumps(row).encode() for row in ROWS[kind]]
+    rows[at] = spoilt_text(rows[at].decode(), rng) if broken else json.dumps(spoilt(ROWS[kind][at], rng)).encode()
+    return b"\n".join(rows) if lines else b"[" + b", ".join(rows) + b"]", None if broken else at
+
+
+def reading(kind: str, world: Path, file: Path, out: Path) -> list:     # noqa: F811
+    """The command of READERS with its paths."""
+    asked = file.parent.parent / "asked.json"
+    asked.write_text('[{"instruction": "name it", "input": "a red hat"}]')
+    known = {"FILE": file, "HOME": file.parent.parent, "TASKS": world / "tasks", "TOKENIZER": world / "model/tokenizer.model", "ASKED": asked}
+    argv = [known.get(word, word) for word in READERS[kind][2]]
+    return argv + (["--model", world / "model"] if kind not in ("corpus", "pairs") else []) + ["--out", out]
+
+
+def of_both(rows: list[tuple], quick: int) -> list:
+    """(name, trials) of each row with `quick` trials, and with all of them under the marker."""
+    return [(name, quick) for name, _ in rows] + [pytest.param(name, many, marks=pytest.mark.faults) for name, many in rows]
+
+
+@pytest.mark.parametrize("kind, trials", of_both([(kind, row[0]) for kind, row in READERS.items()], 6))
+def test_damaged_data_is_read_or_refused_by_name(kind, trials, world, tmp_path, monkeypatch, record_property):     # noqa: F811
+    """The command goes well or ends in one sentence with the file, and the record where one is damaged; nothing is written outside --out."""
+    file, out = tmp_path / "in" / READERS[kind][1], tmp_path / "out"
+    for name in ("execute/a.json", "annotations/a.json") if kind in ("execute", "annotations") else (READERS[kind][1],):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        (tmp_path / "in" / name).write_text(json.dumps(WHOLE.get(Path(name).parent.name)))
+    argv = reading(kind, world, file, out)
+    before = everything(tmp_path, but=out).keys()
+    monkeypatch.setattr(os, "fsync", lambda handle: None)   # another test's matter
+
+    def work(number):
+        shutil.rmtree(out, ignore_errors=True)
+        blob, at = drawn(kind, number)
+        file.write_bytes(blob)
+        status, error = said(argv[0], argv[1:])
+        late = any(words in error for words in ("nothing to train on", "--max-len", "goes on for", "half of a character", "no task has two", "no instance", "no training wordings"))
+        if file.read_bytes() != blob or everything(tmp_path, but=out).keys() != before:
+            return 71, "something was written outside of --out"
+        if status == 2 and not late and (file.name not in error or at is not None and f"record {at}" not in error and f"line {at + 1}" not in error):
+            return 72, error
+        return status, error
+    cases = list(range(trials))
+    results = in_children(work, cases)
+    wrong = judged(results, cases)
+    print("OUTCOME", kind, {status: sum(s == status for s, _ in results) for status, _ in results})
+    for w in wrong:
+        print("WRONG", kind, w[-int(os.environ.get("TAIL", "430")):].replace("\n", " / "))
+    record_property("trials", trials)
+    assert not wrong, f"{len(wrong)} of {trials}"
+
+
+@pytest.mark.parametrize("kind", ["json", "lines"])
+def test_a_line_of_fifty_megabytes_is_refused(kind, world, tmp_path, record_property):     # noqa: F811
+    """As one text in a record, as brackets, and as a text that does not end."""
+    file, row = tmp_path / "in/f.json", ROWS["records"][0]
+    file.parent.mkdir()
+    argv = reading("records", world, file, tmp_path / "out")
+
+    def work(number):
+        blob = json.dumps({**row, "response": "x " * (25 << 20)}) if number == 0 else '{"a": ' + ("[" * (50 << 20) if number == 1 else '"' + "y" * (50 << 20))
+        file.write_text("\n".join([json.dumps(row), blob, json.dumps(row)]) if kind == "lines" else f"[{json.dumps(row)}, {blob}]")
+        return said(argv[0], argv[1:])
+    results = in_children(work, [0, 1, 2], seconds=60)
+    record_property("trials", 3)
+    assert not judged(results, [0, 1, 2]) and [status for status, _ in results] == [2, 2, 2] and not (tmp_path / "out").exists(), results
+
+
+# Model folders -------------------------------------------------------------------------------------------------------
+
+
+SIDE = {"tokenizer_config.json": {"legacy": False, "add_bos_token": True, "bos_token": "<s>", "eos_token": {"content": "</s>", "special": True},
+                                  "added_tokens_decoder": {"0": {"content": "<unk>", "special": True}, "2": {"content": "</s>", "special": True}}},
+        "added_tokens.json": {"<pad>": 3}, "special_tokens_map.json": {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "additional_special_tokens": ["<pad>"]}}
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_dropout": 0.0, "pretraining_tp": 1, "use_cache": True, "initializer_range": 0.02,
+          "transformers_version": "4.40.0", "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                                            "original_max_position_embeddings": 256}, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": [2]}
+
+
+@pytest.fixture(scope="module")
+def folders(world, tmp_path_factory):     # noqa: F811
+    """A model folder with all that the wild has beside the weights, an adapter, and a question."""
+    path = tmp_path_factory.mktemp("folders")
+    shutil.copytree(world / "model", path / "model")
+    raw = json.loads((path / "model/config.json").read_text())
+    (path / "model/config.json").write_text(json.dumps(raw | CONFIG))
+    for name, value in SIDE.items():
+        (path / "model" / name).write_text(json.dumps(value))
+    torch.manual_seed(0)
+    model = apply_lora(load_model(path / "model"), LoraConfig(rank=2))
+    for module in lora_modules(model).values():
+        module.lora_B.data.normal_()
+    save_adapter(model, path / "adapter", "some/base")
+    (path / "asked.json").write_text('[{"instruction": "name it", "input": "a red hat"}]')
+    return path
+
+
+def spoilt_tensors(blob: bytes, rng: random.Random) -> bytes:
+    """A safetensors file with another header, or other bytes."""
+    if rng.random() < 0.4:
+        return garbled(blob[:1 + rng.randrange(4000)], rng) + blob[4000:] if rng.random() < 0.7 else garbled(blob, rng)
+    size = struct.unpack("<Q", blob[:8])[0]
+    header, data_part = json.loads(blob[8:8 + size]), blob[8 + size:]
+    how, name = rng.randrange(12), rng.choice(list(header.keys() - {"__metadata__"}))
+    entry = header[name]
+    if how < 4:
+        header = spoilt(header, rng)
+    elif how == 4:
+        entry["shape"] = rng.choice(([], [1], entry["shape"][::-1], entry["shape"] + [1], [2**62, 0], [0], [2**40, 2**40], [-1, 4], [1.5]))
+    elif how == 5:
+        entry["dtype"] = rng.choice(("F16", "BF16", "F64", "I64", "I8", "BOOL", "F8_E4M3", "C64", "x", 3))
+    elif how == 6:
+        header[rng.choice((name + "x", name.upper(), "", "\x00", "../x", name.replace("layers.0", "layers.77"), "lm_head.bias"))] = header.pop(name)
+    elif how == 7:
+        other = rng.choice(list(header.keys() - {"__metadata__"}))
+        entry["data_offsets"], header[other]["data_offsets"] = header[other]["data_offsets"], entry["data_offsets"]
+    elif how == 8:
+        begin, end = entry["data_offsets"]
+        width = {"F32": 4, "F16": 2, "BF16": 2}.get(entry["dtype"], 4)
+        data_part = data_part[:begin] + struct.pack("<f", rng.choice((float("nan"), float("inf"), -float("inf"))))[-width:] + data_part[begin + width:]
+    elif how == 9:
+        data_part = data_part[:rng.randrange(len(data_part))]
+    elif how == 10:
+        data_part += b"x" * rng.choice((1, 8, 4096))
+    else:
+        return struct.pack("<Q", rng.choice((0, 1, size - 1, size + 1, 10**8 + 1, 2**63, 2**64 - 1))) + blob[8:]
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data_part
+
+
+DAMAGES = {                                                 # file -> (trials, how)
+    "model/config.json": 1000, "model/model.safetensors": 1500, "model/tokenizer.model": 700, "model/tokenizer_config.json": 120, "model/added_tokens.json": 60,
+    "model/special_tokens_map.json": 60, "adapter/adapter_config.json": 300, "adapter/adapter_model.safetensors": 500}
+
+
+def damaged(file: Path, name: str, number: int) -> bytes:
+    """The bytes of a file of a model folder, damaged."""
+    blob, rng = file.read_bytes(), random.Random(f"{name}/{number}")
+    if name.endswith(".json"):
+        return spoilt_text(blob.decode(), rng) if rng.random() < 0.2 else json.dumps(spoilt(json.loads(blob), rng)).encode()
+    return spoilt_tensors(blob, rng) if name.endswith(".safetensors") else garbled(blob, rng)
+
+
+def loads_right(folder: Path, original: Path, name: str) -> str:
+    """What a model that was loaded from a damaged folder has wrong, or nothing: its shapes, a number, or a value of config.json that it took for another."""
+    raw, config = json.loads((folder / "model/config.json").read_text()), read_config(folder / "model")
+    for item in hf_fields():
+        if raw.get(item.metadata["hf"]) not in (None, getattr(config, item.name)):
+            return f"{item.name} is {getattr(config, item.name)}"
+    shapes = {key: tuple(value.shape) for key, value in load_model(original / "model").state_dict().items()}
+    found = load_model(folder / "model").state_dict()
+    if name == "model/model.safetensors" and {key: tuple(value.shape) for key, value in found.items()} != shapes or not all(x.isfinite().all() for x in found.values()):
+        return "other shapes, or a number that is none"
+    tokenizer = data.Tokenizer(folder / "model")
+    ids = tokenizer.encode_prompt("anna has a red hat , é 日 </s>")
+    return "" if max(ids) < config.vocab_size and isinstance(tokenizer.decode(ids), str) else f"ids {ids}"
+
+
+@pytest.mark.parametrize("name, trials", of_both(list(DAMAGES.items()), 20))
+def test_a_damaged_model_folder_loads_right_or_is_refused(name, trials, folders, tmp_path, record_property):
+    """In a child: it dies of nothing, writes nothing outside of --out, and what is refused is one sentence that names a file or folder."""
+    shutil.copytree(folders, tmp_path / "in")
+    file, out = tmp_path / "in" / name, tmp_path / "out"
+    argv = ["--model", tmp_path / "in/model", "--instructions", tmp_path / "in/asked.json", "--max-new-tokens", "2", "--out", out]
+    argv += ["--adapter", tmp_path / "in/adapter"] if name.startswith("adapter") else []
+    before = everything(tmp_path, but=out).keys()
+
+    def work(number):
+        shutil.rmtree(out, ignore_errors=True)
+        file.write_bytes(damaged(folders / name, name, number))
+        status, error = said("eval", argv)
+        if everything(tmp_path, but=out).keys() != before:
+            return 71, "something was written outside of --out"
+        if status == 2 and str(file.parent) not in error and file.name not in error:
+            return 72, error
+        wrong = loads_right(tmp_path / "in", folders, name) if status == 0 else ""
+        return (74, wrong) if wrong else (status, error)
+    cases = list(range(trials))
+    results = in_children(work, cases)
+    wrong = judged(results, cases)
+    print("OUTCOME", name, {status: sum(s == status for s, _ in results) for status, _ in results})
+    for w in wrong:
+        print("WRONG", name, w[-int(os.environ.get("TAIL", "430")):].replace("\n", " / "))
+    record_property("trials", trials)
+    assert not wrong, f"{len(wrong)} of {trials}"
+
+
+# Tokenizers ----------------------------------------------------------------------------------------------------------
+
+
+def varint(number: int) -> bytes:
+    """A number as protobuf writes it."""
+    return bytes([number & 127 | 128]) + varint(number >> 7) if number > 127 else bytes([number])
+
+
+def messages(blob: bytes) -> list[tuple[int, bytes]]:
+    """(field, bytes) of the messages that a sentencepiece model is made of: field 1 is a piece."""
+    found, at = [], 0
+    while at < len(blob):
+        field, size, shift, at = blob[at] >> 3, 0, 0, at + 1
+        while True:
+            size, shift, at = size | (blob[at] & 127) << shift, shift + 7, at + 1
+            if blob[at - 1] < 128:
+                break
+        found.append((field, blob[at:at + size]))
+        at += size
+    return found
+
+
+def a_piece(text: bytes, score: float = 0.0, kind: int = 1) -> tuple[int, bytes]:
+    return 1, b"\n" + varint(len(text)) + text + b"\x15" + struct.pack("<f", score) + b"\x18" + varint(kind)
+
+
+def directed(blob: bytes) -> dict[str, bytes]:
+    """Tokenizer files that are made to do harm, or are something else."""
+    parts = messages(blob)
+    pieces, rest = [part for part in parts if part[0] == 1], [part for part in parts if part[0] != 1]
+
+    def made(*more, pieces=pieces, rest=rest):
+        return b"".join(bytes([field << 3 | 2]) + varint(len(part)) + part for field, part in [*pieces, *more, *rest])
+    unknown = [part for part in pieces if not part[1].endswith(b"\x18\x02")]
+    assert made() == blob
+    return {"one more piece, which is well": made(a_piece(b"~q~")), "a piece of 2 MB": made(a_piece(b"x" * 2_000_000)), "a piece twice": made(pieces[-1]), "a control piece twice": made(pieces[1]), "no <unk>": made(pieces=unknown),
+            "two <unk>": made(a_piece(b"<unk2>", 0, 2)), "scores that are no numbers": made(a_piece(b"~qq~", float("nan")), a_piece(b"~www~", float("inf"))), "an empty piece": made(a_piece(b"")),
+            "a piece with a NUL": made(a_piece(b"a\0b")), "a piece that is no UTF-8": made(a_piece(b"\xff\xfe")), "a kind that is none": made(a_piece(b"~zz~", 0, 99)),
+            "no pieces": made(pieces=[]), "one piece": made(pieces=pieces[:1]), "no BOS": made(pieces=pieces[:1] + pieces[3:]), "ids beyond the pieces": made(rest=[
+                (field, part + (b"\xc8\x02" + varint(10**6) + b"\xd0\x02" + varint(2**31)) if field == 2 else part) for field, part in rest]),
+            "no trainer": made(rest=rest[1:]), "nothing but pieces": made(rest=[]), "300,000 pieces more": made(*[a_piece(b"p%d" % n) for n in range(300_000)]),
+            "a length of 2^63": blob + b"\n" + varint(2**63), "deep groups": blob + b"\x0b" * 100_000, "tiktoken": b"IQ== 0\nIg== 1\n", "JSON": b'{"model": {"type": "BPE"}}',
+            "HTML": b"<html>sign in</html>", "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 499723\n", "empty": b"", "zeros": b"\0" * 10_000}
+
+
+@pytest.mark.parametrize("which", ["directed", pytest.param("random", marks=pytest.mark.faults)])
+def test_a_real_tokenizer_that_is_damaged_kills_nothing(which, folders, tmp_path, record_property):
+    """Mistral's, where it is there (LLaMA 2 has the same settings), else the tiny world's: refused in one sentence, or all of its ids are in the embedding."""
+    real = SHARED / "tokenizers/mistral-v1.tokenizer.model"
+    blob = (real if real.exists() else folders / "model/tokenizer.model").read_bytes()
+    size = len(data.Tokenizer(real if real.exists() else folders / "model")) + 10
+    made, file = list(directed(blob).items()), tmp_path / "tokenizer.model"
+    cases = list(range(1000 if which == "random" else len(made)))
+
+    def work(number):
+        file.write_bytes(garbled(blob, random.Random(number)) if which == "random" else made[number][1])
+        try:
+            tokenizer = data.Tokenizer(file)
+            data.check_vocabulary(tokenizer, size, 1, (2,), tmp_path)
+            ids = tokenizer.encode_prompt("anna has a red hat , é 日 🙂 </s> [INST]") + tokenizer.encode_continuation("red")
+            assert 0 <= min(ids) and max(ids) < len(tokenizer) <= size and isinstance(tokenizer.decode([*ids, size + 5]), str)
+        except ValueError as error:
+            return 2, f"error: {error}" if str(tmp_path) in str(error) else f"without a name: {error}"
+        except BaseException:
+            return 70, traceback.format_exc()
+        return 0, ""
+    results = in_children(work, cases, memory=1 << 30)
+    wrong = judged(results, [made[case][0] if which == "directed" else case for case in cases])
+    print("OUTCOME", which, {status: sum(s == status for s, _ in results) for status, _ in results})
+    for (status, error), (name, _) in zip(results, made if which == "directed" else ()):
+        print("CASE", name, status, error[:200])
+    record_property("trials", len(cases))
+    assert not wrong, "\n".join(wrong[:5])
