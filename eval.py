@@ -1438,6 +1438,13 @@ def complain(message: str) -> int:
     return 2
 
 
+def out_of_memory(error: BaseException) -> str:
+    """The beginning of a sentence where there was no room in memory, on a GPU or not; else nothing."""
+    told = " ".join(str(error).rpartition("DefaultCPUAllocator: ")[2].split())     # torch's word on a CPU, where it raises a plain RuntimeError
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or re.match("can't allocate memory|not enough memory", told)
+    return f"out of memory: {told[:200].rstrip('.') or 'no more is to be had'}." if known else ""
+
+
 def first_to_complain() -> bool:
     """Whether no other process of this torchrun job has complained; they count in the store by which they found each other."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -1842,8 +1849,11 @@ def main(argv=None) -> None:
             print(f"KL of {name} to {config.reference}: {found['kl']['mean']:.3f} nats per answer")
     except (ValueError, OSError) as error:
         fail(str(error))
-    except JudgeStopped as error:
-        complain(str(error))
+    except (JudgeStopped, RuntimeError, MemoryError) as error:
+        full = out_of_memory(error)
+        if not full and not isinstance(error, JudgeStopped):
+            raise
+        complain(f"{full} Lower --batch-size or --max-new-tokens." if full else str(error))
         raise SystemExit(1) from None
     finally:
         RUN.close(print)

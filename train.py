@@ -342,7 +342,7 @@ import judge as judging                                     # noqa: E402
 import lora                                                 # noqa: E402
 import losses                                               # noqa: E402
 from eval import (MASK_LAMS, VALUE_HEAD, Completion, EvalConfig, LocalChat, add_head, complete, confusion_report, cut_masks, document_rewards, evaluate_errors,    # noqa: E402
-                  evaluate_model, evaluate_responses, keyword_logprobs, make_client, mask_report, mask_scores, pick_device, plot_mask, plot_rollouts,
+                  evaluate_model, evaluate_responses, keyword_logprobs, make_client, mask_report, mask_scores, out_of_memory, pick_device, plot_mask, plot_rollouts,
                   reward_report, reward_scores, summary_table, wilson, write_report)
 from model import PRESETS, Llama, QuantLinear, attention, load_model, read_config, save_model    # noqa: E402
 
@@ -2057,7 +2057,7 @@ def finished(folder: Path, cfg: TrainConfig) -> bool:
     if folder != Path(cfg.out):
         ignore.add("init")
     if cfg.stage in ("sft", "sft-ia"):
-        ignore.add("max_new_tokens")                        # they sample nothing
+        ignore |= {"max_new_tokens", "judge_url", "judge_model"}    # they sample nothing, and nobody judges
     for item in dataclasses.fields(TrainConfig):
         name, only = item.name, item.metadata["only"]
         read = (not only or kind(cfg.stage) in only) and name not in ignore and not name.startswith("eval_")
@@ -2483,8 +2483,8 @@ def told(error: BaseException) -> int | None:
         complain(f"{place}{error.strerror or error}. What was finished is kept; give another --out, or make room, and run the same command again.")
     elif isinstance(error, ValueError):
         return complain(str(error))
-    elif isinstance(error, torch.OutOfMemoryError):
-        complain(f"out of memory: {str(error).splitlines()[0]} Lower --micro-tokens or --eval-batch, or add --checkpointing; what was finished is kept.")
+    elif out_of_memory(error):
+        complain(f"{out_of_memory(error)} Lower --micro-tokens or --eval-batch, or add --checkpointing; what was finished is kept.")
     elif isinstance(error, (judging.JudgeStopped, FloatingPointError)):
         complain(str(error))
     elif ranks()[1] > 1 and any(word in str(error).lower() for word in ("connection", "socket", "peer")):     # gloo's words
@@ -2505,7 +2505,7 @@ def main(argv=None) -> int:
                 on_first_rank(summarise, cfg, time.time() - started)
             if dist.is_initialized():
                 dist.barrier()                              # nobody hangs up while another still listens
-    except (Stopped, ValueError, RuntimeError, FloatingPointError, OSError) as error:
+    except (Stopped, ValueError, RuntimeError, FloatingPointError, OSError, MemoryError) as error:
         status = told(error)
         if status is None:
             raise

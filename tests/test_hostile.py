@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -24,10 +25,9 @@ from safetensors.torch import load_file, save_file
 
 import data
 import eval as evaluation
-import judge as judging
 import train
 from lora import LoraConfig, apply_lora, lora_modules, save_adapter
-from model import hf_fields, load_model, read_config, save_model
+from model import hf_fields, load_model, read_config
 from test_train import ROOT, SHARED, arguments, planted, world     # noqa: F401
 
 
@@ -58,7 +58,7 @@ def complaints(error: str) -> list[str]:
     return [line for line in re.sub(r"[^\n]*\r", "", error).splitlines() if line.strip() and not re.search(r"Warning: |^  warnings\.warn|it/s\]|s/it\]|\?it/s", line)]
 
 
-def in_children(work, cases: list, *, memory: int = 4 << 30, seconds: float = 20) -> list[tuple[int, str]]:
+def in_children(work, cases: list, *, memory: int = 4 << 30, seconds: float = 120) -> list[tuple[int, str]]:
     """work(case) -> (status, text) for each case, in forked children of limited memory; one that dies of signal n gives (-n, "").
 
     A case that takes longer than `seconds` counts as killed by SIGALRM. A child does cases until one of them kills it.
@@ -321,7 +321,7 @@ def test_a_line_of_fifty_megabytes_is_refused(kind, world, tmp_path, record_prop
         blob = json.dumps({**row, "response": "x " * (25 << 20)}) if number == 0 else '{"a": ' + ("[" * (50 << 20) if number == 1 else '"' + "y" * (50 << 20))
         file.write_text("\n".join([json.dumps(row), blob, json.dumps(row)]) if kind == "lines" else f"[{json.dumps(row)}, {blob}]")
         return said(argv[0], argv[1:])
-    results = in_children(work, [0, 1, 2], seconds=60)
+    results = in_children(work, [0, 1, 2])
     record_property("trials", 3)
     assert not judged(results, [0, 1, 2]) and [status for status, _ in results] == [2, 2, 2] and not (tmp_path / "out").exists(), results
 
@@ -518,3 +518,200 @@ def test_a_real_tokenizer_that_is_damaged_kills_nothing(which, folders, tmp_path
         print("CASE", name, status, error[:200])
     record_property("trials", len(cases))
     assert not wrong, "\n".join(wrong[:5])
+
+
+# The sentences a user should see -------------------------------------------------------------------------------------
+
+
+def typed(program: str, argv: list, *, environ: dict = {}, memory: int = 0, file: int = 0, real: bool = False, cwd: Path = ROOT) -> tuple[int, str]:
+    """A command line in a process of its own: exit status and stderr. `real` starts Python anew, else a fork has torch imported already."""
+    def limited():
+        if memory:
+            now = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
+            resource.setrlimit(resource.RLIMIT_AS, ((1 << 30) + memory if real else now + memory,) * 2)
+        if file:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file, file))
+    if real:
+        done = subprocess.run([sys.executable, str(ROOT / f"{program}.py"), *map(str, argv)], capture_output=True, text=True, cwd=cwd, timeout=600,
+                              env={**os.environ, **environ}, preexec_fn=limited)
+        return done.returncode, done.stderr
+
+    def work(case):
+        os.environ.update(environ)
+        limited()
+        return said(program, argv)
+    return in_children(work, [0], memory=1 << 40, seconds=600)[0]
+
+
+class Scene:
+    """The files of one mistake: a model folder to spoil, a run folder, and a command line."""
+
+    def __init__(self, world, tmp_path):    # noqa: F811
+        self.world, self.path, self.model, self.out, self.plan = world, tmp_path, tmp_path / "model", tmp_path / "runs/x", {}
+        shutil.copytree(world / "model", self.model)
+
+    def sft(self, *more):
+        """A short run of sft on the model folder."""
+        return ["train", *arguments(self.world, self.out, "--stage", "sft", "--steps", "2", "--batch-size", "2", "--no-evaluate"), "--model", self.model, *more]
+
+    def cat(self, plan):
+        """A run of cat whose judge is a server that answers everything with `plan`; SFT(IA) is there already."""
+        self.plan, before = plan, self.path / "before"
+        wordings = ["--wordings", "3", "--steps", "1", "--no-evaluate"]
+        assert said("train", [*arguments(self.world, before / "sft-ia", "--stage", "sft-ia"), *wordings])[0] == 0
+        return ["train", *arguments(self.world, self.out, "--stage", "cat", "--judge", "http", "--judge-url", plan.get("url", "URL"), "--judge-model", "m", "--judge-tries", "1"),
+                *wordings, "--sft-steps", "1", "--batch-size", "2", "--pool-per-task", "30", "--no-compare", "--init", before]
+
+    def tensors(self, change, file="model.safetensors"):
+        """Spoil the weights: change(tensors)."""
+        found = load_file(self.model / "model.safetensors")
+        change(found)
+        save_file(found, self.model / file, {"format": "pt"})
+        return self.sft()
+
+    def file(self, name, content):
+        (self.model / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return self.sft()
+
+    def without(self, name):
+        (self.model / name).unlink()
+        return self
+
+
+KEY = "sk-live-9Yq3ZtVb7KxWm2Rf"
+Q = "model.layers.0.self_attn.k_proj.weight"
+REFUSES = {"status": 401, "body": {"error": {"message": f"Incorrect API key provided: {KEY}"}}}
+
+
+def code_in_a_bin(scene):
+    torch.save({"model.norm.weight": Payload(scene.path / "marker")}, scene.model / "pytorch_model.bin")
+    return scene.without("model.safetensors").sft()
+
+
+class Payload:
+    """What a pickle can do to who loads it."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def shards(scene, name):
+    return scene.without("model.safetensors").file("model.safetensors.index.json", json.dumps({"metadata": {"total_size": 9}, "weight_map": {Q: name}}))
+
+
+def task_without_output(scene):
+    record = json.loads((scene.world / "tasks/colour.json").read_text())
+    del record["Instances"][17]["output"]
+    (scene.path / "t.json").write_text(json.dumps(record))
+    return scene.sft("--tasks", scene.path / "t.json")
+
+
+def broken_line(scene):
+    (scene.path / "records.jsonl").write_text('{"instruction": "a", "response": "b", "judgment": "c"}\n' * 203 + '{"instruction": "a" "response": "b"}\n' * 2)
+    return ["train", "--stage", "cut", "--model", scene.model, "--records", scene.path / "records.jsonl", "--out", scene.out, "--no-evaluate"]
+
+
+def nothing_left(scene):
+    (scene.path / "c.jsonl").write_text("".join(json.dumps({**row, "reward": 0}) + "\n" for row in ROWS["own"]))
+    return ["train", "--stage", "cat", "--model", scene.model, "--candidates", scene.path / "c.jsonl", "--out", scene.out, "--no-evaluate"]
+
+
+def another_run(scene):
+    assert said("train", scene.sft("--lr", "1e-5")[1:])[0] == 0
+    return scene.sft("--lr", "2e-5")
+
+
+def in_use(scene):
+    scene.lock = train.in_use(scene.out)
+    scene.lock.__enter__()
+    return scene.sft()
+
+
+def too_large(scene):
+    (scene.path / "corpus.jsonl").write_text('[["anna has a hat", true]]\n')
+    return ["train", "--stage", "pretrain", "--preset", "llama2-7b", "--corpus", scene.path / "corpus.jsonl", "--tokenizer", scene.model / "tokenizer.model", "--out", scene.out]
+
+
+def of_another(scene):
+    small = train.dataclasses.replace(read_config(scene.model), n_layers=3)
+    save_adapter(apply_lora(train.Llama(small), LoraConfig(rank=2)), scene.path / "adapter", "TinyLlama/TinyLlama-1.1B")
+    return ["eval", "--model", scene.model, "--adapter", scene.path / "adapter", "--tasks", scene.world / "tasks", "--out", scene.out]
+
+
+def rows_fewer(scene):
+    raw = json.loads((scene.model / "config.json").read_text())
+    (scene.model / "config.json").write_text(json.dumps(raw | {"vocab_size": 400}))
+    return scene.tensors(lambda x: x.update({name: x[name][:400].clone() for name in ("model.embed_tokens.weight", "lm_head.weight") if name in x}))
+
+
+SENTENCES = [                                               # number in the plan, status, what provokes it, the sentence; <n> is any number
+    (1, 2, lambda s: ["train", "--stage", "sfft"], 'unknown stage "sfft". Stages: pretrain, sft, sft-ia, cat, <*>. Did you mean "sft"?'),
+    (2, 2, lambda s: s.without("config.json").sft(), "no model at {model} (no config.json). Give a folder in Hugging Face format: config.json, *.safetensors, tokenizer.model; or in Meta's: "
+                                                     "params.json, consolidated.*."),
+    (3, 2, lambda s: s.without("tokenizer.model").file("tokenizer.json", "{}"), "{model} has tokenizer.json but no tokenizer.model, and this program reads sentencepiece only. Newer transformers "
+     "versions do not save that file: take it from the original model and pass --tokenizer FILE."),
+    (4, 2, lambda s: s.file("tokenizer.model", "IQ== 0\nIg== 1\n"), "{model}/tokenizer.model is a tiktoken file (LLaMA 3 and later), not sentencepiece. Use a LLaMA-1/2, Mistral, Vicuna or "
+                                                                    "TinyLlama checkpoint."),
+    (5, 2, lambda s: s.file("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 13476831232\n"),
+     '{model}/model.safetensors is a Git LFS pointer of 74 bytes, not weights. Run "git lfs pull" in that folder.'),
+    (6, 2, lambda s: s.file("model.safetensors", (s.model / "model.safetensors").read_bytes()[:9000]), "{model}/model.safetensors is damaged or incomplete: <*>. Download it again (found 9,000 bytes)."),
+    (7, 2, lambda s: s.tensors(lambda x: x.update({Q: x[Q][:8].clone()})), f"tensor {Q} is (8, 32) in {{model}}/model.safetensors, config.json says (16, 32). The weights and config.json are from "
+                                                                           "different models."),
+    (8, 2, rows_fewer, "tokenizer has <n> pieces but the embedding has 400 rows ({model}). Use the tokenizer that came with this checkpoint."),
+    (9, 2, of_another, "adapter {path}/adapter was made for another model: no module named model.layers.2.<*>. It names TinyLlama/TinyLlama-1.1B as its base; pass that with --model."),
+    (10, 2, task_without_output, '{path}/t.json, record 17: field "output" is missing; found: id, input. Expected a string or a list of strings.'),
+    (11, 2, broken_line, "{path}/records.jsonl, line 204, is not JSON: Expecting ',' delimiter: <*>. Only a torn last line of a run's own file is repaired automatically. Fix or delete that line."),
+    (12, 2, nothing_left, "nothing to train on for stage cat: no item is left. See the counts above; more samples or another judge may help."),
+    (13, 1, lambda s: s.cat({**REFUSES}), "no API key: the environment variable JUDGE_API_KEY is empty, and {url}/v1/chat/completions wants one. Set it, or use --judge self or --judge rule. <saved>"),
+    (14, 2, lambda s: s.cat({"key": KEY + "\n"}), "the key in JUDGE_API_KEY has a line break or blank at an end; HTTP cannot carry it. Set it again without it. (The key is not shown.)"),
+    (15, 2, lambda s: s.cat({"key": KEY, "url": "http://10.0.0.5/v1"}), "refusing to send the key in JUDGE_API_KEY over plain http to 10.0.0.5. Use https, or a tunnel to 127.0.0.1, or unset the "
+                                                                       "key if that server needs none."),
+    (16, 1, lambda s: s.cat({"key": KEY, **REFUSES}), "the judge at {url}/v1/chat/completions refused the key (401). Correct the key in JUDGE_API_KEY and run the same command. <saved>"),
+    (17, 1, lambda s: s.cat({"status": 429, "body": {"error": {"message": "no", "code": "insufficient_quota"}}}), "the judge's account at {url}/v1/chat/completions is out of credit. <saved>"),
+    (18, 1, lambda s: s.cat({"url": "http://127.0.0.1:9"}), "no judge at http://127.0.0.1:9/v1/chat/completions: no connection in 1 tries. Start the server, or check --judge-url (it should end "
+                                                            "in /v1). <saved>"),
+    (18, 1, lambda s: s.cat({"status": 404, "body": {"error": {"message": "no"}}}), '{url}/v1/chat/completions has no chat completions (404). Does --judge-url end in /v1, and is the model "m" '
+                                                                                    "served? It offers: m, other. <saved>"),
+    (19, 2, another_run, "{out} holds another run: lr was 1e-05, now 2e-05. Use another --out, or the old settings."),
+    (20, 1, too_large, "out of memory: can't allocate memory: you tried to allocate <n> bytes. Error code 12 (Cannot allocate memory). Lower --micro-tokens or --eval-batch, or add --checkpointing; what was finished is kept."),
+    (21, 2, code_in_a_bin, "{model}/pytorch_model.bin contains posix.system, which is code, not weights. It was not loaded. Get a safetensors version of this model."),
+    (22, 2, lambda s: shards(s, "../other/model.safetensors"), '{model}/model.safetensors.index.json points outside its folder ("../other/model.safetensors"). Refused; do not trust this download.'),
+    (23, 2, lambda s: s.tensors(lambda x: x[Q][3, 1].fill_(float("nan"))), f"tensor {Q} has 1 non-finite values ({{model}}/model.safetensors). The checkpoint is broken."),
+    (24, 1, lambda s: s.sft("--lr", "1e30", "--steps", "9", "--save-every", "1"), "step <n> of sft gave a non-finite loss or gradient norm (<*>; records <*>); nothing was updated. Last checkpoint: "
+                                                                                 "step <n>. Try a lower --lr with another --out, or look at those records."),
+    (25, 1, lambda s: s.sft(), "{out}/<*>: File too large. What was finished is kept; give another --out, or make room, and run the same command again."),
+    (26, 2, in_use, "{out} is in use by process <n> on <*>. Wait for it, or choose another --out."),
+    (27, 1, lambda s: s.cat({"key": KEY, "status": 307, "headers": {"Location": "http://127.0.0.1:1/v1"}}), "the judge at {url}/v1/chat/completions redirects. Redirects are not followed, since "
+     "they would carry your prompts elsewhere. If that is right, set --judge-url to the new address. <saved>"),
+    (28, 1, lambda s: s.cat({"body": completion("hm")}), "<n> of <n> judge replies had no readable verdict (<n> no verdict). Use another judge, or allow more with --max-unparsed."),
+]
+
+
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("number, status, provoke, sentence", [pytest.param(*row, id=f"{row[0]}-{k}") for k, row in enumerate(SENTENCES)])
+def test_every_sentence(number, status, provoke, sentence, real, world, tmp_path, monkeypatch):     # noqa: F811
+    """One line on stderr, as it stands here, the exit status that it means, no traceback, no key; where the input is wrong, nothing is made in --out.
+
+    (Where nothing is left to train on, that is found out in the run folder, which keeps its config.json.)
+    """
+    scene = Scene(world, tmp_path)
+    with ChatServer(lambda request, count: scene.plan) as server:
+        program, *argv = [server.url if word == "URL" else word for word in provoke(scene)]
+        before = everything(tmp_path, but=scene.out / "none")
+        found, error = typed(program, argv, environ={"JUDGE_API_KEY": scene.plan.get("key", "")}, memory=300 << 20 if number == 20 else 0, file=30_000 if number == 25 else 0, real=real)
+    print("SAID", number, found, error)
+    (line,) = complaints(error)
+    known = {"{path}": tmp_path, "{model}": scene.model, "{out}": scene.out, "{url}": server.url}
+    wanted = re.escape(sentence)
+    for name, value in known.items():
+        wanted = wanted.replace(re.escape(name), re.escape(str(value)))
+    wanted = wanted.replace("<n>", r"[\d,]+").replace(r"<\*>", ".+").replace("<saved>", rf"\d+ answers are saved in {re.escape(str(scene.out))}/judge.jsonl; run the same command to go on, "
+                                                                                  r"nothing is asked twice\.")
+    assert re.fullmatch(f"error: {wanted}", line), f"{line}\n{wanted}"
+    assert found == status and "Traceback" not in error and KEY[3:11] not in error and not (tmp_path / "marker").exists()
+    if status == 2:
+        after = everything(tmp_path, but=scene.out / "none")
+        assert {name for name in after if after[name] != before.get(name)} - {str(scene.out / "run.lock")} <= ({str(scene.out / "config.json")} if number == 12 else set())
