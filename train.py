@@ -342,7 +342,7 @@ import judge as judging                                     # noqa: E402
 import lora                                                 # noqa: E402
 import losses                                               # noqa: E402
 from eval import (MASK_LAMS, VALUE_HEAD, Completion, EvalConfig, LocalChat, add_head, complete, confusion_report, cut_masks, document_rewards, evaluate_errors,    # noqa: E402
-                  evaluate_model, evaluate_responses, keyword_logprobs, make_client, mask_report, mask_scores, out_of_memory, pick_device, plot_mask, plot_rollouts,
+                  evaluate_model, evaluate_responses, keyword_logprobs, load_head, make_client, mask_report, mask_scores, out_of_memory, pick_device, plot_mask, plot_rollouts,
                   reward_report, reward_scores, summary_table, wilson, write_report)
 from model import PRESETS, Llama, QuantLinear, attention, load_model, read_config, save_model    # noqa: E402
 
@@ -2090,7 +2090,7 @@ def load_trained(cfg: TrainConfig, folder: Path | None, *, trainable: bool = Fal
         lora.load_adapter(model, folder, trainable=trainable)
     model.compiling = cfg.compile
     if folder and (folder / VALUE_HEAD).exists():
-        add_head(model).load_state_dict(safetensors.torch.load_file(folder / VALUE_HEAD))
+        load_head(model, folder / VALUE_HEAD)
     return model
 
 

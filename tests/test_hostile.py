@@ -3,10 +3,12 @@
 Whatever may die of a signal runs in a child with limits. The short ones run with the suite; `pytest -m faults` draws more.
 """
 
+import ast
 import contextlib
 import io
 import json
 import os
+import pickle
 import random
 import re
 import resource
@@ -15,7 +17,10 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
+import time
 import traceback
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -351,6 +356,7 @@ def folders(world, tmp_path_factory):     # noqa: F811
     for module in lora_modules(model).values():
         module.lora_B.data.normal_()
     save_adapter(model, path / "adapter", "some/base")
+    save_file({"weight": torch.randn(1, model.config.dim), "bias": torch.zeros(1)}, path / "adapter/value_head.safetensors")
     (path / "asked.json").write_text('[{"instruction": "name it", "input": "a red hat"}]')
     return path
 
@@ -390,7 +396,8 @@ def spoilt_tensors(blob: bytes, rng: random.Random) -> bytes:
 
 DAMAGES = {                                                 # file -> (trials, how)
     "model/config.json": 1000, "model/model.safetensors": 1500, "model/tokenizer.model": 700, "model/tokenizer_config.json": 120, "model/added_tokens.json": 60,
-    "model/special_tokens_map.json": 60, "adapter/adapter_config.json": 300, "adapter/adapter_model.safetensors": 500}
+    "model/special_tokens_map.json": 60, "adapter/adapter_config.json": 300, "adapter/adapter_model.safetensors": 500,
+    "adapter/value_head.safetensors": 200}
 
 
 def damaged(file: Path, name: str, number: int) -> bytes:
@@ -715,3 +722,171 @@ def test_every_sentence(number, status, provoke, sentence, real, world, tmp_path
     if status == 2:
         after = everything(tmp_path, but=scene.out / "none")
         assert {name for name in after if after[name] != before.get(name)} - {str(scene.out / "run.lock")} <= ({str(scene.out / "config.json")} if number == 12 else set())
+
+
+# Code in files, and files that are bombs -----------------------------------------------------------------------------
+
+
+def pickled(home: Path, file: str, marker: Path, how: str = "", gone: tuple = ("model/model.safetensors",)) -> None:
+    """Write a file whose pickle runs a command, in place of others."""
+    for name in gone:
+        (home / name).unlink()
+    load = Payload(marker)
+    if how == "bare":
+        return (home / file).write_bytes(pickle.dumps(load)) and None
+    if how == "tar":
+        with tarfile.open(home / file, "w") as archive:
+            for member, blob in (("sys_info", b""), ("pickle", pickle.dumps(load)), ("storages", b""), ("tensors", b"")):
+                info = tarfile.TarInfo(member)
+                info.size = len(blob)
+                archive.addfile(info, io.BytesIO(blob))
+        return
+    torch.save({"model.norm.weight": load}, home / file, _use_new_zipfile_serialization=how != "old")
+
+
+META = '{"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 420, "multiple_of": 32, "norm_eps": 1e-5}'
+CODE = {                                                    # where code can lie -> what puts it there
+    "a .bin": lambda home, marker: pickled(home, "model/pytorch_model.bin", marker),
+    "an old .bin": lambda home, marker: pickled(home, "model/pytorch_model.bin", marker, "old"),
+    "a tar": lambda home, marker: pickled(home, "model/pytorch_model.bin", marker, "tar"),
+    "a bare pickle": lambda home, marker: pickled(home, "model/pytorch_model.bin", marker, "bare"),
+    "a shard": lambda home, marker: (pickled(home, "model/a.bin", marker), (home / "model/pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "a.bin"}}')),
+    "a .safetensors": lambda home, marker: pickled(home, "model/model.safetensors", marker, "bare"),
+    "Meta's .pth": lambda home, marker: (pickled(home, "model/consolidated.00.pth", marker, gone=("model/model.safetensors", "model/config.json")),
+                                         (home / "model/params.json").write_text(META)),
+    "a tokenizer": lambda home, marker: pickled(home, "model/tokenizer.model", marker, "bare", gone=()),
+    "an adapter's .bin": lambda home, marker: pickled(home, "adapter/adapter_model.bin", marker, gone=("adapter/adapter_model.safetensors",)),
+    "an adapter's bare pickle": lambda home, marker: pickled(home, "adapter/adapter_model.bin", marker, "bare", gone=("adapter/adapter_model.safetensors",)),
+    "an adapter": lambda home, marker: pickled(home, "adapter/adapter_model.safetensors", marker, "bare", gone=()),
+    "a reward head": lambda home, marker: pickled(home, "adapter/value_head.safetensors", marker, "bare", gone=()),
+    "code beside the model": lambda home, marker: [(home / "model" / name).write_text(text) for name, text in (
+        ("modeling.py", f"import os; os.system('touch {marker}')"), ("chat_template.jinja", "{{ ''.__class__.__mro__[1].__subclasses__() }}"), ("config.json", json.dumps(
+            json.loads((home / "model/config.json").read_text()) | {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}, "trust_remote_code": True})))],
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_code_in_a_file_is_not_run(name, folders, tmp_path):
+    home, marker = tmp_path / "in", tmp_path / "marker"
+    shutil.copytree(folders, home)
+    CODE[name](home, marker)
+    argv = ["--model", home / "model", "--instructions", home / "asked.json", "--max-new-tokens", "2", "--out", tmp_path / "out", *(["--adapter", home / "adapter"] if "adapter" in name or "head" in name else [])]
+    status, error = typed("eval", argv)
+    assert not marker.exists() and not judged([(status, error)], [name]) and status == (0 if name == "code beside the model" else 2), error
+
+
+def test_the_same_code_runs_where_a_file_is_unpickled(folders, tmp_path):
+    """The control."""
+    shutil.copytree(folders, tmp_path / "in")
+    CODE["a bare pickle"](tmp_path / "in", tmp_path / "marker")
+    with open(tmp_path / "in/model/pytorch_model.bin", "rb") as stream:
+        pickle.load(stream)
+    assert (tmp_path / "marker").exists()
+
+
+def test_nothing_in_the_source_unpickles_or_evaluates():
+    """Of every call in the seven files: torch.load with weights_only=True alone, and no eval, exec, pickle.load, system, shell or DCP."""
+    found = []
+    for file in sorted(ROOT.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call):
+                name, more = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+                bad = name in ("eval", "exec", "compile", "__import__", "os.system", "os.popen") or re.search(r"pickle\.loads?$|yaml\.|marshal\.|shelve\.|checkpoint\.(load|save)$", name)
+                if bad or "shell" in more or "allow_pickle" in more or name == "torch.load" and more.get("weights_only") != "True":
+                    found.append(f"{file.name}:{node.lineno} {ast.unparse(node)[:80]}")
+    assert not found
+
+
+OUTSIDE = ("../outside.safetensors", "{path}/outside.safetensors", "a/../../outside.safetensors", "model/../../outside.safetensors", "./../outside.safetensors", "link.safetensors")
+
+
+def test_a_reader_that_joins_paths_lets_foreign_files_in(folders, tmp_path):
+    """The control of model::test_shards_stay_in_their_folder."""
+    home = tmp_path / "home"
+    (home / "a").mkdir(parents=True)
+    (home / "model").mkdir()
+    shutil.copy(folders / "model/model.safetensors", tmp_path / "outside.safetensors")
+    os.symlink(tmp_path / "outside.safetensors", home / "link.safetensors")
+    assert sum(bool(load_file(os.path.join(home, name.replace("{path}", str(tmp_path))))) for name in OUTSIDE) >= 4
+
+
+def a_bomb(home: Path, name: str) -> None:
+    """Spoil the model folder with something small that wants to be large."""
+    file, config, weights = home / "model/pytorch_model.bin", home / "model/config.json", home / "model/model.safetensors"
+    raw, state = json.loads(config.read_text()), load_file(weights)
+    if name in BOMBS:
+        return config.write_text(json.dumps(raw | BOMBS[name])) and None
+    if name in ("stride 0", "meta", "sparse"):
+        state["model.norm.weight"] = {"stride 0": torch.ones(1).expand(2**40), "meta": torch.ones(2**40, device="meta"), "sparse": torch.sparse_coo_tensor([[0]], [1.0], (2**40,))}[name]
+    if name in ("stride 0", "meta", "sparse", "deflated"):
+        torch.save(state if name != "deflated" else {"model.norm.weight": torch.zeros(64 << 20)}, file)
+        weights.unlink()
+    if name == "deflated":
+        with zipfile.ZipFile(file) as stored, zipfile.ZipFile(home / "x", "w", zipfile.ZIP_DEFLATED) as deflated:
+            for entry in stored.namelist():
+                deflated.writestr(entry, stored.read(entry))
+        os.replace(home / "x", file)
+    if name == "300,000 names":
+        header = json.dumps({f"t{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(300_000)}).encode()
+        weights.write_bytes(struct.pack("<Q", len(header)) + header)
+    if name == "a sparse file of 1 TiB":
+        os.truncate(weights, 2**40)
+    if name == "a million shards":
+        weights.unlink()
+        (home / "model/model.safetensors.index.json").write_text(json.dumps({"weight_map": {f"t{n}": f"s{n}.safetensors" for n in range(10**6)}}))
+    if name == "64 MB of settings":
+        config.write_text(json.dumps(raw | {"x": "y" * (64 << 20)}))
+
+
+BOMBS = {"hidden 2^31": {"hidden_size": 2**31}, "10^9 layers": {"num_hidden_layers": 10**9}, "a vocabulary of 2^40": {"vocab_size": 2**40}, "1,024 layers of width 2^17": {
+    "hidden_size": 2**17, "num_hidden_layers": 1024, "intermediate_size": 2**20, "vocab_size": 2**24}, "head_dim 0": {"head_dim": 0}, "theta 1e308": {"rope_theta": 1e308},
+    "4,096 heads": {"num_attention_heads": 4096, "head_dim": 4096}}
+
+
+@pytest.mark.parametrize("name", [*BOMBS, "stride 0", "meta", "sparse", "deflated", "300,000 names", "a sparse file of 1 TiB", "a million shards", "64 MB of settings"])
+def test_bombs_are_refused_in_little_time_and_memory(name, folders, tmp_path):
+    home = tmp_path / "in"
+    shutil.copytree(folders, home)
+    a_bomb(home, name)
+    argv = ["--model", home / "model", "--instructions", home / "asked.json", "--out", tmp_path / "out"]
+
+    def work(case):
+        begin, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        status, error = said("eval", argv)
+        return status, json.dumps([error, time.process_time() - begin, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024])
+    (status, text), = in_children(work, [0], memory=2 << 40 if "TiB" in name else 4 << 30)
+    error, seconds, grown = json.loads(text)
+    print("BOMB", name, status, f"{seconds:.1f} s, {grown:.0f} MB", error)
+    assert status == 2 and not judged([(status, error)], [name]) and seconds < 5 and grown < 600
+
+
+# Two at once ---------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_that_start_at_once_share_no_folder(tmp_path, record_property):
+    """Twenty times: one has the folder, the other is told; killed, it leaves the folder free."""
+    for trial in range(20):
+        children, reports = [], []
+        for _ in range(2):
+            read, write = os.pipe()
+            child = os.fork()
+            if child == 0:
+                try:
+                    train.take_lock(tmp_path / str(trial))
+                    os.write(write, b"has it")
+                    signal.pause()
+                except ValueError as error:
+                    os.write(write, str(error).encode())
+                finally:
+                    os._exit(0)
+            children.append(child)
+            os.close(write)
+            reports.append(read)
+        heard = sorted(os.read(read, 500).decode() for read in reports)
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert heard[1] == "has it" and " is in use by " in heard[0], heard
+        train.take_lock(tmp_path / str(trial))
+        os.close(train.LOCKS.pop(tmp_path / str(trial)))
+    record_property("trials", 20)
