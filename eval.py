@@ -1646,7 +1646,6 @@ def pick_device(config):
 
 def load_models(config: EvalConfig, adapters: list[str] | None = None):
     """Yield (name, model, tokenizer) for the base model and for it under each adapter; a value head comes along."""
-
     from data import Tokenizer
     from lora import load_adapter, merge_lora, mergeable
     from model import load_model

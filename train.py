@@ -344,7 +344,7 @@ import losses                                               # noqa: E402
 from eval import (MASK_LAMS, VALUE_HEAD, Completion, EvalConfig, LocalChat, add_head, complete, confusion_report, cut_masks, document_rewards, evaluate_errors,    # noqa: E402
                   evaluate_model, evaluate_responses, keyword_logprobs, load_head, make_client, mask_report, mask_scores, out_of_memory, pick_device, plot_mask, plot_rollouts,
                   reward_report, reward_scores, summary_table, wilson, write_report)
-from model import PRESETS, Llama, QuantLinear, attention, load_model, read_config, save_model    # noqa: E402
+from model import PRESETS, Llama, QuantLinear, attention, load_model, read_config, read_json, save_model    # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2052,7 +2052,7 @@ def finished(folder: Path, cfg: TrainConfig) -> bool:
     done = (folder / "adapter_config.json").exists() or (folder / "model/config.json").exists()
     if not done and not any((folder / name).exists() for name in (*RECORDS, CHECKPOINTS)):
         return False
-    old, ignore = json.loads((folder / "config.json").read_text()), {"out", "device", "evaluate", "compare", "split", "micro_tokens", "checkpointing", "compile", "shard", "dry_run", "save_every"}
+    old, ignore = read_json(folder / "config.json"), {"out", "device", "evaluate", "compare", "split", "micro_tokens", "checkpointing", "compile", "shard", "dry_run", "save_every"}
     ignore |= JudgeFlags.__annotations__.keys() - {"judge_url", "judge_model"}
     if folder != Path(cfg.out):
         ignore.add("init")
@@ -2380,7 +2380,10 @@ def summarise(cfg: TrainConfig, seconds: float) -> None:
     """Say and keep, in summary.json, what the run took: time, peak memory, tokens per second of its own stage."""
     memory, words = peak_memory(pick_device(cfg)[0])
     log = data.read_records(Path(cfg.out) / "log.jsonl")
-    speed = round(log[-1]["tokens"] / max(1e-9, log[-1]["seconds"])) if log else None
+    try:
+        speed = round(log[-1]["tokens"] / max(1e-9, log[-1]["seconds"])) if log else None
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise ValueError(f"{Path(cfg.out) / 'log.jsonl'}, line {len(log)}, is no step of a run. Delete that line.") from None
     found = {"seconds": round(seconds, 1), "peak_memory_bytes": memory, "tokens_per_second": speed, "tokens": log[-1]["tokens"] if log else None}
     (Path(cfg.out) / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
     say(f"done in {spoken(seconds)}; {words}" + (f"; {cfg.stage} trained at {speed:,} tok/s." if log else "."))

@@ -842,6 +842,7 @@ def test_signals_at_random_moments_lose_nothing(name, world, whole, tmp_path, ca
 
 SAMPLED = ["--sft-steps", "3", "--judge", "rule", "--temperature", "0", "--samples", "1", "--pool-per-task", "7", "--wordings", "3", "--pool-wordings", "2", "--no-compare"]
 SHARDED = {"full": ["--stage", "sft", "--full", "--lr", "0.02"], "adapter": ["--stage", "sft"], "recomputed": ["--stage", "sft", "--full", "--checkpointing"],
+           "few": ["--stage", "sft", "--checkpointing", "--micro-tokens", "60"], "compiled": ["--stage", "cat", *SAMPLED, "--compile", "--evaluate"],
            "cat": ["--stage", "cat", "--full", *SAMPLED], "dpo": ["--stage", "dpo", *SAMPLED],
            "frozen": ["--stage", "cut", "--sft-steps", "3", "--detector", "frozen", "--samples", "1", "--pool-per-task", "7", "--downsample", "0"]}
 
@@ -854,8 +855,7 @@ def test_shards_train_as_one_process_does(name, size, taught, tmp_path, monkeypa
     if name == "full":
         monkeypatch.setattr(torch.optim, "AdamW", lambda weights, lr, **rest: torch.optim.SGD(weights, lr=lr, momentum=0.9))
     loss, weight = (3e-6, 2e-6) if name == "full" else (1e-4, 2e-5) if name not in ("cat", "recomputed") else (2e-4, 2e-4)
-    argv = lambda out: [*arguments(taught, out), *SHARDED[name], "--steps", "6", "--batch-size", "5", "--micro-tokens", "120", "--save-every", "2",     # noqa: E731
-                        "--dtype", "float32"]
+    argv = lambda out: [*arguments(taught, out), "--steps", "6", "--batch-size", "5", "--micro-tokens", "120", "--save-every", "2", "--dtype", "float32", *SHARDED[name]]     # noqa: E731
     assert lives(argv(tmp_path / "one"), []) == (0, 0)
     assert together([*argv(tmp_path / "many"), "--shard"], size) == [0] * size
     for first, second in ((["--shard"], []), ([], ["--shard"])) if name in ("full", "adapter") else ():

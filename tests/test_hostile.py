@@ -724,6 +724,45 @@ def test_every_sentence(number, status, provoke, sentence, real, world, tmp_path
         assert {name for name in after if after[name] != before.get(name)} - {str(scene.out / "run.lock")} <= ({str(scene.out / "config.json")} if number == 12 else set())
 
 
+@pytest.mark.parametrize("name, trials", of_both([("config.json", 100), ("log.jsonl", 60), ("candidates.jsonl", 60), ("sft-ia/config.json", 60)], 8))
+def test_a_damaged_run_folder_goes_on_or_is_refused(name, trials, world, tmp_path, monkeypatch, record_property):     # noqa: F811
+    """The same command again, in a folder that somebody has edited: it finds what it finished, or says in one sentence which file is wrong."""
+    home, out = tmp_path / "done", tmp_path / "out"
+    argv = lambda place: [*arguments(world, place, "--stage", "cat", "--judge", "rule", "--wordings", "3", "--steps", "1", "--sft-steps", "1", "--samples", "1", "--pool-per-task", "4",     # noqa: E731
+                                     "--batch-size", "2", "--no-compare", "--no-evaluate")]
+    planted(world, tmp_path / "c.jsonl")
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    status, error = said("train", [*argv(out), "--candidates", tmp_path / "c.jsonl"])
+    assert status == 0, error
+    data.append_records(out / "candidates.jsonl", [{**row, "sample": k % 4} for k, row in enumerate(data.read_records(tmp_path / "c.jsonl"))])
+    out.rename(home)
+
+    def work(number):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(home, out)
+        rng, lines = random.Random(f"{name}/{number}"), (home / name).read_text().splitlines()
+        at = rng.randrange(len(lines))
+        if name.endswith(".json"):
+            blob = spoilt_text("\n".join(lines), rng) if rng.random() < 0.3 else json.dumps(spoilt(json.loads("\n".join(lines)), rng)).encode()
+        else:
+            lines[at] = spoilt_text(lines[at], rng).decode(errors="replace") if rng.random() < 0.3 else json.dumps(spoilt(json.loads(lines[at]), rng))
+            blob = ("\n".join(lines) + "\n").encode(errors="replace")
+        (out / name).write_bytes(blob)
+        if name == "candidates.jsonl":
+            (out / "adapter_config.json").unlink()          # it was collecting when it was stopped
+            (out / "config.json").write_text((home / "config.json").read_text().replace(str(tmp_path / "c.jsonl"), ""))
+        status, error = said("train", argv(out) if name == "candidates.jsonl" else [*argv(out), "--candidates", tmp_path / "c.jsonl"])
+        return status, error if status != 2 or str(out) in error or "nothing to train on" in error or "half of a character" in error else "no name: " + error
+    cases = list(range(trials))
+    results = in_children(work, cases)
+    wrong = judged(results, cases)
+    print("OUTCOME", name, {status: sum(s == status for s, _ in results) for status, _ in results})
+    for w in wrong:
+        print("WRONG", name, w[-int(os.environ.get("TAIL", "430")):].replace("\n", " / "))
+    record_property("trials", trials)
+    assert not wrong, f"{len(wrong)} of {trials}"
+
+
 # Code in files, and files that are bombs -----------------------------------------------------------------------------
 
 
