@@ -473,11 +473,12 @@ def test_usage_is_summed_and_what_may_have_been_paid_is_said():
 # The file of answers
 
 
-def test_a_torn_last_line_at_every_byte(tmp_path):
+def test_a_torn_last_line_at_every_byte(tmp_path, record_property):
     texts = ["plain", "é ü ß", "日本語", "🙂 emoji", "line\u2028separator\x85\x1e and \ud800"]
     whole = b"".join(json.dumps({"key": str(k), "text": text}).encode() + b"\n" for k, text in enumerate(texts))
     whole = whole.replace(b"\\u65e5", "日".encode())                  # a raw multi-byte character, as another program might write it
     starts = [0] + [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    record_property("trials", len(whole) + 1)
     for cut in range(len(whole) + 1):
         path = tmp_path / "a.jsonl"
         path.write_bytes(whole[:cut])

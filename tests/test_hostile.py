@@ -31,8 +31,9 @@ from safetensors.torch import load_file, save_file
 import data
 import eval as evaluation
 import train
+from judge import STRATEGIES, Reply, evaluate_pairs
 from lora import LoraConfig, apply_lora, lora_modules, save_adapter
-from model import hf_fields, load_model, read_config
+from model import hf_fields, load_model, read_config, sample
 from test_train import ROOT, SHARED, arguments, planted, world     # noqa: F401
 
 
@@ -929,3 +930,69 @@ def test_two_processes_that_start_at_once_share_no_folder(tmp_path, record_prope
         train.take_lock(tmp_path / str(trial))
         os.close(train.LOCKS.pop(tmp_path / str(trial)))
     record_property("trials", 20)
+
+
+# Records, samplers and judges at their limits ------------------------------------------------------------------------
+
+
+BETWEEN = [b"\x00" * 40, b'{"id": "x', b"null", b"[1]", b"\xef\xbb\xbf{}", b'{"a": "\xff"}', b'{"a": 1} {"b": 2}', b"{}", b"3", b'"x"', b"oops", b"[" * 90_000, b'{"id": ' + b"7" * 5000 + b"}",
+           b"{'id': 1}", b'{"id": 1,}', b"", b"   ", b'{"task": ["x"], "id": {}, "wording": 1, "sample": []}', b"\x1b[2J", b"<html>"]
+
+
+def test_damage_that_is_not_at_the_end_is_refused_and_left_alone(tmp_path, record_property):
+    """Of a run's own records: the sentence names file and line, and the file stays as it is."""
+    path, good = tmp_path / "candidates.jsonl", b'{"task": "t", "id": "1", "wording": "w", "sample": %d, "response": "r"}\n'
+    for damage in BETWEEN:
+        path.write_bytes(blob := good % 0 + damage + b"\n" + good % 1)
+        with pytest.raises(ValueError, match=r"candidates.jsonl, line 2, is no"):
+            train.collected(path, train.candidate_key)
+        assert path.read_bytes() == blob and list(tmp_path.iterdir()) == [path], damage[:40]
+    record_property("trials", len(BETWEEN))
+
+
+def test_hostile_texts_come_back_from_a_record_file_as_they_were(tmp_path, record_property):
+    """One physical line each; on the screen and in report.md no control character of theirs is left."""
+    rng = random.Random(0)
+    bits = ["\ud800", "\u2028", "\u2029", "\x85", "\x1e", "\x00", "\x1b[31m", "\r", "\n", "\u202e", "\u200b", "é", "日", "🙂", "\\", '"', "<b>", "|", "`", "[x](http://y)", "9" * 400, "x"]
+    texts = ["".join(rng.choice(bits) for _ in range(rng.randrange(1, 40))) for _ in range(298)] + ["y" * 10**6, "\ud800" * 10**4]
+    data.append_records(tmp_path / "r.jsonl", [{"id": k, "text": text} for k, text in enumerate(texts)])
+    assert [record["text"] for record in data.read_records(tmp_path / "r.jsonl", own=True)] == texts
+    assert (tmp_path / "r.jsonl").read_bytes().count(b"\n") == len((tmp_path / "r.jsonl").read_text().splitlines()) == len(texts)
+    assert all(show(text).isprintable() for text in texts for show in (evaluation.printable, evaluation.markdown_text))
+    record_property("trials", len(texts))
+
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0]])
+SAMPLES = [(LOGITS, how) for how in ((0.0, 0, 1.0), (1.0, 0, 1.0), (1e-6, 0, 1.0), (1e30, 0, 1.0), (1.0, 1, 1.0), (1.0, 5, 1.0), (1.0, 0, 1e-9), (1e-6, 3, 0.5))]
+SAMPLES += [(LOGITS.masked_fill(torch.tensor(mask), float("-inf")), how) for mask in ((False, True, True, True), (True, True, False, True)) for how in (
+    (0.0, 0, 1.0), (1.0, 0, 1.0), (1e-6, 2, 0.9), (1e30, 0, 0.9))]
+SAMPLES += [(torch.full((1, 4), value), how) for value in (float("nan"), float("inf"), float("-inf")) for how in ((0.0, 0, 1.0), (1.0, 2, 0.9))]
+SAMPLES += [(torch.tensor([[value, 1.0]]), (1.0, 0, 1.0)) for value in (float("nan"), float("inf"))] + [(torch.tensor([[3.0]]), (1.0, 5, 0.1)), (torch.tensor([[3e38, -3e38]]), (1.0, 0, 1.0))]
+
+
+@pytest.mark.parametrize("number", range(len(SAMPLES)))
+def test_a_sampler_gives_a_possible_token_or_a_sentence(number):
+    logits, (temperature, top_k, top_p) = SAMPLES[number]
+    for draw in (0.0, 0.5, 1 - 2**-53):
+        if logits.logsumexp(-1).isfinite().all():
+            (token,), (logprob,) = sample(logits, torch.tensor([draw], dtype=torch.float64), temperature, top_k, top_p)
+            assert logits[0, token] > float("-inf") and logprob.isfinite()
+        else:
+            with pytest.raises(ValueError, match="non-finite logits"):
+                sample(logits, torch.tensor([draw], dtype=torch.float64), temperature, top_k, top_p)
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.25, 0.5, 1.0])
+def test_a_judge_that_likes_the_first_place_is_measured(bias, record_property):
+    """It names the first of two answers with probability `bias`, else the better one: over 400 pairs the orders disagree that often, within three standard errors."""
+    rng = random.Random(7)
+    pairs = [{"input": "say it", "output_1": ("good", "poor")[k % 2], "output_2": ("poor", "good")[k % 2], "label": 1 + k % 2} for k in range(400)]
+
+    def say(question):
+        text = question.messages[1]["content"]
+        first = rng.random() < bias or text.index("good") < text.index("poor")
+        return Reply(f"VERDICT {question.nonce}: {'a' if first else 'b'}")
+    rows = evaluate_pairs(lambda questions, **how: [say(question) for question in questions], pairs, STRATEGIES["rules"])
+    agreement = evaluation.judge_metrics(pairs, rows)["agreement"]["mean"]
+    assert abs(1 - agreement - bias) <= 3 * (bias * (1 - bias) / 400) ** 0.5
+    record_property("trials", 400)
