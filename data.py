@@ -575,7 +575,7 @@ def load_tasks(path) -> list[Task]:
 
 def _hash_order(names: list[str], salt: str) -> list[str]:
     """The names in an order that depends on each name and the salt alone, not on the others."""
-    return sorted(names, key=lambda name: hashlib.sha256(f"{salt}/{name}".encode()).digest())
+    return sorted(names, key=lambda name: hashlib.sha256(f"{salt}/{name}".encode(errors="surrogatepass")).digest())
 
 
 def split_wordings(task: str, texts: list[str]) -> dict[str, list[Wording]]:
@@ -665,7 +665,7 @@ def split_instances(task: Task, split: str) -> list[Instance]:
     share = {"train": (0, 30), "pool": (30, 60), "dev": (60, 75), "test": (75, 100)}[split]
 
     def bucket(text):
-        return int(hashlib.sha256(f"instances/{text}".encode()).hexdigest()[:8], 16) % 100
+        return int(hashlib.sha256(f"instances/{text}".encode(errors="surrogatepass")).hexdigest()[:8], 16) % 100
     return [instance for instance in task.instances if share[0] <= bucket(instance.input) < share[1]]
 
 

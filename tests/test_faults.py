@@ -717,7 +717,7 @@ def torchrun(*argv: str, size: int = 2) -> tuple[int, list[str], str]:
     (["--stepz", "3"], "--stepz"), (["--tasks", "/nowhere"], "--tasks /nowhere does not exist"), (["--max-len", "100000"], "--max-len is 100000, but"),
     (["--lr", "1e30"], "gave a non-finite loss or gradient norm"), (["--batch-size", "1"], "--batch-size 1 is less than the 2 processes"),
     *(pytest.param(*row, marks=pytest.mark.faults) for row in [
-        (["--model", "/tmp"], "no model at /tmp"), (["--template", "nobody"], "unknown template 'nobody'"), (["--stage", "sfft"], 'unknown stage "sfft"'),
+        (["--model", "/tmp"], "no tokenizer at /tmp"), (["--template", "nobody"], "unknown template 'nobody'"), (["--stage", "sfft"], 'unknown stage "sfft"'),
         (["--template", "chatml"], "template chatml ends responses with"), (["--tasks", str(ROOT / "demo/base")], "config.json"), (["--shard", "--quantize", "int8"], "has no shards")])])
 def test_a_mistake_is_one_line_for_the_whole_job(change, words, world, tmp_path):     # noqa: F811
     """Behind it torchrun writes what it has to say itself."""
