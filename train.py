@@ -2062,7 +2062,7 @@ def finished(folder: Path, cfg: TrainConfig) -> bool:
         name, only = item.name, item.metadata["only"]
         read = (not only or kind(cfg.stage) in only) and name not in ignore and not name.startswith("eval_")
         if read and name in old and old[name] != getattr(cfg, name):
-            raise ValueError(f"{folder} holds another run: {name} was {old[name]}, now {getattr(cfg, name)}. "
+            raise ValueError(f"{folder} holds another run: {name} was {str(old[name])[:200]}, now {getattr(cfg, name)}. "
                              "Use another --out, or the old settings.")
     return done
 

@@ -857,7 +857,7 @@ def test_signals_at_random_moments_lose_nothing(name, world, whole, tmp_path, ca
 SAMPLED = ["--sft-steps", "3", "--judge", "rule", "--temperature", "0", "--samples", "1", "--pool-per-task", "7", "--wordings", "3", "--pool-wordings", "2", "--no-compare"]
 SHARDED = {"full": ["--stage", "sft", "--full", "--lr", "0.02"], "adapter": ["--stage", "sft"], "recomputed": ["--stage", "sft", "--full", "--checkpointing"],
            "few": ["--stage", "sft", "--checkpointing", "--micro-tokens", "60"], "compiled": ["--stage", "cat", *SAMPLED, "--compile", "--evaluate"],
-           "cat": ["--stage", "cat", "--full", *SAMPLED], "dpo": ["--stage", "dpo", *SAMPLED],
+           "cat": ["--stage", "cat", "--full", *SAMPLED, "--pool-per-task", "20", "--pool-wordings", "3", "--sft-lr", "1e-5"], "dpo": ["--stage", "dpo", *SAMPLED],
            "frozen": ["--stage", "cut", "--sft-steps", "3", "--detector", "frozen", "--samples", "1", "--pool-per-task", "7", "--downsample", "0"]}
 
 
