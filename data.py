@@ -14,7 +14,6 @@ import difflib
 import functools
 import hashlib
 import json
-import math
 import os
 import random
 import re
@@ -26,6 +25,7 @@ import sentencepiece
 import torch
 
 IGNORE_INDEX = -100
+LONGEST_TEXT = 4 * 10**6                                    # characters: sentencepiece takes some hundred bytes for each
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")     # what a tokenizer.model itself does not say
 
 
@@ -73,7 +73,7 @@ class Tokenizer:
         self.path, self.folder = file, Path(model_folder) if alone else file.parent
         config = _beside(self.folder, "tokenizer_config.json")
         added, special = _added_tokens(self.folder, config)
-        self.model = sentencepiece.SentencePieceProcessor(model_proto=_guarded(_sentencepiece_bytes(file), special))
+        self.model = _read_sentencepiece(file, special)
         self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"{file} defines no BOS or no EOS piece (ids {self.bos_id}, {self.eos_id}). "
@@ -119,6 +119,8 @@ class Tokenizer:
         for text, trusted in parts:
             if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
                 raise ValueError(f"{ascii(text[:60])} holds half of a character (a lone surrogate), which no tokenizer takes. Mend it where it comes from.")
+            if len(text) > LONGEST_TEXT:
+                raise ValueError(f"{ascii(text[:60])} goes on for {len(text):,} characters. Expected at most {LONGEST_TEXT:,}. Cut it where it comes from.")
             names = self.special | self.added if trusted else self.added
             pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
             for k, piece in enumerate(re.split(f"({pattern})", text) if names else [text]):
@@ -261,8 +263,8 @@ def _guarded(blob: bytes, special: set[str]) -> bytes:
     return blob
 
 
-def _sentencepiece_bytes(file: Path) -> bytes:
-    """The file's bytes, or one sentence that says what the file is instead."""
+def _read_sentencepiece(file: Path, special: set[str]) -> sentencepiece.SentencePieceProcessor:
+    """The model in the file, special pieces guarded, or one sentence that says what the file is instead."""
     if not file.exists():
         fast = file.parent / "tokenizer.json"
         if fast.exists():
@@ -277,10 +279,9 @@ def _sentencepiece_bytes(file: Path) -> bytes:
     if blob.startswith(b"version https://git-lfs"):
         raise ValueError(f'{file} is a Git LFS pointer of {len(blob)} bytes, not a tokenizer. Run "git lfs pull" there.')
     try:
-        sentencepiece.SentencePieceProcessor(model_proto=blob)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{file} is not a sentencepiece model. Use the tokenizer.model of the checkpoint.") from error
-    return blob
+        return sentencepiece.SentencePieceProcessor(model_proto=_guarded(blob, special))
+    except (RuntimeError, ValueError) as error:             # damaged, or pieces that are no UTF-8
+        raise ValueError(f"{file} is not a sentencepiece model ({' '.join(str(error).split())[:80]}). Use the tokenizer.model of the checkpoint.") from None
 
 
 @dataclass(frozen=True)
@@ -400,7 +401,8 @@ def find_template(name: str) -> Template:
         return TEMPLATES[name]
     if name.endswith(".json"):
         return _template_from_file(Path(name))
-    raise ValueError(f"unknown template {name!r}. Templates: {', '.join(TEMPLATES)}, or a JSON file of your own.")
+    raise ValueError(f"unknown template {name!r:.60}. Templates: {', '.join(TEMPLATES)}, or a JSON file of your own "
+                     "(--template, or prompt_template in the model's config.json).")
 
 
 def _template_from_file(path: Path) -> Template:
@@ -534,10 +536,15 @@ def _tasks_from_induction(folder: Path) -> list[Task]:
     """The instruction-induction layout: human wordings in annotations/, instances in execute/."""
     tasks = []
     for path in sorted((folder / "annotations").glob("*.json")):
-        wordings = list(dict.fromkeys(text.strip() for text in _read_json(path)["annotations"] if text.strip()))
-        examples = _read_json(folder / "execute" / path.name)["examples"]
-        instances = [Instance(f"{path.stem}-{number}", *_induction_example(row)) for number, row in examples.items()]
-        tasks.append(Task(path.stem, wordings[0], instances, split_wordings(path.stem, wordings[1:])))
+        file = path
+        try:
+            wordings = list(dict.fromkeys(text.strip() for text in _read_json(file)["annotations"] if text.strip()))
+            file = folder / "execute" / path.name
+            examples = _read_json(file)["examples"].items()
+            instances = [Instance(f"{path.stem}-{number}", *_induction_example(row)) for number, row in examples]
+            tasks.append(Task(path.stem, wordings[0], instances, split_wordings(path.stem, wordings[1:])))
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is no file of instruction induction: {error!r:.60}. Expected annotations, and examples by number.") from None
     return tasks
 
 
@@ -545,11 +552,11 @@ def _induction_example(row: dict) -> tuple[str, tuple[str, ...]]:
     """Input and reference outputs of one instruction-induction example, whichever its task's fields are."""
     if "cause" in row:                                      # two sentences in either order; the cause is asked for
         first, second = sorted((row["cause"], row["effect"]))
-        return f"Sentence 1: {first} Sentence 2: {second}", (row["cause"],)
+        return f"Sentence 1: {first} Sentence 2: {second}", (str(row["cause"]),)
     if "items" in row:
-        return ", ".join(row["items"]), tuple(dict.fromkeys([row["concept"], *row["all_common_concepts"]]))
+        return ", ".join(row["items"]), tuple(dict.fromkeys(map(str, [row["concept"], *row["all_common_concepts"]])))
     more = row.get("other_rhymes", []) + row.get("possible_translations", [])
-    return str(row["input"]), tuple(dict.fromkeys([str(row["output"]), *more]))
+    return str(row["input"]), tuple(dict.fromkeys(map(str, [row["output"], *more])))
 
 
 def load_tasks(path) -> list[Task]:
@@ -568,7 +575,7 @@ def load_tasks(path) -> list[Task]:
 
 def _hash_order(names: list[str], salt: str) -> list[str]:
     """The names in an order that depends on each name and the salt alone, not on the others."""
-    return sorted(names, key=lambda name: hashlib.sha256(f"{salt}/{name}".encode()).digest())
+    return sorted(names, key=lambda name: hashlib.sha256(f"{salt}/{name}".encode(errors="surrogatepass")).digest())
 
 
 def split_wordings(task: str, texts: list[str]) -> dict[str, list[Wording]]:
@@ -658,7 +665,7 @@ def split_instances(task: Task, split: str) -> list[Instance]:
     share = {"train": (0, 30), "pool": (30, 60), "dev": (60, 75), "test": (75, 100)}[split]
 
     def bucket(text):
-        return int(hashlib.sha256(f"instances/{text}".encode()).hexdigest()[:8], 16) % 100
+        return int(hashlib.sha256(f"instances/{text}".encode(errors="surrogatepass")).hexdigest()[:8], 16) % 100
     return [instance for instance in task.instances if share[0] <= bucket(instance.input) < share[1]]
 
 
@@ -683,7 +690,7 @@ def load_pairs(path) -> dict[str, list[dict]]:
                 raise ValueError(f"{file}, record {number} is {json.dumps(row)[:60]}. Expected input, output_1 and output_2 as text and a label 1 or 2.")
         if name in subsets:
             raise ValueError(f"{file}: subset {name!r} is there twice. Rename one of the files.")
-        subsets[name] = rows
+        subsets[name] = [{key: row[key] for key in ("input", "output_1", "output_2", "label")} for row in rows]
     order = ["Natural", "Neighbor", "GPTInst", "GPTOut", "Manual"]
     return dict(sorted(subsets.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
@@ -767,19 +774,9 @@ def load_examples(path) -> tuple[list[dict], dict[str, int]]:
     take turns; what an assistant says first, and a user says last, is cut off. Left out are rows with an empty or missing
     answer, and conversations whose turns do not alternate. Raises ValueError for a row of another shape.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist. Give a file of instruction data.")
-    with open(path, "rb") as file:
-        is_list = file.read(100).lstrip().startswith(b"[")
-    rows = _read_json(path) if is_list else read_records(path)
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path} holds no list of records. Expected a JSON list or JSON Lines of Alpaca, ShareGPT or messages rows.")
+    rows = _rows(path, "Alpaca, ShareGPT or messages rows")
     found, left_out = [], {}
-    for number, row in enumerate(rows):
-        where = f"{path}, record {number}"
-        if not isinstance(row, dict):
-            raise ValueError(f"{where} is a {type(row).__name__}. Expected an object.")
+    for where, row in rows:
         turns = row.get("messages", row.get("conversations"))
         example, problem = _alpaca_row(row, where) if turns is None else _conversation(turns, where)
         if problem:
@@ -825,6 +822,16 @@ def _conversation(turns, where: str) -> tuple[dict, str]:
     return {"messages": system + rest}, ""
 
 
+def load_corpus(path) -> list[list]:
+    """Documents to pre-train on, one a line: [[text, learn], ...]."""
+    documents = read_records(path)
+    for number, document in enumerate(documents, 1):
+        if not isinstance(document, list) or not document or not all(
+                isinstance(part, list) and len(part) == 2 and isinstance(part[0], str) and isinstance(part[1], (bool, int)) for part in document):
+            raise ValueError(f"{path}, line {number} is {json.dumps(document)[:60]}. Expected a list of [text, true or false].")
+    return documents
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Judged responses
 
@@ -861,6 +868,9 @@ def _rows(path, what: str) -> list[tuple[str, dict]]:
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"{path}, record {number} is a {type(row).__name__}. Expected an object, one of {what}.")
+        longest = max((len(value) for value in row.values() if isinstance(value, str)), default=0)
+        if longest > LONGEST_TEXT:
+            raise ValueError(f"{path}, record {number} holds a text of {longest:,} characters. Expected at most {LONGEST_TEXT:,}. Remove the record.")
     return [(f"{path}, record {number}", row) for number, row in enumerate(rows)]
 
 
@@ -875,7 +885,7 @@ def _judged_rows(row: dict, where: str) -> list[dict]:
         return [{"instruction": row["question"], "response": row["answer"], "judgment": row.get("feedback", ""),
                  "refinement": row.get("output_correct") or None}]
     if isinstance(row.get("data"), dict) and "passage" in row["data"]:      # critiques of summaries
-        return [x for question in row["data"].get("questions", []) for x in _critiqued(row["data"]["passage"], question, where)]
+        return _critiqued(row["data"], where)
     own = dict(row)
     for ours, theirs in (("response", "output"), ("refinement", "i_ans")):
         if ours not in own and theirs in own:
@@ -891,19 +901,21 @@ def _unless_satisfied(judgment, score):
     return None if isinstance(score, (int, float)) and score >= SATISFIED_SCORE else judgment
 
 
-def _critiqued(passage: dict, question: dict, where: str) -> list[dict]:
-    """The highest-ranked answer of a question about a passage; none where it was skipped or is empty."""
+def _critiqued(data: dict, where: str) -> list[dict]:
+    """The highest-ranked answer of each question about a passage, but of those that were skipped or are empty."""
+    found = []
     try:
-        best = max(range(len(question["rankings"])), key=question["rankings"].__getitem__)
-        answer = question["answers"][best]
-        critiques = answer["feedback"].get("critiques") or []
-        if answer["feedback"].get("skip") or not answer["answer"] or (critiques and not critiques[-1]["refinement"]):
-            return []
-        return [{"instruction": f'{passage["text"]}\n{question["question"]}', "response": answer["answer"],
-                 "judgment": " ".join(x["text"] for x in critiques).strip() or None,
-                 "refinement": critiques[-1]["refinement"] if critiques else None}]
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where} is no critique of a summary: {error!r}. Expected rankings, answers and feedback.") from None
+        for question in data.get("questions") or []:
+            best = max(range(len(question["rankings"])), key=question["rankings"].__getitem__)
+            answer = question["answers"][best]
+            critiques = answer["feedback"].get("critiques") or []
+            if not (answer["feedback"].get("skip") or not answer["answer"] or (critiques and not critiques[-1]["refinement"])):
+                found.append({"instruction": f'{data["passage"]["text"]}\n{question["question"]}', "response": answer["answer"],
+                              "judgment": " ".join(x["text"] for x in critiques).strip() or None,
+                              "refinement": critiques[-1]["refinement"] if critiques else None})
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where} is no critique of a summary: {error!r:.60}. Expected a passage and questions with rankings, answers and feedback.") from None
+    return found
 
 
 def _judged_record(row: dict, where: str, number: int) -> dict:
@@ -917,6 +929,8 @@ def _judged_record(row: dict, where: str, number: int) -> dict:
         if not isinstance(value, str) and not (optional and value is None):
             raise ValueError(f'{where}: field "{name}" is {json.dumps(value)[:60]}. Expected a text'
                              + (" or null." if optional else "."))
+    if not isinstance(record["targets"] or [], list) or not all(isinstance(text, str) for text in record["targets"] or []):
+        raise ValueError(f'{where}: field "targets" is {json.dumps(record["targets"])[:60]}. Expected a list of texts, or null.')
     for name in ("instruction", "response"):
         if not record[name].strip():
             raise ValueError(f'{where}: field "{name}" is empty. Remove the record; an empty text teaches nothing.')
@@ -956,17 +970,17 @@ def load_candidates(path) -> list[dict]:
     Raises ValueError naming file and record where a field is missing or mistyped or a prompt is empty.
     """
     rows = _rows(path, "scored candidates or preferences")
-    if all("response" in row and "reward" in row for _, row in rows):
+    if any("response" in row and "reward" in row for _, row in rows):
         for where, row in rows:
             missing = [name for name in CANDIDATE if name not in row]
             if missing:
                 raise ValueError(f'{where}: field "{missing[0]}" is missing. Expected a candidate with {", ".join(CANDIDATE)}.')
-            reward = row["reward"]
-            if reward is not None and (type(reward) not in (int, float) or not math.isfinite(reward)):
-                raise ValueError(f"{where}: reward is {json.dumps(reward)[:40]}. Expected a number, or null where there is no verdict.")
-            for name in ("instruction", "wording", "input", "target", "response", "how"):
-                if not isinstance(row[name], str):
-                    raise ValueError(f"{where}: {name} is {json.dumps(row[name])[:40]}. Expected a text.")
+            for name in ("reward", "p_expected", "p_correct"):
+                if row.get(name) is not None:
+                    _number(row[name], where, name, ", or null where there is no verdict")
+            if not isinstance(row["id"], (str, int)):
+                raise ValueError(f"{where}: id is {json.dumps(row['id'])[:40]}. Expected a text or a number.")
+            _texts(row, where, *(name for name in CANDIDATE if name not in ("id", "reward")))
         return [row for _, row in rows]
     found = []
     for number, (where, row) in enumerate(rows):
@@ -984,20 +998,18 @@ def load_candidates(path) -> list[dict]:
 def _preference(row: dict, where: str) -> tuple[str, list[tuple[str, float]]]:
     """(prompt, [(response, reward)]) of one outside row."""
     if isinstance(row.get("completions"), list):            # UltraFeedback
-        scored = [(_said(x.get("response"), where), float(x["overall_score"])) for x in row["completions"]
+        scored = [(_said(x.get("response"), where), _number(x["overall_score"], where, "overall_score")) for x in row["completions"]
                   if isinstance(x, dict) and isinstance(x.get("overall_score"), (int, float))]
         return _said(row.get("instruction"), where), _at_least_two(scored, where)
     if "responses" in row and "scores" in row:              # RRHF
         if not isinstance(row["responses"], list) or not isinstance(row["scores"], list) or len(row["responses"]) != len(row["scores"]):
             raise ValueError(f"{where}: responses and scores differ in length, or are no lists. Expected one score per response.")
-        return _said(row.get("query"), where), _at_least_two([(_said(text, where), float(score)) for text, score in zip(row["responses"], row["scores"])], where)
+        return _said(row.get("query"), where), _at_least_two([(_said(text, where), _number(score, where, "a score")) for text, score in zip(row["responses"], row["scores"])], where)
     if "chosen" not in row or "rejected" not in row:
         raise ValueError(f'{where}: fields "chosen" and "rejected" are missing; found: {", ".join(list(row)[:8])}. Expected a preference, see '
                          "the README's list of forms.")
     chosen, rejected = row["chosen"], row["rejected"]
-    rewards = (row.get("score_chosen", 1.0), row.get("score_rejected", 0.0))
-    if not all(isinstance(reward, (int, float)) for reward in rewards):
-        raise ValueError(f"{where}: score_chosen, score_rejected are {rewards}. Expected numbers.")
+    rewards = [_number(row.get(name, usual), where, name) for name, usual in (("score_chosen", 1.0), ("score_rejected", 0.0))]
     prompt = next((row[name] for name in ("prompt", "conversations", "messages") if row.get(name)), None)
     if prompt is None:
         if isinstance(chosen, str) and "\n\nAssistant:" in chosen:      # HH-RLHF
@@ -1009,9 +1021,35 @@ def _preference(row: dict, where: str) -> tuple[str, list[tuple[str, float]]]:
             chosen, rejected = chosen[-1:], rejected[-1:]
         else:
             raise ValueError(f"{where}: no prompt, and chosen and rejected are no dialogues that share one. Give a field \"prompt\".")
-    elif isinstance(prompt, str) and isinstance(chosen, list):          # binarized UltraFeedback repeats the prompt inside
+    elif isinstance(prompt, str) and isinstance(chosen, list) and isinstance(rejected, list):    # binarized UltraFeedback repeats the prompt inside
         chosen, rejected = chosen[-1:], rejected[-1:]
-    return _dialogue(prompt, where), [(_said(chosen, where), float(rewards[0])), (_said(rejected, where), float(rewards[1]))]
+    return _dialogue(prompt, where), [(_said(chosen, where), rewards[0]), (_said(rejected, where), rewards[1])]
+
+
+def load_labelled(path) -> list[dict]:
+    """Pairs with a judge's soft labels, as the stage rlaif writes them: the probability that the first of two answers is the better one."""
+    rows = _rows(path, "pairs with first, second and probability")
+    for where, row in rows:
+        if not 0 <= _number(row.get("probability"), where, "probability") <= 1:
+            raise ValueError(f"{where}: probability is {row['probability']}. Expected one from 0 to 1.")
+        _texts(row, where, "input")
+        for side in ("first", "second"):
+            _texts(row[side] if isinstance(row.get(side), dict) else {}, f"{where}, {side}", "wording", "response")
+    return [row for _, row in rows]
+
+
+def _texts(row: dict, where: str, *names: str) -> None:
+    """Raise ValueError unless each of these fields is a text."""
+    for name in names:
+        if not isinstance(row.get(name), str):
+            raise ValueError(f"{where}: {name} is {json.dumps(row.get(name))[:40]}. Expected a text.")
+
+
+def _number(value, where: str, name: str, more: str = "") -> float:
+    """A finite number as it is. Raises ValueError for anything else."""
+    if type(value) not in (int, float) or not abs(value) <= 1e300:
+        raise ValueError(f"{where}: {name} is {json.dumps(value)[:40]}. Expected a number{more}.")
+    return float(value)
 
 
 def _at_least_two(scored: list, where: str) -> list:

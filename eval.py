@@ -576,6 +576,22 @@ def add_head(model):
     return model.value_head
 
 
+def load_head(model, file: Path) -> None:
+    """Put a saved head on the model. Raises ValueError where the file is damaged or another model's."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(file)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise ValueError(f"{file} is damaged or incomplete: {' '.join(str(error).split())[:100]}. Get it again.") from None
+    shapes, wanted = {name: tuple(tensor.shape) for name, tensor in found.items()}, {"weight": (1, model.config.dim), "bias": (1,)}
+    if shapes != wanted or not all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in found.values()):
+        raise ValueError(f"{file} holds {str(shapes)[:200]}. Expected {wanted} in finite float32 numbers: it belongs to another model, or is broken.")
+    add_head(model).load_state_dict(found)
+
+
 def document_rewards(model, batch: dict):
     """The value head on the last token (EOS) of each packed document, float32 (n,)."""
     from model import attention
@@ -1438,6 +1454,13 @@ def complain(message: str) -> int:
     return 2
 
 
+def out_of_memory(error: BaseException) -> str:
+    """The beginning of a sentence where there was no room in memory, on a GPU or not; else nothing."""
+    told = " ".join(str(error).rpartition("DefaultCPUAllocator: ")[2].split())     # torch's word on a CPU, where it raises a plain RuntimeError
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or re.match("can't allocate memory|not enough memory", told)
+    return f"out of memory: {told[:200].rstrip('.') or 'no more is to be had'}." if known else ""
+
+
 def first_to_complain() -> bool:
     """Whether no other process of this torchrun job has complained; they count in the store by which they found each other."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -1623,8 +1646,6 @@ def pick_device(config):
 
 def load_models(config: EvalConfig, adapters: list[str] | None = None):
     """Yield (name, model, tokenizer) for the base model and for it under each adapter; a value head comes along."""
-    from safetensors.torch import load_file
-
     from data import Tokenizer
     from lora import load_adapter, merge_lora, mergeable
     from model import load_model
@@ -1640,7 +1661,7 @@ def load_models(config: EvalConfig, adapters: list[str] | None = None):
             model = merge_lora(model, in_place=True) if mergeable(model) else model.eval()
             model.config.prompt_template = adapter_template(adapter) or model.config.prompt_template
             if Path(adapter, VALUE_HEAD).exists():
-                add_head(model).load_state_dict(load_file(Path(adapter, VALUE_HEAD)))
+                load_head(model, Path(adapter, VALUE_HEAD))
         yield adapter or Path(config.model).name, model, tokenizer
 
 
@@ -1850,8 +1871,11 @@ def main(argv=None) -> None:
             print(f"KL of {name} to {config.reference}: {found['kl']['mean']:.3f} nats per answer")
     except (ValueError, OSError) as error:
         fail(str(error))
-    except JudgeStopped as error:
-        complain(str(error))
+    except (JudgeStopped, RuntimeError, MemoryError) as error:
+        full = out_of_memory(error)
+        if not full and not isinstance(error, JudgeStopped):
+            raise
+        complain(f"{full} Lower --batch-size or --max-new-tokens." if full else str(error))
         raise SystemExit(1) from None
     finally:
         RUN.close(print)

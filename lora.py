@@ -291,7 +291,10 @@ def read_adapter_config(folder: Path) -> tuple[LoraConfig, list[str] | str, str]
     if not targets or not (is_list or isinstance(targets, str)):
         raise ValueError(f"{file}: target_modules is {raw.get('target_modules')!r:.60}; expected a list of names or a "
                          "regular expression.")
-    config = LoraConfig(rank=raw.get("r"), alpha=raw.get("lora_alpha"), dropout=raw.get("lora_dropout") or 0.0)
+    try:
+        config = LoraConfig(rank=raw.get("r"), alpha=raw.get("lora_alpha"), dropout=raw.get("lora_dropout") or 0.0)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     if raw.get("use_rslora"):
         config.alpha *= math.sqrt(config.rank)                       # alpha / sqrt(r) written as alpha' / r
     return config, targets, str(raw.get("base_model_name_or_path") or "")[:200]

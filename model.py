@@ -130,7 +130,9 @@ class ModelConfig:
         if raw["model_type"] == "mistral" and raw.get("sliding_window", 4096) is not None:     # absent means 4096 there
             values["sliding_window"] = checked(raw, "sliding_window", 4096, 1, 2**24)
         template = raw.get("prompt_template")
-        return cls(**values, rope_theta=theta, rope_scaling=scaling, prompt_template=template and str(template),
+        if template is not None and not isinstance(template, str):
+            raise ValueError(f"config.json: prompt_template is {template!r:.60}; expected the name of a template.")
+        return cls(**values, rope_theta=theta, rope_scaling=scaling, prompt_template=template,
                    bos_id=next(iter(token_ids(raw, "bos_token_id", 1)), None),
                    eos_ids=token_ids(raw, "eos_token_id", 2))
 
@@ -1240,7 +1242,11 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
     file = file if file.is_file() else meta
     if file.stat().st_size > MAX_CONFIG_BYTES:
         raise ValueError(f"{file} has {file.stat().st_size:,} bytes, which is no {file.name}.")
-    return ModelConfig.from_hf(read_json(file)) if file != meta else read_meta_config(folder)
+    try:
+        return ModelConfig.from_hf(read_json(file)) if file != meta else read_meta_config(folder)
+    except ValueError as error:
+        said = str(error).removeprefix("config.json: ")
+        raise ValueError(said if str(folder) in said else f"{file}: {said}") from None
 
 
 def one_line(error: Exception) -> str:

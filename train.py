@@ -342,9 +342,9 @@ import judge as judging                                     # noqa: E402
 import lora                                                 # noqa: E402
 import losses                                               # noqa: E402
 from eval import (MASK_LAMS, VALUE_HEAD, Completion, EvalConfig, LocalChat, add_head, complete, confusion_report, cut_masks, document_rewards, evaluate_errors,    # noqa: E402
-                  evaluate_model, evaluate_responses, keyword_logprobs, make_client, mask_report, mask_scores, pick_device, plot_mask, plot_rollouts,
+                  evaluate_model, evaluate_responses, keyword_logprobs, load_head, make_client, mask_report, mask_scores, out_of_memory, pick_device, plot_mask, plot_rollouts,
                   reward_report, reward_scores, summary_table, wilson, write_report)
-from model import PRESETS, Llama, QuantLinear, attention, load_model, product, read_config, save_model    # noqa: E402
+from model import PRESETS, Llama, QuantLinear, attention, load_model, product, read_config, read_json, save_model    # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,7 +373,7 @@ class Run:
 def corpus_groups(run: Run) -> list[dict]:
     """pretrain: one document per group; </s> as a last segment of its own is EOS."""
     groups = []
-    for number, segments in enumerate(data.read_records(run.cfg.corpus), 1):
+    for number, segments in enumerate(data.load_corpus(run.cfg.corpus), 1):
         ends = segments[-1][0] == "</s>"
         document = data.encode_document(run.tokenizer, segments[:-1] if ends else segments, max_len=run.cfg.max_len)
         if ends:
@@ -699,7 +699,7 @@ def reward_groups(run: Run) -> list[dict]:
 def labelled_groups(run: Run, path) -> list[dict]:
     """Pairs with an AI judge's soft labels, as preferences.jsonl holds them."""
     groups = []
-    for record in data.read_records(path):
+    for record in data.load_labelled(path) if Path(path).exists() else []:
         documents = [run.document(record[side]["wording"], record["input"], record[side]["response"]) for side in ("first", "second")]
         groups.append({"documents": documents, "pairs": [(0, 1)], "probability": [record["probability"]], "pair_weights": [1.0],
                        "name": record_name(record)})
@@ -2052,17 +2052,17 @@ def finished(folder: Path, cfg: TrainConfig) -> bool:
     done = (folder / "adapter_config.json").exists() or (folder / "model/config.json").exists()
     if not done and not any((folder / name).exists() for name in (*RECORDS, CHECKPOINTS)):
         return False
-    old, ignore = json.loads((folder / "config.json").read_text()), {"out", "device", "evaluate", "compare", "split", "micro_tokens", "checkpointing", "compile", "shard", "dry_run", "save_every"}
+    old, ignore = read_json(folder / "config.json"), {"out", "device", "evaluate", "compare", "split", "micro_tokens", "checkpointing", "compile", "shard", "dry_run", "save_every"}
     ignore |= JudgeFlags.__annotations__.keys() - {"judge_url", "judge_model"}
     if folder != Path(cfg.out):
         ignore.add("init")
     if cfg.stage in ("sft", "sft-ia"):
-        ignore.add("max_new_tokens")                        # they sample nothing
+        ignore |= {"max_new_tokens", "judge_url", "judge_model"}    # they sample nothing, and nobody judges
     for item in dataclasses.fields(TrainConfig):
         name, only = item.name, item.metadata["only"]
         read = (not only or kind(cfg.stage) in only) and name not in ignore and not name.startswith("eval_")
         if read and name in old and old[name] != getattr(cfg, name):
-            raise ValueError(f"{folder} holds another run: {name} was {old[name]}, now {getattr(cfg, name)}. "
+            raise ValueError(f"{folder} holds another run: {name} was {str(old[name])[:200]}, now {getattr(cfg, name)}. "
                              "Use another --out, or the old settings.")
     return done
 
@@ -2090,7 +2090,7 @@ def load_trained(cfg: TrainConfig, folder: Path | None, *, trainable: bool = Fal
         lora.load_adapter(model, folder, trainable=trainable)
     model.compiling = cfg.compile
     if folder and (folder / VALUE_HEAD).exists():
-        add_head(model).load_state_dict(safetensors.torch.load_file(folder / VALUE_HEAD))
+        load_head(model, folder / VALUE_HEAD)
     return model
 
 
@@ -2380,7 +2380,10 @@ def summarise(cfg: TrainConfig, seconds: float) -> None:
     """Say and keep, in summary.json, what the run took: time, peak memory, tokens per second of its own stage."""
     memory, words = peak_memory(pick_device(cfg)[0])
     log = data.read_records(Path(cfg.out) / "log.jsonl")
-    speed = round(log[-1]["tokens"] / max(1e-9, log[-1]["seconds"])) if log else None
+    try:
+        speed = round(log[-1]["tokens"] / max(1e-9, log[-1]["seconds"])) if log else None
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise ValueError(f"{Path(cfg.out) / 'log.jsonl'}, line {len(log)}, is no step of a run. Delete that line.") from None
     found = {"seconds": round(seconds, 1), "peak_memory_bytes": memory, "tokens_per_second": speed, "tokens": log[-1]["tokens"] if log else None}
     (Path(cfg.out) / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
     say(f"done in {spoken(seconds)}; {words}" + (f"; {cfg.stage} trained at {speed:,} tok/s." if log else "."))
@@ -2483,8 +2486,8 @@ def told(error: BaseException) -> int | None:
         complain(f"{place}{error.strerror or error}. What was finished is kept; give another --out, or make room, and run the same command again.")
     elif isinstance(error, ValueError):
         return complain(str(error))
-    elif isinstance(error, torch.OutOfMemoryError):
-        complain(f"out of memory: {str(error).splitlines()[0]} Lower --micro-tokens or --eval-batch, or add --checkpointing; what was finished is kept.")
+    elif out_of_memory(error):
+        complain(f"{out_of_memory(error)} Lower --micro-tokens or --eval-batch, or add --checkpointing; what was finished is kept.")
     elif isinstance(error, (judging.JudgeStopped, FloatingPointError)):
         complain(str(error))
     elif ranks()[1] > 1 and any(word in str(error).lower() for word in ("connection", "socket", "peer")):     # gloo's words
@@ -2505,7 +2508,7 @@ def main(argv=None) -> int:
                 on_first_rank(summarise, cfg, time.time() - started)
             if dist.is_initialized():
                 dist.barrier()                              # nobody hangs up while another still listens
-    except (Stopped, ValueError, RuntimeError, FloatingPointError, OSError) as error:
+    except (Stopped, ValueError, RuntimeError, FloatingPointError, OSError, MemoryError) as error:
         status = told(error)
         if status is None:
             raise

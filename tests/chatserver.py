@@ -23,6 +23,7 @@ class ChatServer:
 
     def __init__(self, decide=lambda request, number: {"body": completion("ok")}):
         self.decide, self.requests, self.sent, self.lock = decide, [], [], threading.Lock()
+        self.visits = []                                            # headers of what came without a body
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -33,6 +34,7 @@ class ChatServer:
                 pass
 
             def do_GET(self):
+                outer.visits.append(dict(self.headers))
                 self.reply({"body": {"data": [{"id": "m"}, {"id": "other"}]}})
 
             def do_POST(self):

@@ -555,7 +555,7 @@ def test_a_dialogue_keeps_its_turns(tmp_path):
     ({**dict.fromkeys(data.CANDIDATE, "x"), "reward": "high"}, "Expected a number, or null"),
     ({**dict.fromkeys(data.CANDIDATE, "x"), "reward": 1, "target": None}, "target is null. Expected a text"), ([1], "is a list"), ({"prompt": [{"role": "robot", "content": "x"}], "chosen": "a", "rejected": "b"}, "no turn"),
     ({"prompt": [{"role": "assistant", "content": "x"}], "chosen": "a", "rejected": "b"}, "does not end with the user"),
-    ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": "high"}, "Expected numbers"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": "high"}, "Expected a number"),
 ])
 def test_broken_preferences_are_told(row, wanted, tmp_path):
     (tmp_path / "p.json").write_text(json.dumps([row]))
