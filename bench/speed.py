@@ -3,7 +3,7 @@
     python bench/speed.py                                   # all workloads, three rounds
     python bench/speed.py --only sft sample --dtypes float32 --rounds 1
 
-Each measurement is a process of its own: it builds the model, does the work once to warm up, then times it. "limit" is the share of
+Each measurement is a process of its own: it builds the model, does the work once to warm up (but for sample, which takes minutes), then times it. "limit" is the share of
 what this machine's plainest matrix products allow for the same arithmetic (measured here, in the same run); "grow" is how much
 memory the work took beyond the loaded model. Weights and tokens are random; lengths are the same for everyone.
 
@@ -95,12 +95,13 @@ def memory(name: str) -> int:
     return int(dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())[name].split()[0]) // 1024
 
 
-def timed(work, times: int, useful: float, **more) -> dict:
+def timed(work, times: int, useful: float, warm: bool = True, **more) -> dict:
     """Warm up once, then the mean of `times` runs; memory beyond what was loaded before."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")           # forget the peak of building
     loaded = memory("VmRSS")
-    work()
+    if warm:
+        work()
     began = time.perf_counter()
     for _ in range(times):
         work()
@@ -309,10 +310,10 @@ def sample(system, dtype):
     useful, (asked, wanted) = sum(prompts()[1]), prompts()
     if system == "llama.cpp":
         with llama_cpp(dtype, 32) as ask:
-            return timed(lambda: ask(asked, wanted), 1, useful, grow=0, peak=0)
+            return timed(lambda: ask(asked, wanted), 1, useful, warm=False, grow=0, peak=0)
     build = {"own": lambda: sample_own(dtype), "generate (default)": lambda: sample_peer(dtype, False), "generate, sorted": lambda: sample_peer(dtype, True),
              "generate_batch": lambda: sample_batch(dtype)}[system]
-    return timed(build(), 1, useful, flops=2 * (sum(map(len, asked)) + sum(wanted)) * LINEARS + 2 * sum(wanted) * HEAD)
+    return timed(build(), 1, useful, warm=False, flops=2 * (sum(map(len, asked)) + sum(wanted)) * LINEARS + 2 * sum(wanted) * HEAD)
 
 
 def stream(system, dtype):
