@@ -236,22 +236,23 @@ PRESETS = {
 # Blocks
 
 
-torch.library.define("llama::linear", "(Tensor x, Tensor layout, Tensor? bias, int out) -> Tensor")
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: int) -> Tensor:
+    """x (N, in) times a weight (out, in), plain or as `packed` lays it out, by oneDNN: (N, out). No gradients."""
+    if torch.compiler.is_compiling():                                  # which would take the call apart, were it not an operator
+        return torch.ops.alignment.linear(x, weight, bias, out)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-@torch.library.impl("llama::linear", "CompositeExplicitAutograd")
-def onednn_linear(x: Tensor, layout: Tensor, bias: Tensor | None, out: int) -> Tensor:
-    """x (N, in) times a weight (out, in), plain or laid out by `packed`: (N, out). An operator, so that torch.compile leaves it as it is."""
-    return torch.ops.mkldnn._linear_pointwise(x, layout, bias, "none", [], "")
-
-
-torch.library.register_fake("llama::linear", lambda x, layout, bias, out: x.new_empty(*x.shape[:-1], out))
+if not hasattr(torch.ops.alignment, "linear"):                         # a second import finds it made
+    torch.library.define("alignment::linear", "(Tensor x, Tensor weight, Tensor? bias, int out) -> Tensor")
+    torch.library.impl("alignment::linear", "CompositeExplicitAutograd", onednn_linear)
+    torch.library.register_fake("alignment::linear", lambda x, weight, bias, out: x.new_empty(*x.shape[:-1], out))
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight, (N, in) and (in, out), without gradients; in float32 on x86 oneDNN's, which takes a tenth less time than MKL's or better."""
+    """x @ weight, (N, in) and (in, out), without gradients; in float32 on x86 oneDNN's, which is faster than MKL's there."""
     if ONEDNN and x.dtype == torch.float32 == weight.dtype and len(x) and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-        return torch.ops.llama.linear(x, weight.t(), None, weight.shape[1])
+        return onednn_linear(x, weight.t(), None, weight.shape[1])
     return x @ weight
 
 
@@ -275,7 +276,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.layout is not None:
-            return torch.ops.llama.linear(x, self.layout, self.bias, self.out_features)
+            return onednn_linear(x, self.layout, self.bias, self.out_features)
         if self.bias is not None or x.dim() != 2 or self.weight.requires_grad and torch.is_grad_enabled():
             return super().forward(x)
         return FrozenProduct.apply(x, self.weight.to) if torch.is_grad_enabled() else product(x, self.weight.t())
@@ -285,7 +286,7 @@ class Linear(nn.Linear):
 def packed(model: nn.Module) -> Iterator[None]:
     """Inside, for sampling on a CPU, linears keep their weights in oneDNN's layout instead of torch's.
 
-    Products of few rows then take a half to a quarter of their time, larger ones a tenth less. There are no gradients inside.
+    Products of few rows gain most (bench/speed.py prints how much). There are no gradients inside.
     The plain weights' memory is let go meanwhile, where nothing else needs it, and they are back, bit for bit, at the end.
     Nests. Where oneDNN has no such layout (GPUs, other types, sharded weights) nothing happens.
     """

@@ -3,7 +3,8 @@
     python bench/growth.py --out growth.png                 # the table, and the plot where a file is given
 
 Each figure is the median of the rounds, microseconds per useful token: a token that is trained on or generated, or, for groups,
-that stands in the prompt or in an answer (a prompt counts once, however many answers share it).
+that stands in the prompt or in an answer (a prompt counts once, however many answers share it). Only answers have logits, so the more
+of them a group has, the more arithmetic a token of it costs; the table says how much, and the plot what would follow from that alone.
 """
 
 import argparse
@@ -70,6 +71,12 @@ def slots(model, n: int) -> float:
 SERIES = {"examples": (examples, (100, 1000, 10000)), "answers in a group": (candidates, (2, 4, 8, 16, 32)), "slots": (slots, (1, 4, 16, 64))}
 
 
+def operations(n: int) -> float:
+    """Million multiplications and additions per useful token of a group of n answers, forward and backward, without adapters and attention."""
+    block = CONFIG.dim * CONFIG.head_dim * 2 * (CONFIG.n_heads + CONFIG.n_kv_heads) + 3 * CONFIG.dim * CONFIG.hidden_dim
+    return 4e-6 * (CONFIG.n_layers * block + CONFIG.dim * CONFIG.vocab_size * 30 * n / (200 + 30 * n))
+
+
 def main() -> None:
     """Measure in turn, print, plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,9 +91,9 @@ def main() -> None:
                 seconds = work(plain if name == "slots" else model, n)
                 if number:
                     found.setdefault((name, n), []).append(1e6 * seconds)
-    print(f"{torch.get_num_threads()} threads, {args.rounds} rounds; microseconds per useful token\n\n| | | median | lowest | highest |\n|---|---|---|---|---|")
+    print(f"{torch.get_num_threads()} threads, {args.rounds} rounds; microseconds per useful token\n\n| | | median | lowest | highest | million operations |\n|---|---|---|---|---|---|")
     for (name, n), values in found.items():
-        print(f"| {name} | {n} | {statistics.median(values):.0f} | {min(values):.0f} | {max(values):.0f} |")
+        print(f"| {name} | {n} | {statistics.median(values):.0f} | {min(values):.0f} | {max(values):.0f} | {f'{operations(n):.1f}' if 'answers' in name else ''} |")
     if args.out:
         import matplotlib
         matplotlib.use("Agg")
@@ -97,6 +104,9 @@ def main() -> None:
             middle = [statistics.median(found[name, n]) for n in sizes]
             around = [[m - min(found[name, n]) for m, n in zip(middle, sizes)], [max(found[name, n]) - m for m, n in zip(middle, sizes)]]
             axis.errorbar(sizes, middle, yerr=around, marker="o", markersize=4, capsize=2, color="#4477aa")
+            if "answers" in name:
+                axis.plot(sizes, [middle[0] * operations(n) / operations(sizes[0]) for n in sizes], "--", color="#999999", label="by operations alone")
+                axis.legend(frameon=False, loc="lower right")
             axis.set(xscale="log", xlabel=name, ylim=(0, None), title="µs per useful token" if name == "examples" else "")
             axis.set_xticks(sizes, sizes, minor=False)
             axis.minorticks_off()

@@ -529,9 +529,13 @@ UNITS = {"sft": "tok/s", "sample": "tok/s", "stream": "tok/s", "rank": "groups/s
 
 
 def machine(dtype) -> dict:
-    """What plain products reach here: GFLOP/s of the MLP's product at 512 rows; GB/s of one row through all its weights."""
-    x, weight = torch.randn(512, 512).to(dtype), torch.randn(1376, 512).to(dtype)
-    big, row = [torch.randn(1376, 512).to(dtype) for _ in range(60)], torch.randn(1, 512).to(dtype)
+    """What plain products reach here: GFLOP/s of the MLP's product at 512 rows; GB/s of one row through all its weights.
+
+    And GFLOP/s of 1, 32 and 512 rows through all its weights, as torch multiplies and with weights laid out as `model.packed` does.
+    """
+    from model import Linear, packed
+
+    layers = torch.nn.ModuleList(Linear(512, 1376, bias=False) for _ in range(60)).to(dtype).requires_grad_(False)
 
     def rate(work, amount):
         work()
@@ -541,9 +545,16 @@ def machine(dtype) -> dict:
             work()
             best = max(best, amount / (time.perf_counter() - began))
         return best
+    found = {"plain": [], "laid out": []}
     with torch.inference_mode():
-        return {"gflops": rate(lambda: [torch.nn.functional.linear(x, weight) for _ in range(40)], 40 * 2 * 512 * 512 * 1376) / 1e9,
-                "gbs": rate(lambda: [torch.nn.functional.linear(row, w) for w in big], sum(w.numel() * w.element_size() for w in big)) / 1e9}
+        x, weight = torch.randn(512, 512).to(dtype), layers[0].weight
+        gflops = rate(lambda: [torch.nn.functional.linear(x, weight) for _ in range(40)], 40 * 2 * 512 * 512 * 1376) / 1e9
+        for rows in (1, 32, 512):
+            found["plain"].append(rate(lambda: [torch.nn.functional.linear(x[:rows], layer.weight) for layer in layers], 60 * 2 * rows * 512 * 1376) / 1e9)
+        with packed(layers):
+            for rows in (1, 32, 512):
+                found["laid out"].append(rate(lambda: [layer(x[:rows]) for layer in layers], 60 * 2 * rows * 512 * 1376) / 1e9)
+    return {"gflops": gflops, "gbs": found["plain"][0] / 2 * layers[0].weight.element_size(), **found}
 
 
 def measure(workload: str, system: str, dtype: str, threads: int) -> dict:
@@ -605,6 +616,8 @@ def main() -> None:
         return
     limits = {dtype: machine(getattr(torch, dtype)) for dtype in args.dtypes}
     print(f"{args.threads} threads; " + "; ".join(f"{dtype}: {limit['gflops']:.0f} GFLOP/s, {limit['gbs']:.1f} GB/s" for dtype, limit in limits.items()), flush=True)
+    for dtype, limit in limits.items():
+        print(f"{dtype}, GFLOP/s of 1, 32, 512 rows: " + "; ".join(f"{way} {', '.join(f'{value:.0f}' for value in limit[way])}" for way in ("plain", "laid out")), flush=True)
     rows, absent = [], {"llama.cpp": ("xllamacpp", "gguf"), "trl": ("trl", "datasets")}
     jobs = [(workload, dtype, system) for workload in args.only for dtype in args.dtypes for system in PLAN[workload]
             if not args.systems or any(part in system for part in args.systems)]
