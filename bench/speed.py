@@ -2,6 +2,7 @@
 
     python bench/speed.py                                   # all workloads, three rounds
     python bench/speed.py --only sft sample --dtypes float32 --rounds 1
+    python bench/speed.py --profile sft own float32         # where the time of one goes
 
 Each measurement is a process of its own: it builds the model, does the work once to warm up (but for sample, which takes minutes), then times it. "limit" is the share of
 what this machine's plainest matrix products allow for the same arithmetic (measured here, in the same run); "grow" is how much
@@ -107,6 +108,15 @@ def timed(work, times: int, useful: float, warm: bool = True, **more) -> dict:
         work()
     seconds = (time.perf_counter() - began) / times
     return {"rate": useful / seconds, "seconds": seconds, "grow": memory("VmHWM") - loaded, "peak": memory("VmHWM"), **more}
+
+
+def profiled(work, *_, **__) -> dict:
+    """In the place of `timed`: print which operators the second run of the work spends its time in."""
+    work()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        work()
+    print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=50))
+    return {}
 
 
 def busy() -> float:
@@ -606,13 +616,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", default="", help="also append every measurement to this JSON Lines file")
+    parser.add_argument("--profile", nargs=3, metavar=("WORK", "SYSTEM", "DTYPE"), help="profile one instead of measuring all")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.worker:
-        workload, system, dtype = args.worker
+    if args.profile:
+        globals()["timed"] = profiled
+    if args.worker or args.profile:
+        workload, system, dtype = args.worker or args.profile
         found = globals()[workload](system, getattr(torch, dtype) if hasattr(torch, dtype) else dtype)
-        print(json.dumps({**found, "cpu": sum(os.times()[:4])}))
+        if args.worker:
+            print(json.dumps({**found, "cpu": sum(os.times()[:4])}))
         return
     limits = {dtype: machine(getattr(torch, dtype)) for dtype in args.dtypes}
     print(f"{args.threads} threads; " + "; ".join(f"{dtype}: {limit['gflops']:.0f} GFLOP/s, {limit['gbs']:.1f} GB/s" for dtype, limit in limits.items()), flush=True)
