@@ -1507,6 +1507,10 @@ def check_config(config: EvalConfig) -> None:
     for name in ("wordings", "per_task", "max_new_tokens", "batch_size", "repeats"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small. Give 1 or more.")
+    for place in (config.out, config.merge):
+        there = next(parent for parent in (Path(place), *Path(place).absolute().parents) if os.path.lexists(parent))
+        if place and not (there.is_dir() and os.access(there, os.W_OK)):
+            raise ValueError(f"nothing can be written to {place}: {there} is no folder that this user may write to. Give another.")
     if config.merge and (len(config.adapter) > 1 or config.quantize != "none"):
         raise ValueError(f"--merge takes one --adapter at most and a model in full precision; got {len(config.adapter)} and --quantize "
                          f"{config.quantize}. Merge each adapter into a folder of its own.")
@@ -1869,7 +1873,10 @@ def main(argv=None) -> None:
         print(f"{summary_table(results)}\nreport: {report}")
         for name, found in results.items() if reference is not None else ():
             print(f"KL of {name} to {config.reference}: {found['kl']['mean']:.3f} nats per answer")
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        fail(f"{place}{error.strerror or error}. Expected a place that can be read, and under --out one that can be written to.")
+    except ValueError as error:
         fail(str(error))
     except (JudgeStopped, RuntimeError, MemoryError) as error:
         full = out_of_memory(error)

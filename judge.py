@@ -1205,6 +1205,8 @@ class ChatClient:
 
     def _broken(self, error):
         """A failed exchange in our own words: the library's could hold the key."""
+        if isinstance(error, requests.exceptions.SSLError) and "CERTIFICATE_VERIFY_FAILED" not in str(error):
+            return "stop", f"no encrypted connection to {self.address} could be made: what answers there does not speak TLS as expected. Check --judge-url.", None
         if isinstance(error, requests.exceptions.SSLError):
             return "stop", (f"the certificate of {self.address} is not trusted. If it should be, name its authority with "
                             "--judge-ca FILE."), None

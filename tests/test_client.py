@@ -655,6 +655,20 @@ def test_the_key_is_nowhere_to_be_read(plan, tmp_path, monkeypatch, capfd, caplo
     assert leaks(str(plan.get("body", plan)).replace("\\", "")) or plan.get("drop") == "early"        # the control: without care it would be there
 
 
+def test_the_key_is_nowhere_to_be_read_where_tls_fails(tmp_path, monkeypatch, capfd, caplog):
+    monkeypatch.setenv("JUDGE_API_KEY", KEY)
+    caplog.set_level("DEBUG")
+    with ChatServer() as server:
+        asked = ChatClient(ClientConfig(url=server.url.replace("http:", "https:"), model="m", cache=str(tmp_path / "a.jsonl"), backoff=0.001, tries=2, workers=1))
+        try:
+            said = repr(asked.ask(ask(["1"])))
+        except JudgeStopped as error:
+            said = repr(error) + repr(error.__cause__)
+        assert server.requests == [] and "does not speak TLS as expected" in said            # nothing arrived that could be read
+    out = capfd.readouterr()
+    assert not leaks(said + out.out + out.err + caplog.text + "".join(path.read_text() for path in tmp_path.iterdir()))
+
+
 def test_redaction():
     assert redact(f"a {KEY} b {KEY[4:]} c", KEY) == "a [key] b [key] c" and redact("nothing here", KEY) == "nothing here"
     assert redact("abc", "") == "abc" and redact("my abc", "abc") == "my [key]"
