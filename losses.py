@@ -25,7 +25,6 @@ batch adds 0 / 0 tokens and no NaN. Only `prediction_rows` shifts; all other fun
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -58,13 +57,13 @@ def gathered_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
-def head_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, matmul: Callable = torch.matmul) -> tuple[Tensor, Tensor]:
+def head_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """log p(target) and log(1 - p(target)) straight from hidden states, for a head that is not trained.
 
     hidden (M, D), weight (V, D), targets (M,) -> (M,), (M,): gathered_logprobs and complement_logprobs of hidden weight^T /
     temperature, without keeping a logit: memory is that of a few hundred rows, and the gradient is formed on the way.
     """
-    return _HeadLogprobs.apply(hidden, weight, targets, temperature, matmul)
+    return _HeadLogprobs.apply(hidden, weight, targets, temperature)
 
 
 def head_rows(device: str) -> int:
@@ -81,11 +80,11 @@ class _HeadLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, matmul):
+    def forward(ctx, hidden, weight, targets, temperature):
         rows = head_rows(hidden.device.type)
         found, slopes = [], []
         for h, y in zip(hidden.split(rows), targets.split(rows)):
-            logits = matmul(h, weight.T)                                # (m, V)
+            logits = h @ weight.T                                  # (m, V)
             logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
             logits = logits if temperature == 1 else logits.div_(temperature)
             own = logits.gather(1, y[:, None])                     # (m, 1)
@@ -95,7 +94,7 @@ class _HeadLogprobs(torch.autograd.Function):
             found.append(torch.cat([own - whole, others - whole], dim=1))
             if ctx.needs_input_grad[0]:
                 share = logits.sub_(others).exp_().to(weight.dtype)        # q, (m, V)
-                slopes.append((weight[y] - matmul(share, weight)) / temperature)
+                slopes.append((weight[y] - share @ weight) / temperature)
         logprobs, complements = torch.cat(found).unbind(1) if found else (hidden.new_zeros(0),) * 2
         if slopes:
             ctx.save_for_backward(torch.cat(slopes), logprobs, complements)
@@ -104,10 +103,10 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logprobs, grad_complements):
         if not ctx.saved_tensors:                                  # no rows, or nobody asked
-            return None, None, None, None, None
+            return None, None, None, None
         slopes, logprobs, complements = ctx.saved_tensors
         strength = grad_logprobs * complements.exp() - grad_complements * logprobs.exp()       # (M,)
-        return strength[:, None].to(slopes.dtype) * slopes, None, None, None, None
+        return strength[:, None].to(slopes.dtype) * slopes, None, None, None
 
 
 def token_logprobs(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> tuple[Tensor, Tensor]:

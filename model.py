@@ -237,7 +237,7 @@ PRESETS = {
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: int) -> Tensor:
-    """x (N, in) times a weight (out, in), plain or as `packed` lays it out, by oneDNN: (N, out). No gradients."""
+    """x (N, in) times a weight (out, in) as `packed` lays it out, by oneDNN: (N, out). No gradients."""
     if torch.compiler.is_compiling():                                  # which would take the call apart, were it not an operator
         return torch.ops.alignment.linear(x, weight, bias, out)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -249,24 +249,17 @@ if not hasattr(torch.ops.alignment, "linear"):                         # a secon
     torch.library.register_fake("alignment::linear", lambda x, weight, bias, out: x.new_empty(*x.shape[:-1], out))
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight, (N, in) and (in, out), without gradients; in float32 on x86 oneDNN's, which is faster than MKL's there."""
-    if ONEDNN and x.dtype == torch.float32 == weight.dtype and len(x) and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-        return onednn_linear(x, weight.t(), None, weight.shape[1])
-    return x @ weight
-
-
 class FrozenProduct(torch.autograd.Function):
-    """x W^T for a W that gets no gradient. (N, in) -> (N, out); `weight(dtype)` gives W, (out, in), once per direction."""
+    """x W^T for a W that gets no gradient and is not kept. (..., in) -> (..., out); `weight(dtype)` gives W, (out, in), once per direction."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Callable[[torch.dtype], Tensor]) -> Tensor:
         ctx.weight = weight
-        return product(x, weight(x.dtype).t())
+        return F.linear(x, weight(x.dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return product(grad, ctx.weight(grad.dtype)), None
+        return grad @ ctx.weight(grad.dtype), None
 
 
 class Linear(nn.Linear):
@@ -275,11 +268,7 @@ class Linear(nn.Linear):
     layout = None                                                      # the weight in that form
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.layout is not None:
-            return onednn_linear(x, self.layout, self.bias, self.out_features)
-        if self.bias is not None or x.dim() != 2 or self.weight.requires_grad and torch.is_grad_enabled():
-            return super().forward(x)
-        return FrozenProduct.apply(x, self.weight.to) if torch.is_grad_enabled() else product(x, self.weight.t())
+        return super().forward(x) if self.layout is None else onednn_linear(x, self.layout, self.bias, self.out_features)
 
 
 @contextmanager
@@ -288,6 +277,7 @@ def packed(model: nn.Module) -> Iterator[None]:
 
     Products of few rows gain most (bench/speed.py prints how much). There are no gradients inside.
     The plain weights' memory is let go meanwhile, where nothing else needs it, and they are back, bit for bit, at the end.
+    Training keeps torch's: oneDNN makes and keeps a kernel for each new number of rows, and there every step has another.
     Nests. Where oneDNN has no such layout (GPUs, other types, sharded weights) nothing happens.
     """
     shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -530,7 +520,7 @@ class QuantLinear(nn.Module):
             rows = x.reshape(-1, x.shape[-1])                                            # a few rows: the codes are read as they are
             out = torch._weight_int8pack_mm(rows, self.codes, self.scales.flatten()).view(*x.shape[:-1], -1)
         else:
-            out = FrozenProduct.apply(x.reshape(-1, x.shape[-1]), self.dequantize).view(*x.shape[:-1], -1)
+            out = FrozenProduct.apply(x, self.dequantize)
         return out if self.bias is None else out + self.bias
 
 

@@ -344,7 +344,7 @@ import losses                                               # noqa: E402
 from eval import (MASK_LAMS, VALUE_HEAD, Completion, EvalConfig, LocalChat, add_head, complete, confusion_report, cut_masks, document_rewards, evaluate_errors,    # noqa: E402
                   evaluate_model, evaluate_responses, keyword_logprobs, load_head, make_client, mask_report, mask_scores, out_of_memory, pick_device, plot_mask, plot_rollouts,
                   reward_report, reward_scores, summary_table, wilson, write_report)
-from model import PRESETS, Llama, QuantLinear, attention, load_model, product, read_config, read_json, save_model    # noqa: E402
+from model import PRESETS, Llama, QuantLinear, attention, load_model, read_config, read_json, save_model    # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -608,7 +608,7 @@ def label_logprobs(model, batch, hidden: torch.Tensor | None = None, *, temperat
     """log p of the labelled tokens, (M,), and a function that gives their log(1 - p), (M,)."""
     hidden, head = label_hidden(model, batch) if hidden is None else hidden, model.lm_head
     if isinstance(head, torch.nn.Linear) and not head.weight.requires_grad:
-        logprobs, complements = losses.head_logprobs(hidden, head.weight, batch["targets"], temperature=temperature, matmul=product)
+        logprobs, complements = losses.head_logprobs(hidden, head.weight, batch["targets"], temperature=temperature)
         return logprobs, lambda: complements
     logits = head(hidden) if temperature == 1 else head(hidden).float() / temperature          # (M, V)
     return losses.gathered_logprobs(logits, batch["targets"]), lambda: losses.complement_logprobs(logits, batch["targets"])
