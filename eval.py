@@ -228,7 +228,7 @@ def _add_logprobs(model, forks: list[tuple[list[int], list[_Branch]]], results) 
             ids += branch.token_ids
     items, which, positions, tokens = torch.tensor(asked, device=device).unbind(1)                  # (M,) each
     attend = attention([(len(prefix), [len(branch.token_ids) for branch in branches]) for prefix, branches in forks], device)
-    hidden = model.hidden(torch.tensor(ids, device=device), attend).index_select(0, positions)      # (M, D)
+    hidden = model.hidden(torch.tensor(ids, device=device), attend, rows=positions)                 # (M, D)
     logprobs = model.lm_head(hidden).float().log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)  # (M,)
     results.index_put_((items, which), logprobs, accumulate=True)
 
@@ -597,8 +597,8 @@ def document_rewards(model, batch: dict):
     from model import attention
 
     device = batch["input_ids"].device
-    hidden = model.hidden(batch["input_ids"], batch.get("attend") or attention(batch["trees"], device))     # (N, D)
-    return model.value_head(hidden[batch["ends"].to(device)].float()).squeeze(-1)
+    attend = batch.get("attend") or attention(batch["trees"], device)
+    return model.value_head(model.hidden(batch["input_ids"], attend, rows=batch["ends"].to(device)).float()).squeeze(-1)        # (n, D) -> (n,)
 
 
 def reward_scores(model, tokenizer, template, items: list[dict], *, max_len: int = 512, max_tokens: int = 8192) -> list[float]:
@@ -1507,7 +1507,7 @@ def check_config(config: EvalConfig) -> None:
     for name in ("wordings", "per_task", "max_new_tokens", "batch_size", "repeats"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small. Give 1 or more.")
-    for place in (config.out, config.merge):
+    for place in [config.merge] if config.merge or config.chat or config.show_mask else [config.out]:
         there = next(parent for parent in (Path(place), *Path(place).absolute().parents) if os.path.lexists(parent))
         if place and not (there.is_dir() and os.access(there, os.W_OK)):
             raise ValueError(f"nothing can be written to {place}: {there} is no folder that this user may write to. Give another.")
@@ -1758,7 +1758,7 @@ def chat(config: EvalConfig) -> None:
     """Read lines, print answers as they come. The adapter stays apart, so that it can be switched off."""
     from data import Tokenizer, find_template
     from lora import load_adapter
-    from model import load_model, packed
+    from model import load_model, prepacked
 
     tokenizer = Tokenizer(config.tokenizer or config.model, config.model)
     device, dtype = pick_device(config)
@@ -1768,7 +1768,7 @@ def chat(config: EvalConfig) -> None:
         load_adapter(model, config.adapter[0])
     name = config.template or (adapter_template(config.adapter[0]) if config.adapter else "") or model.config.prompt_template or "alpaca"
     print(f"{config.model}{' with ' + config.adapter[0] if config.adapter else ''}, template {name}. /help lists the commands.")
-    with packed(model):
+    with prepacked(model, rows=1):
         _converse(config, model, tokenizer, find_template(name))
 
 

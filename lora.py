@@ -81,7 +81,7 @@ class LoRALinear(nn.Module):
                 rows = F.dropout(rows, self.config.dropout, self.training)
             low = F.linear(rows, self.lora_A.to(rows.dtype)).to(out.dtype)               # (N, R)
             out = out.addmm_(low, self.lora_B.to(out.dtype).T, alpha=self.config.alpha / self.config.rank)         # in place: no second copy
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     def merged(self) -> nn.Linear:
         """The base, its weight now W + (alpha / r) B A: summed in float32, rounded once to the base's type."""

@@ -46,7 +46,8 @@ SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.fl
 CHUNK_NUMBERS = 2**20      # weights are converted, checked and quantised so many at a time
 PREFILL_TOKENS = 8192      # prompts enter the cache in calls of about this many tokens, which bounds memory
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")     # where it is known to be fast
-PACKED_ROWS = 64           # rows that oneDNN's layout is chosen for; it serves any number
+PREPACKED_ROWS = 64        # rows that oneDNN's layout is chosen for; it serves any number
+PART_ROWS = 256            # rows of a weight that are multiplied with one vector at a time
 SHORTEST_SHARED = 8        # tokens that prompts must have in common to be read together
 
 
@@ -236,59 +237,78 @@ PRESETS = {
 # Blocks
 
 
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: int) -> Tensor:
-    """x (N, in) times a weight (out, in) as `packed` lays it out, by oneDNN: (N, out). No gradients."""
+def sampling_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: int) -> Tensor:
+    """x (N, in) times a weight (out, in), plain or as `prepacked` lays it out: (N, out). On a CPU, without gradients."""
     if torch.compiler.is_compiling():                                  # which would take the call apart, were it not an operator
         return torch.ops.alignment.linear(x, weight, bias, out)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if weight.dim() == 2:                                              # one row. MKL reads a matrix for one vector with one thread, a batch with all
+        parts = weight.unflatten(0, (row_parts(out), -1))              # (P, out / P, in)
+        y = torch.bmm(parts, x.T.expand(len(parts), -1, -1)).view(1, out)
+    elif len(x) == 1:                                                  # an embedding bag adds up weighted rows, and reads them as fast as memory goes
+        rows, begins = bags(*weight.shape[:2])
+        factors = x.expand(len(weight), -1).flatten()                  # (P * in,)
+        y = F.embedding_bag(rows, weight.flatten(0, 1), begins, mode="sum", per_sample_weights=factors).view(1, out)
+    else:
+        y = torch.bmm(x.expand(len(weight), -1, -1), weight).transpose(0, 1).flatten(1)
+    return y if bias is None else y + bias
+
+
+@functools.cache
+def bags(count: int, size: int) -> tuple[Tensor, Tensor]:
+    """Rows 0, 1, 2, ... in bags of `size`: the rows, (count * size,), and where each bag begins, (count,)."""
+    return torch.arange(count * size, dtype=torch.int32), torch.arange(count, dtype=torch.int32) * size
 
 
 if not hasattr(torch.ops.alignment, "linear"):                         # a second import finds it made
     torch.library.define("alignment::linear", "(Tensor x, Tensor weight, Tensor? bias, int out) -> Tensor")
-    torch.library.impl("alignment::linear", "CompositeExplicitAutograd", onednn_linear)
+    torch.library.impl("alignment::linear", "CompositeExplicitAutograd", sampling_linear)
     torch.library.register_fake("alignment::linear", lambda x, weight, bias, out: x.new_empty(*x.shape[:-1], out))
 
 
-class FrozenProduct(torch.autograd.Function):
-    """x W^T for a W that gets no gradient and is not kept. (..., in) -> (..., out); `weight(dtype)` gives W, (out, in), once per direction."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Callable[[torch.dtype], Tensor]) -> Tensor:
-        ctx.weight = weight
-        return F.linear(x, weight(x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.weight(grad.dtype), None
+def row_parts(rows: int) -> int:
+    """How many parts a matrix of so many rows is cut into: some for each thread, none much above PART_ROWS rows."""
+    parts = 2 * torch.get_num_threads()
+    while rows > parts * PART_ROWS:
+        parts *= 2
+    return math.gcd(rows, parts)
 
 
 class Linear(nn.Linear):
-    """nn.Linear, whose weight `packed` can lay out as oneDNN reads it fastest."""
+    """nn.Linear, whose weight `prepacked` can lay out anew for sampling."""
 
     layout = None                                                      # the weight in that form
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.layout is None else onednn_linear(x, self.layout, self.bias, self.out_features)
+        alone = x.shape == (1, self.in_features) and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled()
+        if self.layout is None and not alone:
+            return super().forward(x)
+        return sampling_linear(x, self.weight if self.layout is None else self.layout, self.bias, self.out_features)
 
 
 @contextmanager
-def packed(model: nn.Module) -> Iterator[None]:
-    """Inside, for sampling on a CPU, linears keep their weights in oneDNN's layout instead of torch's.
+def prepacked(model: nn.Module, rows: int) -> Iterator[None]:
+    """Inside, for sampling `rows` answers together on a CPU, linears keep their weights in another layout than torch's.
 
-    Products of few rows gain most (bench/speed.py prints how much). There are no gradients inside.
+    For several rows it is oneDNN's; for one, in bfloat16, parts of the transposed weight (in float32, none is faster than torch's).
+    It serves any number of rows, without gradients; bench/speed.py prints what each gains.
     The plain weights' memory is let go meanwhile, where nothing else needs it, and they are back, bit for bit, at the end.
     Training keeps torch's: oneDNN makes and keeps a kernel for each new number of rows, and there every step has another.
     Nests. Where oneDNN has no such layout (GPUs, other types, sharded weights) nothing happens.
     """
     shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    types = [torch.float32] if ONEDNN else []
+    types = [torch.float32] if ONEDNN and rows > 1 else []
     types += [torch.bfloat16] if ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
     linears = [module for module in model.modules() if isinstance(module, Linear) and module.layout is None
                and type(module.weight.data) is Tensor and module.weight.device.type == "cpu" and module.weight.dtype in types]
     try:
         for linear in linears:
             weight, storage = linear.weight.data, linear.weight.untyped_storage()
-            linear.layout = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+            if rows > 1:
+                linear.layout = torch.ops.mkldnn._reorder_linear_weight(weight, PREPACKED_ROWS)
+            else:
+                linear.layout = weight.unflatten(0, (row_parts(len(weight)), -1)).transpose(1, 2).contiguous()
             if id(linear.weight) not in shared and storage.resizable() and storage.nbytes() == weight.nbytes:
                 storage.resize_(0)
         yield
@@ -297,7 +317,7 @@ def packed(model: nn.Module) -> Iterator[None]:
             weight, storage = linear.weight.data, linear.weight.untyped_storage()
             if not storage.nbytes():
                 storage.resize_(weight.nbytes)
-                weight.copy_(linear.layout.to_dense())
+                weight.copy_(linear.layout.to_dense() if linear.layout.is_mkldnn else linear.layout.transpose(1, 2).flatten(0, 1))
             linear.layout = None
 
 
@@ -389,12 +409,12 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.dim, kv_dim, bias=config.attention_bias)
         self.o_proj = Linear(q_dim, config.dim, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, attend: Callable, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attend: Callable, rope_cos: Tensor, rope_sin: Tensor, rows: Tensor | None) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))          # (N, H, Dh)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))          # (N, K, Dh)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))          # (N, K, Dh)
         q, k = rotate(q, rope_cos, rope_sin), rotate(k, rope_cos, rope_sin)
-        return self.o_proj(attend(self.layer, q, k, v).flatten(1))     # (N, H, Dh) -> (N, D)
+        return self.o_proj(only(attend(self.layer, q, k, v).flatten(1), rows))           # (N, H, Dh) -> (N or M, D)
 
 
 class MLP(nn.Module):
@@ -422,6 +442,11 @@ class SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
+def only(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The given rows of x, or all."""
+    return x if rows is None else x.index_select(0, rows)
+
+
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -430,8 +455,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, attend: Callable, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), attend, rope_cos, rope_sin)
+    def forward(self, x: Tensor, attend: Callable, rope_cos: Tensor, rope_sin: Tensor, rows: Tensor | None = None) -> Tensor:
+        """(N, D) -> (N, D), or (M, D) where only `rows` (M,) are wanted: all are attended to, but no others go further."""
+        x = only(x, rows) + self.self_attn(self.input_layernorm(x), attend, rope_cos, rope_sin, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -515,13 +541,26 @@ class QuantLinear(nn.Module):
         return QUANTIZERS[self.kind][1](self.codes, self.scales, dtype)[:, :self.in_features]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "int8" and x.dtype == torch.bfloat16 and x.device.type == "cpu" and x[..., 0].numel() <= 16 and not x.requires_grad and (
+        if self.kind == "int8" and x.dtype == torch.bfloat16 and x.device.type == "cpu" and 0 < x[..., 0].numel() <= 16 and not x.requires_grad and (
                 self.in_features % 16 == 0):                                             # other widths crash the kernel
             rows = x.reshape(-1, x.shape[-1])                                            # a few rows: the codes are read as they are
             out = torch._weight_int8pack_mm(rows, self.codes, self.scales.flatten()).view(*x.shape[:-1], -1)
         else:
-            out = FrozenProduct.apply(x, self.dequantize)
+            out = FrozenProduct.apply(x, self)
         return out if self.bias is None else out + self.bias
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x W^T for a W that gets no gradient and is not kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, linear: QuantLinear) -> Tensor:
+        ctx.linear = linear
+        return F.linear(x, linear.dequantize(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.linear.dequantize(grad.dtype), None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -906,9 +945,10 @@ class Llama(nn.Module):
                 weight.fill_(0.0 if name.endswith("bias") else 1.0)
         return self
 
-    def hidden(self, input_ids: Tensor, attend: Callable, position_ids: Tensor | None = None) -> Tensor:
+    def hidden(self, input_ids: Tensor, attend: Callable, position_ids: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """Final hidden states, normed, (N, D) of flat input_ids (N,); lm_head turns them into logits.
 
+        rows: (M,) indices into (N,), repeats allowed: make (M, D), those states only. The last block's MLP sees no others.
         attend: `Packed`, `Branched`, `Cached`, ..., or any callable (layer, q (N, H, Dh), k, v (N, K, Dh)) -> (N, H, Dh).
         position_ids: (N,); by default those of `attend`. Where they are given, all tokens count as one text as long
             as the highest of them, for the sake of dynamic RoPE.
@@ -919,11 +959,12 @@ class Llama(nn.Module):
             spans = (position_ids.max() + 1).expand_as(position_ids)
         x = self.model.embed_tokens(input_ids)                                           # (N, D)
         rope_cos, rope_sin = rope_tables(self.config, position_ids, spans, x.dtype)      # (N, 1, Dh) each
-        for block in self.model.layers:
+        for layer, block in enumerate(self.model.layers, start=1):
+            wanted = rows if layer == len(self.model.layers) else None
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, attend, rope_cos, rope_sin, use_reentrant=False)
+                x = checkpoint(block, x, attend, rope_cos, rope_sin, wanted, use_reentrant=False)
             else:
-                x = block(x, attend, rope_cos, rope_sin)
+                x = block(x, attend, rope_cos, rope_sin, wanted)
         return self.model.norm(x)
 
     def forward(self, input_ids: Tensor, *, lengths: list[int] | None = None, attention_mask: Tensor | None = None,
@@ -952,9 +993,8 @@ class Llama(nn.Module):
             if sum(lengths) != len(input_ids):
                 raise ValueError(f"lengths sum to {sum(lengths)}, input_ids have {len(input_ids)} tokens.")
             attend = Packed(lengths, input_ids.device) if kv_cache is None else Cached(kv_cache, lengths)
-            hidden = self.hidden(input_ids, attend, position_ids)                        # (N, D)
-            hidden = hidden if logits_at is None else take(hidden, logits_at.to(hidden.device))
-            return self.lm_head(hidden)                                                  # (N or M, V)
+            rows = None if logits_at is None else logits_at.to(input_ids.device)
+            return self.lm_head(self.hidden(input_ids, attend, position_ids, rows))      # (N or M, V)
         if lengths is not None or logits_at is not None:
             raise ValueError("lengths and logits_at go with flat input_ids (N,), not with rows (B, T).")
         real, lengths = documents(input_ids, attention_mask, segment_ids, cached=kv_cache is not None)
@@ -1049,7 +1089,7 @@ def generate(model: Llama, prompts: list[list[int]], *, max_new_tokens: int | li
     model.eval()
     try:
         stop = set(model.config.eos_ids if eos_ids is None else eos_ids)
-        with packed(model):
+        with prepacked(model, min(batch_size, len(answers))):
             decode(model, answers, (temperature, top_k, top_p), stop, batch_size, progress, watch)
     finally:
         model.train(was_training)
@@ -1092,7 +1132,7 @@ def decode(model: Llama, answers: list[Answer], how: tuple, eos_ids: set[int], b
         moving = live[begin:]
         if not moving[0].tokens:
             prompts = Prefill(cache, [answer.prompt for answer in moving], begin)
-            logits = model.lm_head(model.hidden(prompts.input_ids, prompts).index_select(0, prompts.last))      # (B, V)
+            logits = model.lm_head(model.hidden(prompts.input_ids, prompts, rows=prompts.last))        # (B, V)
         elif model.compiling:
             input_ids = torch.tensor([answer.tokens[-1] for answer in moving] + [0] * (slots - len(live)), device=weight.device)
             logits = step(model, input_ids, cache, cache.lengths.to(weight.device))[:len(live)]

@@ -601,7 +601,7 @@ def reward_mark(cfg: TrainConfig, *, good: bool, quantile: int, reward: float) -
 
 def label_hidden(model, batch) -> torch.Tensor:
     """Final hidden states where labelled tokens are predicted: (M, D)."""
-    return model.hidden(batch["input_ids"], batch["attend"]).index_select(0, batch["rows"])
+    return model.hidden(batch["input_ids"], batch["attend"], rows=batch["rows"])
 
 
 def label_logprobs(model, batch, hidden: torch.Tensor | None = None, *, temperature: float = 1.0) -> tuple[torch.Tensor, Callable]:

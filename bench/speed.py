@@ -539,11 +539,11 @@ UNITS = {"sft": "tok/s", "sample": "tok/s", "stream": "tok/s", "rank": "groups/s
 
 
 def machine(dtype) -> dict:
-    """What plain products reach here: GFLOP/s of the MLP's product at 512 rows; GB/s of one row through all its weights.
+    """What plain operations reach here: GFLOP/s of the MLP's product at 512 rows; GB/s of reading and adding up all its weights.
 
-    And GFLOP/s of 1, 32 and 512 rows through all its weights, as torch multiplies and with weights laid out as `model.packed` does.
+    And GFLOP/s of 1, 32 and 512 rows through all its weights, as torch multiplies and as the project does while it samples.
     """
-    from model import Linear, packed
+    from model import Linear, prepacked
 
     layers = torch.nn.ModuleList(Linear(512, 1376, bias=False) for _ in range(60)).to(dtype).requires_grad_(False)
 
@@ -555,16 +555,16 @@ def machine(dtype) -> dict:
             work()
             best = max(best, amount / (time.perf_counter() - began))
         return best
-    found = {"plain": [], "laid out": []}
+    found = {"plain": [], "sampling": []}
     with torch.inference_mode():
         x, weight = torch.randn(512, 512).to(dtype), layers[0].weight
         gflops = rate(lambda: [torch.nn.functional.linear(x, weight) for _ in range(40)], 40 * 2 * 512 * 512 * 1376) / 1e9
         for rows in (1, 32, 512):
             found["plain"].append(rate(lambda: [torch.nn.functional.linear(x[:rows], layer.weight) for layer in layers], 60 * 2 * rows * 512 * 1376) / 1e9)
-        with packed(layers):
-            for rows in (1, 32, 512):
-                found["laid out"].append(rate(lambda: [layer(x[:rows]) for layer in layers], 60 * 2 * rows * 512 * 1376) / 1e9)
-    return {"gflops": gflops, "gbs": found["plain"][0] / 2 * layers[0].weight.element_size(), **found}
+            with prepacked(layers, rows):
+                found["sampling"].append(rate(lambda: [layer(x[:rows]) for layer in layers], 60 * 2 * rows * 512 * 1376) / 1e9)
+        read = rate(lambda: [layer.weight.view(torch.float32).sum() for layer in layers], sum(layer.weight.nbytes for layer in layers)) / 1e9
+    return {"gflops": gflops, "gbs": read, **found}
 
 
 def measure(workload: str, system: str, dtype: str, threads: int) -> dict:
@@ -631,7 +631,7 @@ def main() -> None:
     limits = {dtype: machine(getattr(torch, dtype)) for dtype in args.dtypes}
     print(f"{args.threads} threads; " + "; ".join(f"{dtype}: {limit['gflops']:.0f} GFLOP/s, {limit['gbs']:.1f} GB/s" for dtype, limit in limits.items()), flush=True)
     for dtype, limit in limits.items():
-        print(f"{dtype}, GFLOP/s of 1, 32, 512 rows: " + "; ".join(f"{way} {', '.join(f'{value:.0f}' for value in limit[way])}" for way in ("plain", "laid out")), flush=True)
+        print(f"{dtype}, GFLOP/s of 1, 32, 512 rows: " + "; ".join(f"{way} {', '.join(f'{value:.0f}' for value in limit[way])}" for way in ("plain", "sampling")), flush=True)
     rows, absent = [], {"llama.cpp": ("xllamacpp", "gguf"), "trl": ("trl", "datasets")}
     jobs = [(workload, dtype, system) for workload in args.only for dtype in args.dtypes for system in PLAN[workload]
             if not args.systems or any(part in system for part in args.systems)]
