@@ -21,6 +21,7 @@ Whatever imports torch is imported by the function that needs it, so that a wron
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import re
@@ -1499,7 +1500,22 @@ def parse_flags(config_class, argv=None, description: str = "") -> dict:
         else:
             options |= {"type": kind, "metavar": kind.__name__.upper()}
         parser.add_argument(name, **options)
-    return vars(parser.parse_args(argv))
+    found, unknown = parser.parse_known_args(argv)
+    if unknown:                                             # said without values, for one may be a secret
+        name = next((word.partition("=")[0] for word in unknown if word.startswith("-")), "")
+        if "key" in name or name == "--token":
+            fail(f"there is no {name}: keys are not accepted on the command line. Put the key into the environment variable JUDGE_API_KEY, or into one "
+                 "that --judge-key-env names.")
+        near = difflib.get_close_matches(name, ["--" + item.name.replace("_", "-") for item in fields(config_class)], 1)
+        fail((f"there is no {name}." if name else f'"{unknown[0]:.60}" belongs to no flag.') + (f" Did you mean {near[0]}?" if near else " --help lists the flags."))
+    return vars(found)
+
+
+def check_writable(place: str) -> None:
+    """Raise ValueError where no folder `place` can be made or written to."""
+    there = next(parent for parent in (Path(place), *Path(place).absolute().parents) if os.path.lexists(parent))
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"nothing can be written to {place}: {there} is no folder that this user may write to. Give another.")
 
 
 def check_config(config: EvalConfig) -> None:
@@ -1507,10 +1523,8 @@ def check_config(config: EvalConfig) -> None:
     for name in ("wordings", "per_task", "max_new_tokens", "batch_size", "repeats"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small. Give 1 or more.")
-    for place in [config.merge] if config.merge or config.chat or config.show_mask else [config.out]:
-        there = next(parent for parent in (Path(place), *Path(place).absolute().parents) if os.path.lexists(parent))
-        if place and not (there.is_dir() and os.access(there, os.W_OK)):
-            raise ValueError(f"nothing can be written to {place}: {there} is no folder that this user may write to. Give another.")
+    if not (config.chat or config.show_mask):               # which write nothing
+        check_writable(config.merge or config.out)
     if config.merge and (len(config.adapter) > 1 or config.quantize != "none"):
         raise ValueError(f"--merge takes one --adapter at most and a model in full precision; got {len(config.adapter)} and --quantize "
                          f"{config.quantize}. Merge each adapter into a folder of its own.")

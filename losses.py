@@ -470,7 +470,7 @@ def whiten(values: Tensor, *, shift_mean: bool = True) -> Tensor:
 
 def ppo_policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, *, clip: float = 0.2) -> Tensor:
     """max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), rho = pi / pi_old   PPO, arXiv 1707.06347, Eq. 7; all (M,) -> (M,)."""
-    ratio = (logprobs - old).exp()
+    ratio = (logprobs - old).clamp(max=80).exp()             # beyond, float32 overflows, and 0 * inf is no gradient
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
 
 

@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Literal
 
-from eval import JudgeFlags, check_judge, complain, fail, flag, parse_flags
+from eval import JudgeFlags, check_judge, check_writable, complain, fail, flag, parse_flags
 
 HERE = Path(__file__).parent
 PREFERENCE = ("cat", "dpo", "rso", "slic", "rrhf", "pro", "expert", "conditional", "reward", "ppo", "rlaif", "constitutional")
@@ -259,6 +259,9 @@ def check_config(cfg: TrainConfig) -> str:
             return f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected 0 or more."
     try:
         check_judge(cfg, asked="http" in (cfg.judge, cfg.critic))
+        for place in (cfg.out, cfg.export):                 # of the process that writes
+            if place and not cfg.dry_run and os.environ.get("RANK", "0") == "0":
+                check_writable(place)
     except ValueError as error:
         return str(error)
     if cfg.critic not in ("", "http") and cfg.judge != "self":

@@ -3,8 +3,9 @@
     python bench/growth.py --out growth.png                 # the table, and the plot where a file is given
 
 Each figure is the median of the rounds, microseconds per useful token: a token that is trained on or generated, or, for groups,
-that stands in the prompt or in an answer (a prompt counts once, however many answers share it). Only answers have logits, so the more
-of them a group has, the more arithmetic a token of it costs; the table says how much, and the plot what would follow from that alone.
+that stands in the prompt or in an answer (a prompt counts once, however many answers share it). Only answers go through the last
+block's MLP and have logits, so the more of them a group has, the more arithmetic a token of it costs; the table says how much, and
+the plot what would follow from that alone.
 """
 
 import argparse
@@ -73,8 +74,10 @@ SERIES = {"examples": (examples, (100, 1000, 10000)), "answers in a group": (can
 
 def operations(n: int) -> float:
     """Million multiplications and additions per useful token of a group of n answers, forward and backward, without adapters and attention."""
-    block = CONFIG.dim * CONFIG.head_dim * 2 * (CONFIG.n_heads + CONFIG.n_kv_heads) + 3 * CONFIG.dim * CONFIG.hidden_dim
-    return 4e-6 * (CONFIG.n_layers * block + CONFIG.dim * CONFIG.vocab_size * 30 * n / (200 + 30 * n))
+    qkv = CONFIG.dim * CONFIG.head_dim * (CONFIG.n_heads + 2 * CONFIG.n_kv_heads)
+    rest = CONFIG.dim * CONFIG.head_dim * CONFIG.n_heads + 3 * CONFIG.dim * CONFIG.hidden_dim
+    answers = 30 * n / (200 + 30 * n)                       # the last block's rest and the head see these only
+    return 4e-6 * (CONFIG.n_layers * qkv + (CONFIG.n_layers - 1 + answers) * rest + answers * CONFIG.dim * CONFIG.vocab_size)
 
 
 def main() -> None:

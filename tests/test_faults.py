@@ -4,6 +4,7 @@ The short ones run with the suite; `pytest -m faults` runs all of them, with mor
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -23,8 +24,10 @@ from safetensors.torch import load_file
 
 import chatserver
 import data
+import eval as evaluation
+import losses
 import train
-from test_train import JUDGED, ROOT, arguments, cat, planted, world     # noqa: F401
+from test_train import JUDGED, ROOT, arguments, cat, judged, planted, world     # noqa: F401
 
 
 @pytest.fixture(autouse=True)
@@ -309,22 +312,28 @@ def test_files_are_synced_before_their_folder_is_renamed_and_have_the_umasks_mod
     assert Path([path for name, path in calls[:renamed] if name == "replace" and path.startswith(part)][-1]).name.startswith(".manifest.json")    # last
 
 
-@pytest.mark.parametrize("call", [pytest.param("fsync", marks=pytest.mark.faults), pytest.param("replace", marks=pytest.mark.faults), "rename", "mkdir"])
-def test_a_save_that_fails_leaves_the_one_before(call, world, whole, tmp_path, monkeypatch, capsys):     # noqa: F811
-    """The n-th such call of a save has no room on the disk, n = 1, 2, ...: one sentence, and the next run goes on from the last whole one."""
-    failed = 0
+FAILURES = {"no room": OSError(28, "No space left on device", "x"), "a bad disk": OSError(5, "Input/output error", "x"),
+            "no permission": PermissionError(13, "Permission denied", "x"), "a second Ctrl-C": train.Stopped(signal.SIGINT)}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("call", [pytest.param("fsync", marks=pytest.mark.faults), pytest.param("replace", marks=pytest.mark.faults),
+                                  pytest.param("touch", marks=pytest.mark.faults), "rename", "mkdir"])
+def test_a_save_that_fails_leaves_the_one_before(call, failure, world, whole, tmp_path, monkeypatch, capsys, record_property):     # noqa: F811
+    """The n-th such call of a save fails, n = 1, 2, ...: one sentence, and the next run goes on from the last whole one."""
+    failed, error = 0, FAILURES[failure]
     for n in range(1, 12):
         out, count = tmp_path / str(n), [0]
         argv = command(world, out, "sft")
         with monkeypatch.context() as patch:
-            owner = Path if call == "mkdir" else os
+            owner = Path if call in ("mkdir", "touch") else os
             real, real_write = getattr(owner, call), train.write_checkpoint
 
             def broken(*args, **more):
                 if count[0] >= 0 and saving[0]:
                     count[0] += 1
                     if count[0] == n:
-                        raise OSError(28, "No space left on device", str(out))
+                        raise error
                 return real(*args, **more)
             saving = [False]
 
@@ -337,14 +346,53 @@ def test_a_save_that_fails_leaves_the_one_before(call, world, whole, tmp_path, m
             patch.setattr(owner, call, broken)
             patch.setattr(train, "write_checkpoint", write)
             status = train.main(argv)
-        error = capsys.readouterr().err
+        said = capsys.readouterr().err
         if status == 0:
             break
         failed += 1
-        assert status == 1 and error.count("\n") == 1 and "No space left on device" in error
+        assert status == (1 if isinstance(error, OSError) else 130) and said.count("\n") == 1
+        assert (f": {error.strerror}. What was finished is kept" if isinstance(error, OSError) else "stopped by SIGINT") in said
         assert train.find_checkpoint(out) and not list((out / "checkpoints").glob(".tmp-*"))
         assert train.main(argv) == 0 and leftovers(out) == whole("sft")[0]
-    assert failed == {"fsync": 7, "replace": 5, "rename": 1, "mkdir": 1}[call]
+    record_property("trials", failed)
+    assert failed == {"fsync": 7, "replace": 5, "touch": 5, "rename": 1, "mkdir": 1}[call]
+
+
+def test_a_run_folder_may_be_a_link(world, whole, tmp_path):             # noqa: F811
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert train.main(command(world, tmp_path / "link", "sft")) == 0 and leftovers(tmp_path / "real") == whole("sft")[0]
+
+
+@pytest.mark.parametrize("trials", [2, pytest.param(5, marks=pytest.mark.faults)])
+def test_answers_collected_before_a_kill_are_not_sampled_again(trials, world, tmp_path, record_property):     # noqa: F811
+    """200 answers in chunks of 16: after each kill all whole chunks are there, and the file ends as it does without kills, byte by byte."""
+    def argv(out):
+        return ["--stage", "cat", *arguments(world, out), "--judge", "length", "--pool-per-task", "10", "--pool-wordings", "3", "--samples", "4", "--wordings", "3",
+                "--eval-batch", "4", "--sft-steps", "2", "--steps", "2", "--batch-size", "4", "--no-compare", "--no-evaluate"]
+    assert lives(argv(tmp_path / "whole"), []) == (0, 0)
+    wanted = (tmp_path / "whole/candidates.jsonl").read_bytes()
+    assert wanted.count(b"\n") >= 200
+    for trial in range(trials):
+        out, kills = tmp_path / str(trial), 0
+        for share in sorted(random.uniform(0.1, 0.9) for _ in range(2)):
+            goal, path, before = share * len(wanted), out / "candidates.jsonl", -1
+            child = os.fork()
+            if child == 0:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                os._exit(train.main(argv(out)))
+            while os.waitpid(child, os.WNOHANG) == (0, 0) and (not path.exists() or path.stat().st_size < goal):
+                before = max(before, path.stat().st_size if path.exists() else 0)
+                time.sleep(0.001)
+            try:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                kills += 1
+            except (ProcessLookupError, ChildProcessError):              # it has ended already
+                pass
+            assert wanted.startswith(path.read_bytes()) and path.stat().st_size >= max(goal, before)
+        assert lives(argv(out), []) == (0, 0) and path.read_bytes() == wanted and kills > 0
+    record_property("trials", trials)
 
 
 # Kills at random moments, of what saves and of what records ----------------------------------------------------------
@@ -629,6 +677,85 @@ def test_rows_without_a_target_add_nothing(world, tmp_path):             # noqa:
     run.model.zero_grad()
     assert train.backward(run.model, stage, [train.collate(empty, "cpu")], run.cfg) == {"ce": 0}
     assert all(p.grad is None or not p.grad.any() for p in train.trained(run.model).values())
+
+
+SMALLEST = {                                                # the flags of each loss
+    "sft": (), "expert": (), "cat": (), "dpo": (), "dpo ipo": ("--preference", "ipo"), "dpo by length": ("--length-normalize",), "rso": (), "slic": (), "rrhf": (), "pro": (),
+    "reward": (), "conditional": (), "cut": (), "hindsight": (), "forward": (), "unlikelihood": (), "unlikelihood token": ("--level", "token"),
+    "unlikelihood sequence": ("--level", "sequence")}
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_every_loss_of_answers_that_are_only_an_end_is_finite(name, world, judged, tmp_path):     # noqa: F811
+    """One label in each document, one group in the batch; where losses are of tokens, another group without any changes nothing."""
+    stage = name.split()[0]
+    records = ["--records", str(judged), *JUDGED] if train.kind(stage) in train.JUDGED else [
+        "--candidates", str(planted(world, tmp_path / "candidates.jsonl"))] if stage != "sft" else []
+    run = train.make_run(train.parse_config(["--stage", stage, *arguments(world, tmp_path / "run"), *records, *SMALLEST[name]]))
+    run.model = train.trainable(run.cfg, None).eval()
+    if train.STAGES[stage].head:
+        evaluation.add_head(run.model)
+    groups = train.STAGES[stage].groups(run)[:1]
+    ignored = data.IGNORE_INDEX
+
+    def ending(group, kept=1):
+        return {**group, "documents": [{**document, "labels": [ignored] * (len(document["labels"]) - kept) + document["labels"][len(document["labels"]) - kept:]}
+                                       for document in group["documents"]]}
+    found = []
+    for batch in ([[ending(group) for group in groups]], [[ending(group) for group in groups], [ending(group, 0) for group in groups]]):
+        run.model.zero_grad()
+        means = train.backward(run.model, train.STAGES[stage], [{**train.collate(part, "cpu"), "step": 0} for part in batch], run.cfg)
+        grads = torch.cat([p.grad.flatten() for p in train.trained(run.model).values() if p.grad is not None])
+        assert all(math.isfinite(value) for value in means.values()) and grads.isfinite().all()
+        assert grads.any() or name in ("unlikelihood token", "unlikelihood sequence")             # an end alone repeats nothing
+        found.append((means, grads))
+        if train.STAGES[stage].counts is not train.token_counts:
+            break                                           # the others count documents, pairs or groups, and none comes without a label
+    for means, grads in found[1:]:
+        assert means == pytest.approx(found[0][0], rel=1e-5)
+        torch.testing.assert_close(grads, found[0][1], atol=1e-6, rtol=1e-4)
+
+
+def slope(loss, *at):
+    """The loss's gradient at float32 numbers."""
+    points = [torch.tensor(numbers, requires_grad=True) for numbers in at]
+    loss(*points).sum().backward()
+    return [point.grad.tolist() for point in points]
+
+
+far, one = [1e4, -1e4], torch.zeros(1, dtype=torch.long)
+LIMITS = {
+    **{f"{kind} of log-ratios of 10,000": lambda kind=kind: slope(lambda h: losses.dpo_loss(h, kind=kind)[0], far) for kind in ("sigmoid", "robust", "ipo", "hinge")},
+    "a ratio of exp(89), good": lambda: slope(lambda logprobs: losses.ppo_policy_loss(logprobs, torch.tensor([-89.0]), torch.tensor([1.0])), [0.0]),
+    "a ratio of exp(89), bad": lambda: slope(lambda logprobs: losses.ppo_policy_loss(logprobs, torch.tensor([-89.0]), torch.tensor([-1.0])), [0.0]),
+    "a ratio of exp(-1e4)": lambda: slope(lambda logprobs: losses.ppo_policy_loss(logprobs, torch.tensor([0.0]), torch.tensor([-1.0])), [-1e4]),
+    "values far off": lambda: slope(lambda values: losses.ppo_value_loss(values, torch.tensor([0.0]), torch.tensor([1e4])), [-1e4]),
+    "equal advantages": lambda: losses.whiten(torch.ones(5)).tolist(),
+    "one advantage": lambda: losses.whiten(torch.ones(1)).tolist() + losses.whiten(torch.ones(1), shift_mean=False).tolist(),
+    "no advantage": lambda: losses.whiten(torch.ones(0)).tolist(),
+    "one token": lambda: [found.tolist() for found in losses.gae(torch.ones(1), torch.ones(1), one)],
+    "no token": lambda: [found.tolist() for found in losses.gae(torch.ones(0), torch.ones(0), one[:0])],
+    "a group of one": lambda: [losses.pro_loss(torch.tensor([-1.0])).item(), losses.best_vs_lower_pairs([2])],
+    "equal rewards": lambda: [slope(lambda s: losses.pro_loss(s, torch.ones(3)), [-1.0, -2.0, -3.0]), losses.best_vs_lower_pairs([1, 1, 1])],
+    "likelihoods of -10,000": lambda: slope(losses.pro_loss, [-1e4, 0.0, -5e3]),
+    "rewards far apart": lambda: slope(lambda r: losses.reward_loss(r, one, one + 1)[0], far) + slope(lambda r: losses.reward_loss(r, one + 1, one)[0], far),
+    "no divergence": lambda: losses.adapted_beta(0.1, 0.0, 1e-9),
+    "best of one": lambda: [losses.best_of_n([1.0], 1), losses.best_of_n_kl(1)],
+    "RSO of equal rewards": lambda: losses.rejection_sample([1.0] * 4, 2, beta=1e-9, rng=random.Random(0)),
+    "RSO of far rewards": lambda: losses.rejection_sample([1e9, 0.0], 2, beta=1e-9, rng=random.Random(0)),
+    "CR of one answer": lambda: evaluation.consistency_rate([[True]]),
+    "MCR of one answer": lambda: evaluation.max_consistency_rate([[True]]),
+    "ROUGE of nothing": lambda: [evaluation.rouge_scores("", ["x"]), evaluation.rouge_scores("x", [""]), evaluation.rouge_scores("", [""])],
+    "an interval of nothing": lambda: [evaluation.wilson(0, 0), evaluation.bootstrap([])],
+    "an interval of one": lambda: [evaluation.wilson(1, 1), evaluation.bootstrap([0.5])],
+    "kappa of agreement by chance alone": lambda: [evaluation.cohen_kappa([1, 1], [1, 1]), evaluation.cohen_kappa([], [])],
+    "correlations of constants": lambda: [evaluation.correlation([1, 1, 1], [1, 2, 3]), evaluation.correlation([1], [1]), evaluation.correlation([], [])],
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_figures_at_their_limits_are_finite_or_null(name):
+    json.dumps(LIMITS[name](), allow_nan=False)
 
 
 def test_planted_spikes_are_found_and_clean_losses_are_not_flagged():

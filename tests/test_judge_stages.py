@@ -165,6 +165,10 @@ def test_mistakes_get_one_sentence_before_anything_happens(world, tmp_path, caps
     assert "over plain http to proxy.example" in said("--stage", "cat", *HTTP, "--judge-proxy", "http://proxy.example:3128")
     assert "over plain http to 10.0.0.5" in said("--stage", "cat", *HTTP, "--judge-url", "http://10.0.0.5/v1")
     assert "sk-secret" not in said("--stage", "cat", *HTTP, "--judge-key-env", "sk-secret-secret")
+    for words in (("--api-key", "sk-secret-secret"), ("--judge-key=sk-secret-secret",), ("--token", "sk-secret-secret")):
+        assert f"no {words[0].partition('=')[0]}: keys are not accepted on the command line" in (error := said("--stage", "cat", *words)) and "sk-secret" not in error
+    assert "there is no --judge-ulr. Did you mean --judge-url?" in said("--judge-ulr", "http://x")
+    assert '"sft" belongs to no flag. --help lists the flags.' in said("sft")
     assert "--critic writes judgments only with --judge self" in said("--stage", "cut", "--critic", str(tmp_path))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import zipfile
 
@@ -639,6 +640,17 @@ def refused(folder, words, **how):
         load_model(folder, **how)
     message = str(caught.value)
     assert "\n" not in message and len(message) < 500 + 2 * len(str(folder)), message
+
+
+@pytest.mark.parametrize("value, how", [(torch.nan, {}), (torch.inf, {}), (-torch.inf, {}), (torch.nan, {"quantize": "int8"}), (torch.inf, {"quantize": "nf4"}),
+                                        (7e4, {"dtype": torch.float16}), (torch.nan, {"dtype": torch.bfloat16})])
+def test_one_bad_number_in_any_tensor_is_refused_by_name(value, how, folder, record_property):
+    good = load_file(folder / "model.safetensors")
+    for name, tensor in good.items():
+        rewrite(folder, lambda x: x[name].view(-1)[random.randrange(tensor.numel())].fill_(value))
+        refused(folder, f"tensor {re.escape(name)} has 1 non-finite values", **how)
+        save_file(good, folder / "model.safetensors", {"format": "pt"})
+    record_property("trials", len(good))
 
 
 def test_sentences_about_files(folder, tmp_path):

@@ -355,7 +355,7 @@ def test_two_processes_train_as_one(world, tmp_path):
 
 @pytest.mark.parametrize("line, sentence", [
     (["--stage", "sfft"], f'unknown stage "sfft". Stages: {", ".join(train.STAGES)}. Did you mean "sft"?'),
-    (["--stagee", "cat"], "unrecognized arguments: --stagee"), (["--judge", "oracle"], "invalid choice: 'oracle'"),
+    (["--stagee", "cat"], "there is no --stagee. Did you mean --stage?"), (["--judge", "oracle"], "invalid choice: 'oracle'"),
     (["--lr", "fast"], "invalid float value: 'fast'"), (["--lr", "-1"], "--lr is -1.0. Expected a positive number."),
     (["--steps", "0"], "--steps is 0. Expected 1 or more."), (["--model", "nowhere"], "--model nowhere does not exist."),
     (["--stage", "sft", "--lam", "1"], '--lam means nothing to stage "sft"'), (["--stage", "pretrain"], "needs --corpus FILE")])
@@ -384,12 +384,9 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(world, tmp_path, capsy
     assert "is not JSON" in answer(paraphrases_json="[")
 
 
-def test_no_room_for_a_response_and_an_unwritable_folder(world, tmp_path, capsys):
+def test_no_room_for_a_response(world, tmp_path, capsys):
     assert train.main(cat(world, tmp_path / "a", "--max-len", "3")) == 2
     assert "--max-len 3 leaves no room" in capsys.readouterr().err
-    (tmp_path / "file").write_text("")
-    assert train.main(cat(world, tmp_path / "file" / "out")) == 1
-    assert capsys.readouterr().err.startswith("error: ")
 
 
 # Real data -----------------------------------------------------------------------------------------------------------
