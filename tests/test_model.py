@@ -394,6 +394,8 @@ def test_weights_laid_out_for_sampling_serve_alike_and_come_back(dtype, toleranc
     rng = random.Random(5)
     for _ in range(6):
         model = Llama(dataclasses.replace(random_config(rng), vocab_size=321)).init_weights(rng.randrange(99)).to(dtype)
+        for name, weight in model.named_parameters():
+            weight.data.normal_(0, 0.1) if name.endswith("bias") else None
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
         ids = torch.randint(321, (rng.randint(1, 40),))
         with torch.inference_mode():
@@ -487,6 +489,8 @@ def test_the_compiled_step_says_what_the_plain_one_does(tiny, compiled, batch_si
     model.compiling = True
     found = generate(model, prompts, **how)
     assert found[0] == wanted[0] and compiled
+    shapes = {(len(input_ids), cache.max_len) for _, input_ids, cache, _ in compiled}                # each is compiled anew, so there are few
+    assert shapes == {({1: 1, 3: 3, 16: 8}[batch_size], 256)}
     assert all(one == pytest.approx(two, abs=1e-4) for one, two in zip(found[1], wanted[1]))
 
 
@@ -498,6 +502,18 @@ def test_eos_is_kept_and_ends_the_row(tiny):
         first = next((i for i, token in enumerate(full) if token in stop), 7)
         assert answer == full[:first + 1]
     assert generate(tiny, [], max_new_tokens=3) == [] and len(free[0]) == 8
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available() or "AVX" not in torch.backends.cpu.get_cpu_capability(), reason="no other layouts on this machine")
+@pytest.mark.parametrize("dtype, prompts, kind", [(torch.float32, 3, "oneDNN"), (torch.float32, 1, "torch"), (torch.bfloat16, 3, "oneDNN"), (torch.bfloat16, 1, "parts")])
+def test_what_samples_lays_its_weights_out(tiny, dtype, prompts, kind):
+    found, model = set(), copy.deepcopy(tiny).to(dtype)
+
+    def watch(tokens):
+        layout = model.model.layers[1].mlp.up_proj.layout
+        found.add("torch" if layout is None else "oneDNN" if layout.is_mkldnn else "parts")
+    generate(model, [[1, 2, 3]] * prompts, max_new_tokens=3, watch=watch)
+    assert found == {kind} and model.model.layers[1].mlp.up_proj.layout is None
 
 
 def test_progress_and_train_mode(tiny):

@@ -190,6 +190,16 @@ def test_chat_remembers_and_forgets(monkeypatch, capsys):
     assert "the oldest turn is forgotten" in said and len(re.findall(r"\(\d+ tokens", said)) == 5
 
 
+def test_chat_writes_nothing_and_lays_weights_out_once(tmp_path, monkeypatch, capsys):
+    import model as language_model
+
+    (tmp_path / "file").write_text("mine")
+    laid, prepacked = [], language_model.prepacked
+    monkeypatch.setattr(language_model, "prepacked", lambda model, rows: laid.append((rows, model.lm_head.layout is None)) or prepacked(model, rows))
+    assert len(answers(talk(monkeypatch, capsys, ["who ?", "who ?"], "--out", str(tmp_path / "file"), "--dtype", "bfloat16"))) == 2
+    assert [rows for rows, _ in laid] == [1, 1, 1] and laid[0][1]
+
+
 def test_chat_goes_on_after_an_interrupt_and_after_a_line_that_is_no_text(monkeypatch, capsys):
     import model as language_model
     line, calls, generate = "name the colour .", [], language_model.generate
@@ -260,11 +270,13 @@ def test_places_that_cannot_be_written_to(place, tmp_path, capsys, monkeypatch):
     if "closed" in place:                                   # by a mode it would be open to root
         monkeypatch.setattr("os.access", lambda place, mode: Path(place) != tmp_path / "closed")
     out = str(tmp_path / place)
-    for program in (train, evaluation):
+    for program, flags in ((train, ["--out", out]), (train, ["--stage", "pretrain", "--corpus", str(DEMO / "config.json"), "--tokenizer", str(DEMO / "tokenizer.model"), "--export", out]),
+                           (evaluation, ["--out", out]), (evaluation, ["--merge", out])):
         with pytest.raises(SystemExit) as stop:
-            program.main(["--out", out])
+            program.main(flags)
         said = capsys.readouterr().err
         assert stop.value.code == 2 and said.startswith(f"error: nothing can be written to {out}: ") and said.count("\n") == 1
+    assert train.main(["--stage", "sft", "--dry-run", "--out", out]) == 0                # writes nothing
     assert (tmp_path / "file").read_text() == "mine"
 
 
