@@ -53,19 +53,25 @@ def leftovers(out: Path) -> dict[str, bytes | str]:
     return found
 
 
+def forked(argv: list[str]) -> int:
+    """A child that runs train.py and has torch imported already: its process id."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        status = 70
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            status = train.main(argv)
+        finally:
+            os._exit(status)
+    return child
+
+
 def lives(argv: list[str], delays, *, limit: float = 240) -> tuple[int, int]:
     """Run train.py in children forked from this process, killing them after each delay, until one ends: (kills, exit status)."""
     kills = 0
     for delay in [*delays, None]:
-        sys.stdout.flush()
-        child = os.fork()
-        if child == 0:                                      # a fork has torch imported already
-            status = 70
-            try:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                status = train.main(argv)
-            finally:
-                os._exit(status)
+        child = forked(argv)
         end = time.time() + (limit if delay is None else delay)
         while time.time() < end:
             ended, status = os.waitpid(child, os.WNOHANG)
@@ -371,16 +377,12 @@ def test_answers_collected_before_a_kill_are_not_sampled_again(trials, world, tm
         return ["--stage", "cat", *arguments(world, out), "--judge", "length", "--pool-per-task", "10", "--pool-wordings", "3", "--samples", "4", "--wordings", "3",
                 "--eval-batch", "4", "--sft-steps", "2", "--steps", "2", "--batch-size", "4", "--no-compare", "--no-evaluate"]
     assert lives(argv(tmp_path / "whole"), []) == (0, 0)
-    wanted = (tmp_path / "whole/candidates.jsonl").read_bytes()
+    wanted, total = (tmp_path / "whole/candidates.jsonl").read_bytes(), 0
     assert wanted.count(b"\n") >= 200
     for trial in range(trials):
         out, kills = tmp_path / str(trial), 0
         for share in sorted(random.uniform(0.1, 0.9) for _ in range(2)):
-            goal, path, before = share * len(wanted), out / "candidates.jsonl", -1
-            child = os.fork()
-            if child == 0:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                os._exit(train.main(argv(out)))
+            goal, path, before, child = share * len(wanted), out / "candidates.jsonl", -1, forked(argv(out))
             while os.waitpid(child, os.WNOHANG) == (0, 0) and (not path.exists() or path.stat().st_size < goal):
                 before = max(before, path.stat().st_size if path.exists() else 0)
                 time.sleep(0.001)
@@ -391,8 +393,10 @@ def test_answers_collected_before_a_kill_are_not_sampled_again(trials, world, tm
             except (ProcessLookupError, ChildProcessError):              # it has ended already
                 pass
             assert wanted.startswith(path.read_bytes()) and path.stat().st_size >= max(goal, before)
-        assert lives(argv(out), []) == (0, 0) and path.read_bytes() == wanted and kills > 0
-    record_property("trials", trials)
+        assert lives(argv(out), []) == (0, 0) and path.read_bytes() == wanted
+        total += kills
+    assert total                                            # a busy machine may let some runs end before they are seen
+    record_property("trials", total)
 
 
 # Kills at random moments, of what saves and of what records ----------------------------------------------------------
