@@ -1627,7 +1627,7 @@ def train(run: Run, stage: Stage, groups: list[dict], log_path: Path, place: Pat
             part["lr"] = learning_rate(step, cfg)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        seen += size * sum(len(batch["input_ids"]) for batch in batches)
+        seen += int(all_sum({"tokens": sum(len(batch["input_ids"]) for batch in batches)})["tokens"])
         seconds = time.time() - started
         bar.set_postfix_str(f"{seen / seconds / 1000:.1f}k tok/s")
         loss = sum(means[term] for term in stage.losses or means)
@@ -2524,4 +2524,9 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if "RANK" in os.environ:                                # threads of gloo that outlive their group can abort a process that ends in the usual way
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -348,6 +348,8 @@ def test_two_processes_train_as_one(world, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = (load_file(out / "adapter_model.safetensors") for out in outs)
     assert max(float((one[k] - two[k]).abs().max()) for k in one) < 5e-5     # Adam enlarges the rounding of tiny gradients
+    tokens = [[json.loads(row)["tokens"] for row in (out / "log.jsonl").read_text().splitlines()] for out in outs]
+    assert tokens[0] == tokens[1] and len(tokens[0]) == 3
 
 
 # Mistakes ------------------------------------------------------------------------------------------------------------
