@@ -1507,7 +1507,7 @@ def parse_flags(config_class, argv=None, description: str = "") -> dict:
             fail(f"there is no {name}: keys are not accepted on the command line. Put the key into the environment variable JUDGE_API_KEY, or into one "
                  "that --judge-key-env names.")
         near = difflib.get_close_matches(name, ["--" + item.name.replace("_", "-") for item in fields(config_class)], 1)
-        fail((f"there is no {name}." if name else f'"{unknown[0]:.60}" belongs to no flag.') + (f" Did you mean {near[0]}?" if near else " --help lists the flags."))
+        fail((f"there is no {name}." if name else f'"{unknown[0]:.7}{"…" * (len(unknown[0]) > 7)}" belongs to no flag.') + (f" Did you mean {near[0]}?" if near else " --help lists the flags."))
     return vars(found)
 
 
@@ -1523,7 +1523,7 @@ def check_config(config: EvalConfig) -> None:
     for name in ("wordings", "per_task", "max_new_tokens", "batch_size", "repeats"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small. Give 1 or more.")
-    if not (config.chat or config.show_mask):               # which write nothing
+    if not config.chat:                                     # which writes nothing
         check_writable(config.merge or config.out)
     if config.merge and (len(config.adapter) > 1 or config.quantize != "none"):
         raise ValueError(f"--merge takes one --adapter at most and a model in full precision; got {len(config.adapter)} and --quantize "

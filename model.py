@@ -291,8 +291,8 @@ class Linear(nn.Linear):
 def prepacked(model: nn.Module, rows: int) -> Iterator[None]:
     """Inside, for sampling `rows` answers together on a CPU, linears keep their weights in another layout than torch's.
 
-    For several rows it is oneDNN's; for one, in bfloat16, parts of the transposed weight (in float32, none is faster than torch's).
-    It serves any number of rows, without gradients; bench/speed.py prints what each gains.
+    For several rows it is oneDNN's; for one, in bfloat16, parts of the transposed weight. (In float32 `sampling_linear` reads torch's
+    own layout for one row.) It serves any number of rows, without gradients; bench/speed.py prints what each gains.
     The plain weights' memory is let go meanwhile, where nothing else needs it, and they are back, bit for bit, at the end.
     Training keeps torch's: oneDNN makes and keeps a kernel for each new number of rows, and there every step has another.
     Nests. Where oneDNN has no such layout (GPUs, other types, sharded weights) nothing happens.
@@ -399,6 +399,11 @@ def rotate(x: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
     return x * rope_cos + torch.cat([-right, left], dim=-1) * rope_sin
 
 
+def only(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The given rows of x, or all."""
+    return x if rows is None else x.index_select(0, rows)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -409,7 +414,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.dim, kv_dim, bias=config.attention_bias)
         self.o_proj = Linear(q_dim, config.dim, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, attend: Callable, rope_cos: Tensor, rope_sin: Tensor, rows: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, attend: Callable, rope_cos: Tensor, rope_sin: Tensor, rows: Tensor | None = None) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))          # (N, H, Dh)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))          # (N, K, Dh)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))          # (N, K, Dh)
@@ -440,11 +445,6 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
-
-
-def only(x: Tensor, rows: Tensor | None) -> Tensor:
-    """The given rows of x, or all."""
-    return x if rows is None else x.index_select(0, rows)
 
 
 class Block(nn.Module):

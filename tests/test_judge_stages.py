@@ -169,6 +169,7 @@ def test_mistakes_get_one_sentence_before_anything_happens(world, tmp_path, caps
         assert f"no {words[0].partition('=')[0]}: keys are not accepted on the command line" in (error := said("--stage", "cat", *words)) and "sk-secret" not in error
     assert "there is no --judge-ulr. Did you mean --judge-url?" in said("--judge-ulr", "http://x")
     assert '"sft" belongs to no flag. --help lists the flags.' in said("sft")
+    assert '"sk-live…" belongs to no flag. --help lists the flags.' in said("sk-live-1234567890")              # which may be a key
     assert "--critic writes judgments only with --judge self" in said("--stage", "cut", "--critic", str(tmp_path))
 
 

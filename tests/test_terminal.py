@@ -3,8 +3,10 @@
 import dataclasses
 import io
 import json
-import shutil
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -271,7 +273,7 @@ def test_places_that_cannot_be_written_to(place, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr("os.access", lambda place, mode: Path(place) != tmp_path / "closed")
     out = str(tmp_path / place)
     for program, flags in ((train, ["--out", out]), (train, ["--stage", "pretrain", "--corpus", str(DEMO / "config.json"), "--tokenizer", str(DEMO / "tokenizer.model"), "--export", out]),
-                           (evaluation, ["--out", out]), (evaluation, ["--merge", out])):
+                           (evaluation, ["--out", out]), (evaluation, ["--merge", out]), (evaluation, ["--show-mask", str(DEMO / "config.json"), "--out", out])):
         with pytest.raises(SystemExit) as stop:
             program.main(flags)
         said = capsys.readouterr().err
@@ -374,6 +376,17 @@ def test_estimates_count_the_documents_of_a_group(flags, documents):
     assert rows["activations"] == whole["activations"] and rows["logits"] == whole["logits"]             # a group is never torn
     if cfg.stage != "sft":
         assert rows["... of SFT on the way"] == 4 * rows["parameters"] * cfg.sft_steps * 24 * 300
+
+
+def test_under_torchrun_a_finished_process_ends_at_once():
+    """A thread of gloo that outlives its group can abort a process on its way out; here that way always aborts."""
+    code = ("import atexit, os, runpy, sys; atexit.register(os.abort); sys.argv = ['train.py', '--stage', 'sft', '--model', 'tiny', '--dry-run']; "
+            "runpy.run_path('train.py', run_name='__main__')")
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    ends = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=alone | more, capture_output=True, text=True, timeout=300)
+            for more in ({}, {"RANK": "0", "WORLD_SIZE": "1"})]
+    assert [end.returncode for end in ends] == [-signal.SIGABRT, 0]
+    assert ends[1].stdout.rstrip() == ends[0].stdout.rstrip() != ""      # and what was printed is all there
 
 
 @pytest.mark.parametrize("program, config", [("train.py", train.TrainConfig), ("eval.py", evaluation.EvalConfig)])
