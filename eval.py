@@ -219,7 +219,7 @@ def _add_logprobs(model, forks: list[tuple[list[int], list[_Branch]]], results) 
     """Read each prefix once and its branches behind it; add each target's log-probability to results (items, 2)."""
     import torch
 
-    from model import attention
+    from model import attention, put
 
     ids, asked, device = [], [], results.device
     for prefix, branches in forks:
@@ -227,9 +227,9 @@ def _add_logprobs(model, forks: list[tuple[list[int], list[_Branch]]], results) 
         for branch in branches:
             asked += [(branch.item, which, len(ids) + position, token) for which, position, token in branch.targets]
             ids += branch.token_ids
-    items, which, positions, tokens = torch.tensor(asked, device=device).unbind(1)                  # (M,) each
+    items, which, positions, tokens = put(torch.tensor(asked), device).unbind(1)                    # (M,) each
     attend = attention([(len(prefix), [len(branch.token_ids) for branch in branches]) for prefix, branches in forks], device)
-    hidden = model.hidden(torch.tensor(ids, device=device), attend, rows=positions)                 # (M, D)
+    hidden = model.hidden(put(torch.tensor(ids), device), attend, rows=positions)                   # (M, D)
     logprobs = model.lm_head(hidden).float().log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)  # (M,)
     results.index_put_((items, which), logprobs, accumulate=True)
 
@@ -597,9 +597,8 @@ def document_rewards(model, batch: dict):
     """The value head on the last token (EOS) of each packed document, float32 (n,)."""
     from model import attention
 
-    device = batch["input_ids"].device
-    attend = batch.get("attend") or attention(batch["trees"], device)
-    return model.value_head(model.hidden(batch["input_ids"], attend, rows=batch["ends"].to(device)).float()).squeeze(-1)        # (n, D) -> (n,)
+    attend = batch.get("attend") or attention(batch["trees"], batch["input_ids"].device)
+    return model.value_head(model.hidden(batch["input_ids"], attend, rows=batch["ends"]).float()).squeeze(-1)        # (n, D) -> (n,)
 
 
 def reward_scores(model, tokenizer, template, items: list[dict], *, max_len: int = 512, max_tokens: int = 8192) -> list[float]:
@@ -607,6 +606,7 @@ def reward_scores(model, tokenizer, template, items: list[dict], *, max_len: int
     import torch
 
     from data import encode_example, micro_batches, pack
+    from model import put
 
     groups = [{"documents": [encode_example(tokenizer, template, template.render(item["wording"], item["input"]), item["response"],
                                             max_len=max_len)]} for item in items]
@@ -615,7 +615,7 @@ def reward_scores(model, tokenizer, template, items: list[dict], *, max_len: int
     with torch.inference_mode():
         for part in micro_batches(groups, max_tokens):
             batch = pack([group["documents"][0] for group in part])
-            scores += document_rewards(model, {**batch, "input_ids": batch["input_ids"].to(device)}).tolist()
+            scores += document_rewards(model, batch | {name: put(batch[name], device) for name in ("input_ids", "ends")}).tolist()
     return scores
 
 
@@ -639,6 +639,7 @@ def sampled_kl(model, reference, tokenizer, questions: list[dict], config: EvalC
 
     from data import cut_left, find_template, micro_batches, pack
     from losses import gathered_logprobs, prediction_rows
+    from model import put
 
     room = prompt_room(model, config.max_new_tokens, config.max_len or None)
     template, answers = find_template(config.template or model.config.prompt_template or "alpaca"), sampled_answers(model, tokenizer, questions, config, n=1)
@@ -651,10 +652,10 @@ def sampled_kl(model, reference, tokenizer, questions: list[dict], config: EvalC
         with torch.inference_mode():
             for part in micro_batches([{"documents": [document]} for document in documents], 8192):
                 batch = pack([group["documents"][0] for group in part])
-                rows, targets = prediction_rows(batch["labels"].to(device))
-                logprobs = gathered_logprobs(judge(batch["input_ids"].to(device), lengths=batch["lengths"], logits_at=rows), targets)
+                rows, targets = prediction_rows(batch["labels"])
+                logprobs = gathered_logprobs(judge(put(batch["input_ids"], device), lengths=batch["lengths"], logits_at=put(rows, device)), put(targets, device))
                 sizes = [sum(label != -100 for label in group["documents"][0]["labels"]) for group in part]
-                found += [float(piece.sum()) for piece in logprobs.split(sizes)]
+                found += [float(piece.sum()) for piece in logprobs.cpu().split(sizes)]
         sums.append(found)
     return bootstrap([a - b for a, b in zip(*sums)], seed=config.seed)
 
@@ -775,6 +776,7 @@ def response_logprobs(model, tokenizer, template, records: list[dict], judgments
 
     from data import encode_example, micro_batches, pack
     from losses import gathered_logprobs, prediction_rows
+    from model import put
 
     groups = [{"documents": [encode_example(tokenizer, template, template.render(record["instruction"], record["input"], judgment, literal=True),
                                             record["response"], max_len=max_len)]} for record, judgment in zip(records, judgments, strict=True)]
@@ -783,10 +785,10 @@ def response_logprobs(model, tokenizer, template, records: list[dict], judgments
         for part in micro_batches(groups, max_tokens):
             documents = [document for group in part for document in group["documents"]]
             batch = pack(documents)
-            rows, targets = prediction_rows(batch["labels"].to(device))
-            logprobs = gathered_logprobs(model(batch["input_ids"].to(device), lengths=batch["lengths"], logits_at=rows), targets)
+            rows, targets = prediction_rows(batch["labels"])
+            logprobs = gathered_logprobs(model(put(batch["input_ids"], device), lengths=batch["lengths"], logits_at=put(rows, device)), put(targets, device))
             sizes = [sum(label != -100 for label in document["labels"]) for document in documents]
-            found += [(ids.tolist(), values.cpu()) for ids, values in zip(targets.split(sizes), logprobs.split(sizes), strict=True)]
+            found += [(ids.tolist(), values) for ids, values in zip(targets.split(sizes), logprobs.cpu().split(sizes), strict=True)]
     return found
 
 

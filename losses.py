@@ -15,7 +15,7 @@ Methods:
     B batch   T length   V vocabulary   N positions of a packed row   M labelled positions   n responses   P pairs
 
 A loss returns (sum, count). The training loop divides once, by the count over micro-batches and ranks; so an empty
-batch adds 0 / 0 tokens and no NaN. Only `prediction_rows` shifts; all other functions work on what it selected:
+batch adds 0 / 0 tokens and no NaN. A count is an int, or where it depends on numbers a 0-dim tensor, so that no GPU is waited for. Only `prediction_rows` shifts; all other functions work on what it selected:
 
     rows, targets = prediction_rows(labels)                # before the forward pass
     logprobs = gathered_logprobs(head(hidden[rows]), targets)
@@ -191,7 +191,7 @@ def pairwise_ranking_loss(scores: Tensor, better: Tensor, worse: Tensor, *, marg
 
 
 def cat_loss(logprobs: Tensor, sequence_ids: Tensor, better: Tensor, worse: Tensor, weights: Tensor, *,
-             lam: float = 1.0, margin: float = 0.0) -> dict[str, tuple[Tensor, float]]:
+             lam: float = 1.0, margin: float = 0.0) -> dict[str, tuple[Tensor, Tensor | int]]:
     """L = L_rank + lam * L_ce   CAT, arXiv 2403.14221 (the form is RRHF's Eq. 5; lam weighs the cross-entropy).
 
         p_i    = S(y_i) / N_i
@@ -206,7 +206,7 @@ def cat_loss(logprobs: Tensor, sequence_ids: Tensor, better: Tensor, worse: Tens
     weights = weights.to(logprobs)
     sums, lengths = sequence_logprobs(logprobs, sequence_ids, len(weights))                     # (n,), (n,)
     rank = pairwise_ranking_loss(sums / lengths.clamp(min=1), better, worse, margin=margin)
-    return {"rank": rank, "ce": (-lam * (weights * sums).sum(), float((weights * lengths).sum()))}
+    return {"rank": rank, "ce": (-lam * (weights * sums).sum(), (weights * lengths).sum())}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def inappropriate_tokens(judged: Tensor, plain: Tensor, *, lam: float = 1.1, flo
 
 def cut_loss(logprobs: Tensor, complements: Tensor, sequence_ids: Tensor, roles: Tensor, *, lam: float = 1.1,
              alpha: float = 1.0, gamma: float = 0.0, floor: float = 0.0, combine: str = "sum",
-             reduction: str = "mean_per_sequence", flagged: Tensor | None = None, use_judged: bool = True) -> dict[str, tuple[Tensor, float]]:
+             reduction: str = "mean_per_sequence", flagged: Tensor | None = None, use_judged: bool = True) -> dict[str, tuple[Tensor, Tensor | int]]:
     """L = L1 + L2 over judged responses   CUT, arXiv 2312.14591, Eq. 5-7.
 
         ALIGN_P   x -> y       a good response under the plain prompt            likelihood (L2, first part)
@@ -281,10 +281,10 @@ def cut_loss(logprobs: Tensor, complements: Tensor, sequence_ids: Tensor, roles:
     l1 = unlikelihood_loss(untold, complements, flagged, alpha * told.detach().exp() ** gamma)  # (K,)
     l2 = -logprobs[role != MISALIGN]
     lengths = sequence_logprobs(logprobs, sequence_ids, len(roles))[1].clamp(min=1)             # (n,)
-    n = (float((roles != MISALIGN).sum()),) * 2
+    n = ((roles != MISALIGN).sum(),) * 2
     scale = 1 / lengths
     if reduction == "token":
-        scale, n = torch.ones_like(lengths), (float(l1.numel()), float(l2.numel()))
+        scale, n = torch.ones_like(lengths), (l1.numel(), l2.numel())
     if combine == "half":
         halved = (roles != ALIGN_P) if reduction == "mean_per_sequence" else (roles == ALIGN_N).any().expand_as(roles)
         scale = torch.where(halved, scale / 2, scale)
@@ -412,7 +412,7 @@ def pro_loss(scores: Tensor, rewards: Tensor | None = None) -> Tensor:
 
 
 def reward_loss(rewards: Tensor, better: Tensor, worse: Tensor, *, probability: Tensor | float = 1.0,
-                weights: Tensor | float = 1.0) -> tuple[Tensor, float]:
+                weights: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
     """L = -q log sigma(r_w - r_l) - (1 - q) log sigma(r_l - r_w)   arXiv 2203.02155, Eq. 1 (there q = 1).
 
     rewards (n,), scalars of a head; better, worse (P,); probability q that the first is really better, (P,) or a
@@ -422,7 +422,7 @@ def reward_loss(rewards: Tensor, better: Tensor, worse: Tensor, *, probability: 
     delta = rewards[better] - rewards[worse]                                                    # (P,)
     log_sigmoid = torch.nn.functional.logsigmoid
     losses = -probability * log_sigmoid(delta) - (1 - probability) * log_sigmoid(-delta)
-    return (weights * losses).sum(), float((weights * torch.ones_like(delta)).sum())
+    return (weights * losses).sum(), (weights * torch.ones_like(delta)).sum()
 
 
 def shaped_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, sequence_ids: Tensor, *, beta: float) -> Tensor:

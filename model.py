@@ -11,7 +11,8 @@ Module names are those of Hugging Face's LlamaForCausalLM, so its weights load w
 The one shape inside is (N, D): linears, norms and RoPE see real tokens only, laid end to end, never padding. One small
 object, `attend(layer, q, k, v)`, knows which token belongs to which document: `Packed` for whole documents (training,
 scoring), `Branched` for those that share their beginning, `Prefill` for prompts into a KV cache, `Cached` for tokens behind
-them, `Step` for one token a row.
+them, `Step` for one token a row. On a GPU, in 16 bits, the first two are one call of torch's varlen_attn (`Segments`), and a
+`Step` is a CUDA graph (`OneToken`).
 
 Shapes: B batch (rows or documents), T row length, N real tokens in all, S key length, D model dim, H/K query/kv heads,
 Dh head dim, F ffn dim, V vocab, L layers, M rows of logits asked for.
@@ -38,6 +39,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -49,6 +51,7 @@ ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_cap
 PREPACKED_ROWS = 64        # rows that oneDNN's layout is chosen for; it serves any number
 PART_ROWS = 256            # rows of a weight that are multiplied with one vector at a time
 SHORTEST_SHARED = 8        # tokens that prompts must have in common to be read together
+GRAPH_KEYS = 256           # a CUDA graph reads so many places of the cache, or twice, four times, ... as many
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -354,12 +357,12 @@ def rope_frequencies(config: ModelConfig, spans: Tensor) -> tuple[Tensor, float]
         keep = ((turns - low) / (high - low)).clamp(0, 1)                                                 # (Dh/2,)
         return (1 - keep) * plain / factor + keep * plain, 1.0
     if kind == "yarn":                                                 # Peng et al. 2023, arXiv 2309.00071, Section 3
-        keep = 1 - yarn_ramp(config).to(spans.device)                                                     # (Dh/2,)
+        keep = 1 - yarn_ramp(config, spans.device)                                                        # (Dh/2,)
         return (1 - keep) * plain / factor + keep * plain, yarn_strength(scaling)
     return plain, 1.0
 
 
-def yarn_ramp(config: ModelConfig) -> Tensor:
+def yarn_ramp(config: ModelConfig, device: torch.device) -> Tensor:
     """(Dh/2,): 0 for frequencies that turn beta_fast times and more within the original length, 1 below beta_slow."""
     scaling, Dh = config.rope_scaling, config.head_dim
 
@@ -371,7 +374,7 @@ def yarn_ramp(config: ModelConfig) -> Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, Dh - 1)
     high += 0.001 if low == high else 0
-    return ((torch.arange(Dh // 2).float() - low) / (high - low)).clamp(0, 1)
+    return ((torch.arange(Dh // 2, device=device).float() - low) / (high - low)).clamp(0, 1)
 
 
 def yarn_strength(scaling: dict) -> float:
@@ -567,6 +570,16 @@ class FrozenProduct(torch.autograd.Function):
 # Who attends to whom
 
 
+def on_gpu(device: torch.device | str) -> bool:
+    """Whether a device is an NVIDIA GPU, or an AMD one under the same name."""
+    return torch.device(device).type == "cuda"
+
+
+def put(x: Tensor, device: torch.device | str) -> Tensor:
+    """x, which lies in the CPU's memory, on `device`; to a GPU from pinned memory, so that nobody waits for the copy."""
+    return x.pin_memory().to(device, non_blocking=True) if on_gpu(device) else x.to(device)
+
+
 def right_padded(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Lay documents out as rows: where each place's token lies in the flat row, (B, T), and whether it is real, (B, T).
 
@@ -617,8 +630,8 @@ def similar_lengths(lengths: Tensor, ratio: float = 0.75) -> Iterator[Tensor]:
             begin = end
 
 
-def laid_out(lengths: Tensor) -> tuple[list[torch.Size], Tensor | None, Tensor]:
-    """Documents of lengths (B,), end to end, as padded rows of similar length.
+def laid_out(lengths: Tensor, device: torch.device | str) -> tuple[list[torch.Size], Tensor | None, Tensor]:
+    """Documents of lengths (B,), on the CPU and end to end, as padded rows of similar length.
 
     Returns the shapes (rows, width) of the groups, the token at each of their P places, (P,), and the place of each token,
     (N,). Where nothing moves, the places are None.
@@ -631,14 +644,41 @@ def laid_out(lengths: Tensor) -> tuple[list[torch.Size], Tensor | None, Tensor]:
         offset += index.numel()
         places.append(index.flatten())
         shapes.append(index.shape)
-    return shapes, None if len(shapes) <= 1 and offset == len(inverse) else torch.cat(places), inverse
+    return shapes, None if len(shapes) <= 1 and offset == len(inverse) else put(torch.cat(places), device), put(inverse, device)
+
+
+class Segments:
+    """Causal attention by torch's varlen_attn, without padding: on a GPU, in 16 bits.
+
+    segments: [(where its stem begins, tokens of its stem, own tokens)], whose own tokens lie end to end in the flat row. Each
+    sees its stem, which lies elsewhere in the row, and itself: varlen_attn aligns the causal mask with the last key.
+    """
+
+    def __init__(self, segments: list[tuple[int, int, int]], device: torch.device | str):
+        begins, stems, sizes = torch.tensor(segments).unbind(1)                          # (B,) each
+        ends = [F.pad(lengths.cumsum(0), (1, 0)).int() for lengths in (sizes, stems + sizes)]        # (B + 1,) each, of queries and keys
+        self.ends, self.longest = [put(x, device) for x in ends], [int(sizes.max()), int((stems + sizes).max())]
+        own = zip(begins.tolist(), stems.tolist(), ends[0].tolist(), sizes.tolist())
+        self.keys = put(torch.cat([torch.cat([torch.arange(begin, begin + stem), torch.arange(start, start + size)])
+                                   for begin, stem, start, size in own]), device) if stems.any() else None       # the flat tokens that are keys
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (N, H, Dh), k and v (N, K, Dh) -> (N, H, Dh)."""
+        k, v = only(k, self.keys), only(v, self.keys)
+        return varlen_attn(q.to(v.dtype), k.to(v.dtype), v, *self.ends, *self.longest, window_size=(-1, 0), enable_gqa=True)
+
+    @staticmethod
+    def serve(v: Tensor) -> bool:
+        """Whether v (N, K, Dh) is what varlen_attn takes."""
+        return (on_gpu(v.device) and v.dtype in (torch.float16, torch.bfloat16) and v.shape[-1] % 8 == 0 and v.shape[-1] <= 128
+                and torch.cuda.get_device_capability(v.device) >= (8, 0))
 
 
 class Packed:
     """Causal attention inside each of the documents that lie end to end in the flat row.
 
     Documents of similar length are attended to together, right-padded; causality hides the padding, so there is no
-    mask. All indices are made once, here, and serve every layer.
+    mask. All indices are made once and serve every layer.
     """
 
     before = None                                                                        # each token follows the one to its left
@@ -649,17 +689,27 @@ class Packed:
             raise ValueError(f"document lengths must be at least 1, found {int(size.min())}.")
         starts = size.cumsum(0) - size                                                   # (B,)
         position_ids = torch.arange(int(size.sum())) - starts.repeat_interleave(size)    # (N,)
-        self.spans = size.repeat_interleave(size).to(device)                             # (N,) length of its document
-        self.shapes, index, inverse = laid_out(size)
-        self.index, self.inverse = None if index is None else index.to(device), inverse.to(device)
-        self.position_ids = position_ids.to(device)                                      # (N,)
+        self.lengths, self.device = size, device
+        self.spans = put(size.repeat_interleave(size), device)                           # (N,) length of its document
+        self.position_ids = put(position_ids, device)                                    # (N,)
+
+    @functools.cached_property
+    def segments(self) -> Segments:
+        return Segments([(0, 0, size) for size in self.lengths.tolist()], self.device)
+
+    @functools.cached_property
+    def rows(self) -> tuple[list[torch.Size], Tensor | None, Tensor]:
+        return laid_out(self.lengths, self.device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (N, H, Dh), k and v (N, K, Dh) -> (N, H, Dh)."""
         if not len(q):
             return q
-        parts = zip(*(as_rows(x, self.shapes, self.index, self.inverse) for x in (q, k, v)))
-        return as_tokens([causal(*part) for part in parts], self.index, self.inverse)
+        if Segments.serve(v):
+            return self.segments(q, k, v)
+        shapes, index, inverse = self.rows
+        parts = zip(*(as_rows(x, shapes, index, inverse) for x in (q, k, v)))
+        return as_tokens([causal(*part) for part in parts], index, inverse)
 
 
 def as_rows(x: Tensor, shapes: list[torch.Size], index: Tensor | None, inverse: Tensor) -> list[Tensor]:
@@ -711,9 +761,10 @@ class Branched:
     """
 
     def __init__(self, trees: list[tuple[int, list[int]]], device: torch.device | str = "cpu"):
+        self.trees, self.device = trees, device
         self.sizes = [size for stem, branches in trees for size in (stem, sum(branches))]
         self.stems = Packed([stem for stem, _ in trees], device)
-        places, spans, before, start, self.branches = [], [], [], 0, []
+        places, spans, before, start = [], [], [], 0
         for stem, branches in trees:
             length = torch.tensor(branches, dtype=torch.long)
             own = torch.cat([torch.arange(size) for size in branches]) if branches else length
@@ -723,14 +774,31 @@ class Branched:
             back[own == 0] = start + stem - 1                                            # ... for a branch's first the stem's last
             before += [torch.arange(start, start + stem) - 1, back]
             start += stem + len(own)
-            shapes, index, inverse = laid_out(length)
-            masks = [torch.arange(stem + T) <= stem + torch.arange(T)[:, None] for _, T in shapes]       # (T, stem + T)
-            self.branches.append((shapes, None if index is None else index.to(device), inverse.to(device), [m.to(device) for m in masks]))
-        self.position_ids, self.spans = torch.cat(places).to(device), torch.cat(spans).to(device)    # (N,) each
+        self.position_ids, self.spans = put(torch.cat(places), device), put(torch.cat(spans), device)        # (N,) each
         self.before = torch.cat(before)                                                  # (N,), on the CPU: what each token follows
+
+    @functools.cached_property
+    def segments(self) -> Segments:
+        found, start = [], 0
+        for stem, branches in self.trees:
+            found += [(0, 0, stem)] + [(start, stem, size) for size in branches]
+            start += stem + sum(branches)
+        return Segments(found, self.device)
+
+    @functools.cached_property
+    def branches(self) -> list[tuple]:
+        """For each tree its branches as padded rows (`laid_out`), and for each width T what is seen, (T, stem + T)."""
+        found = []
+        for stem, branches in self.trees:
+            shapes, index, inverse = laid_out(torch.tensor(branches, dtype=torch.long), self.device)
+            masks = [torch.arange(stem + T) <= stem + torch.arange(T)[:, None] for _, T in shapes]
+            found.append((shapes, index, inverse, [put(mask, self.device) for mask in masks]))
+        return found
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (N, H, Dh), k and v (N, K, Dh) -> (N, H, Dh)."""
+        if Segments.serve(v):
+            return self.segments(q, k, v)
         q, k, v = (x.split(self.sizes) for x in (q, k, v))
         stems = self.stems(layer, *(torch.cat(x[::2]) for x in (q, k, v))).split(self.sizes[::2])
         out = []
@@ -803,8 +871,8 @@ class Cached:
         starts = size.cumsum(0) - size                                                   # (B,)
         rows = torch.arange(len(size)).repeat_interleave(size)                           # (N,)
         positions = torch.arange(len(rows)) - starts[rows] + before[rows]                # (N,)
-        self.cache, self.rows, self.position_ids = kv_cache, rows.to(device), positions.to(device)
-        self.spans = (before + size)[rows].to(device)                                    # (N,) length by now
+        self.cache, self.rows, self.position_ids = kv_cache, put(rows, device), put(positions, device)
+        self.spans = put((before + size)[rows], device)                                  # (N,) length by now
         used = size > 0
         self.packed = None if before[used].any() else Packed(size[used].tolist(), device)
         if self.packed is None:
@@ -813,10 +881,10 @@ class Cached:
             places = positions[index.clamp(max=len(rows) - 1)]                           # (B, T)
             mask = torch.arange(n_keys) <= places[:, :, None]                            # (B, T, S)
             group = kv_cache.config.n_heads // kv_cache.config.n_kv_heads
-            self.mask = None if mask.all() else mask.repeat_interleave(group, dim=1)[:, None].to(device)     # (B, 1, T * H/K, S)
+            self.mask = None if mask.all() else put(mask.repeat_interleave(group, dim=1)[:, None], device)   # (B, 1, T * H/K, S)
             self.shape, self.n_keys, plain = index.shape, n_keys, bool(real.all())
-            self.index = None if plain else index.to(device)                             # (B, T)
-            self.inverse = None if plain else real.flatten().nonzero().squeeze(1).to(device)         # (N,)
+            self.index = None if plain else put(index, device)                           # (B, T)
+            self.inverse = None if plain else put(real.flatten().nonzero().squeeze(1), device)       # (N,)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (N, H, Dh), k and v (N, K, Dh) -> (N, H, Dh)."""
@@ -834,20 +902,24 @@ class Cached:
 
 
 class Step:
-    """One more token for every row of a cache, idle rows too. All shapes stay as they are, so that this compiles once."""
+    """One more token for each of a cache's first B rows, idle ones too, which sees the row's places up to its own.
 
-    def __init__(self, kv_cache: KVCache, position_ids: Tensor):
-        self.cache, self.position_ids, self.spans = kv_cache, position_ids, position_ids + 1             # (B,) each
+    position_ids (B,) says where; all lie in the first n_keys places. `even` promises that they are alike, n_keys - 1.
+    """
+
+    def __init__(self, kv_cache: KVCache, position_ids: Tensor, n_keys: int, even: bool = False):
+        self.cache, self.position_ids, self.spans, self.n_keys = kv_cache, position_ids, position_ids + 1, n_keys        # (B,) each
         self.rows = torch.arange(len(position_ids), device=position_ids.device)
-        places = torch.arange(kv_cache.max_len, device=position_ids.device)               # (S,)
-        self.mask = (places <= position_ids[:, None])[:, None, None]                     # (B, 1, 1, S)
+        places = torch.arange(n_keys, device=position_ids.device)                        # (S,)
+        self.mask = None if even else (places <= position_ids[:, None])[:, None, None]   # (B, 1, 1, S)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, Dh), k and v (B, K, Dh) -> (B, H, Dh)."""
         self.cache.k[layer][self.rows, :, self.position_ids] = k
         self.cache.v[layer][self.rows, :, self.position_ids] = v
         q = q.unflatten(1, (k.shape[1], -1))                                             # (B, K, H/K, Dh)
-        return F.scaled_dot_product_attention(q, self.cache.k[layer], self.cache.v[layer], attn_mask=self.mask).flatten(1, 2)
+        k, v = (x[:len(q), :, :self.n_keys] for x in (self.cache.k[layer], self.cache.v[layer]))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).flatten(1, 2)
 
 
 class Prefill:
@@ -874,8 +946,8 @@ class Prefill:
             trees.append((stem, [len(prompts[member]) - stem for member in members] if len(members) > 1 else []))
         self.cache, self.attend = kv_cache, attention(trees, device)
         self.position_ids, self.spans = self.attend.position_ids, self.attend.spans
-        self.input_ids, self.rows, self.places, self.source = (torch.tensor(x, device=device) for x in (ids, rows, places, source))
-        self.last = torch.tensor([last[member] for member in range(len(prompts))], device=device)
+        self.input_ids, self.rows, self.places, self.source = (put(torch.tensor(x), device) for x in (ids, rows, places, source))
+        self.last = put(torch.tensor([last[member] for member in range(len(prompts))]), device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (N, H, Dh), k and v (N, K, Dh) -> (N, H, Dh)."""
@@ -1102,9 +1174,65 @@ def uniform(stream: str, step: int) -> float:
     return (int.from_bytes(hashlib.sha256(f"{stream},{step}".encode()).digest()[:8], "big") >> 11) / 2**53
 
 
-def one_token(model: Llama, input_ids: Tensor, kv_cache: KVCache, position_ids: Tensor) -> Tensor:
-    """Logits (B, V) behind one more token (B,) of every row, at position_ids (B,)."""
-    return model.lm_head(model.hidden(input_ids, Step(kv_cache, position_ids)))
+def one_token(model: Llama, input_ids: Tensor, kv_cache: KVCache, position_ids: Tensor, n_keys: int, even: bool = False) -> Tensor:
+    """Logits (B, V) behind one more token (B,) of a cache's first B rows, at position_ids (B,) among n_keys places."""
+    return model.lm_head(model.hidden(input_ids, Step(kv_cache, position_ids, n_keys, even)))
+
+
+class OneToken:
+    """`one_token` for the rows that are live, which are a cache's first: compiled if the model says so, on a GPU as CUDA graphs.
+
+    A graph has fixed shapes and memory: one is recorded, where it is first needed, for each power of two of rows and of
+    GRAPH_KEYS places (compiled: only for all of both), and replayed with what `input_ids` and `position_ids` hold.
+    """
+
+    def __init__(self, model: Llama, kv_cache: KVCache):
+        self.model, self.cache, self.graphs, self.pool = model, kv_cache, {}, None
+        self.run = torch.compile(one_token, dynamic=False) if model.compiling else one_token
+        self.input_ids, self.position_ids = (torch.zeros(len(kv_cache.lengths), dtype=torch.long, device=kv_cache.device) for _ in range(2))
+
+    def __call__(self, tokens: list[int]) -> Tensor:
+        """Append a token to each of the first rows; logits (len(tokens), V) of the next, which hold until the next call."""
+        cache, live, (rows, n_keys) = self.cache, len(tokens), self.shape(len(tokens))
+        self.input_ids[:live], self.position_ids[:rows] = put(torch.tensor(tokens), cache.device), put(cache.lengths[:rows], cache.device)
+        even = (rows, n_keys) == (live, int(cache.lengths[:live].min()) + 1) and not self.model.compiling
+        inputs = self.model, self.input_ids[:rows], cache, self.position_ids[:rows], n_keys
+        cache.lengths[:live] += 1
+        return self.replay(*inputs)[:live] if on_gpu(cache.device) else self.run(*inputs, even)[:live]
+
+    def shape(self, live: int) -> tuple[int, int]:
+        """How many rows and places a step takes."""
+        longest = int(self.cache.lengths[:live].max()) + 1
+        if self.model.compiling:
+            return len(self.cache.lengths), self.cache.max_len
+        if on_gpu(self.cache.device):
+            return (min(len(self.cache.lengths), 1 << (live - 1).bit_length()),
+                    min(self.cache.max_len, GRAPH_KEYS << (-(-longest // GRAPH_KEYS) - 1).bit_length()))
+        return live, longest
+
+    def replay(self, *inputs) -> Tensor:
+        """self.run(*inputs) by the graph for these shapes."""
+        shape = len(inputs[1]), inputs[-1]                           # rows, places
+        if shape not in self.graphs:
+            with torch.cuda.device(self.cache.device):
+                self.graphs[shape] = self.record(*inputs)
+        graph, logits = self.graphs[shape]
+        graph.replay()
+        return logits
+
+    def record(self, *inputs) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """The graph of self.run(*inputs), and where it leaves the logits. The graphs share what memory they work in."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):                               # what is made at a first call is made now: kernels, workspaces, compiled code
+            for _ in range(2):
+                self.run(*inputs)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            logits = self.run(*inputs)
+        self.pool = graph.pool()
+        return graph, logits
 
 
 @torch.inference_mode()
@@ -1119,7 +1247,7 @@ def decode(model: Llama, answers: list[Answer], how: tuple, eos_ids: set[int], b
     if model.compiling:                                                                  # few shapes: each is compiled anew
         slots, max_len = min(batch_size, 1 << (slots - 1).bit_length()), min(model.config.context, -(-max_len // 256) * 256)
     cache = KVCache(model.config, slots, max_len, weight.dtype, weight.device)
-    step = torch.compile(one_token, dynamic=False) if model.compiling else None
+    step = OneToken(model, cache)
     waiting = sorted(answers, key=lambda answer: (len(answer.prompt), answer.prompt))    # longest last, taken first
     live: list[Answer] = []                                                              # live[i] has the cache's row i
     while waiting or live:
@@ -1133,15 +1261,10 @@ def decode(model: Llama, answers: list[Answer], how: tuple, eos_ids: set[int], b
         if not moving[0].tokens:
             prompts = Prefill(cache, [answer.prompt for answer in moving], begin)
             logits = model.lm_head(model.hidden(prompts.input_ids, prompts, rows=prompts.last))        # (B, V)
-        elif model.compiling:
-            input_ids = torch.tensor([answer.tokens[-1] for answer in moving] + [0] * (slots - len(live)), device=weight.device)
-            logits = step(model, input_ids, cache, cache.lengths.to(weight.device))[:len(live)]
-            cache.lengths[:len(live)] += 1
         else:
-            input_ids = torch.tensor([answer.tokens[-1] for answer in moving], device=weight.device)            # (B,)
-            logits = model(input_ids, lengths=[1] * len(live) + [0] * (slots - len(live)), kv_cache=cache)
-        draws = [uniform(answer.stream, len(answer.tokens)) for answer in moving]
-        chosen, logprobs = sample(logits.float(), torch.tensor(draws, dtype=torch.float64, device=weight.device), *how)
+            logits = step([answer.tokens[-1] for answer in moving])
+        draws = torch.tensor([uniform(answer.stream, len(answer.tokens)) for answer in moving], dtype=torch.float64)
+        chosen, logprobs = sample(logits.float(), put(draws, weight.device), *how)
         for answer, token, logprob in zip(moving, chosen.tolist(), logprobs.tolist()):
             answer.tokens.append(token)
             answer.logprobs.append(logprob)
@@ -1160,8 +1283,6 @@ def decode(model: Llama, answers: list[Answer], how: tuple, eos_ids: set[int], b
 def sample(logits: Tensor, draws: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """One id per row by inverse CDF. logits (B, V) float32, draws (B,) float64 -> ids (B,), logprobs (B,)."""
     normalizer = logits.logsumexp(-1)                                                    # (B,)
-    if not normalizer.isfinite().all():
-        raise ValueError("the model gave non-finite logits; its weights are broken, or overflow in this dtype.")
     if temperature == 0:
         ids = logits.argmax(-1, keepdim=True)                                            # (B, 1)
     else:
@@ -1175,6 +1296,8 @@ def sample(logits: Tensor, draws: Tensor, temperature: float, top_k: int, top_p:
         cdf = probs.cumsum(-1, dtype=torch.float64)
         ids = torch.searchsorted(cdf, draws[:, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[-1] - 1)
         ids = ids if order is None else order.gather(1, ids)                             # (B, 1)
+    if not normalizer.isfinite().all():                              # asked last: a GPU has all its work by now
+        raise ValueError("the model gave non-finite logits; its weights are broken, or overflow in this dtype.")
     return ids.squeeze(1), logits.gather(1, ids).squeeze(1) - normalizer
 
 

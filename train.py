@@ -347,7 +347,7 @@ import losses                                               # noqa: E402
 from eval import (MASK_LAMS, VALUE_HEAD, Completion, EvalConfig, LocalChat, add_head, complete, confusion_report, cut_masks, document_rewards, evaluate_errors,    # noqa: E402
                   evaluate_model, evaluate_responses, keyword_logprobs, load_head, make_client, mask_report, mask_scores, out_of_memory, pick_device, plot_mask, plot_rollouts,
                   reward_report, reward_scores, summary_table, wilson, write_report)
-from model import PRESETS, Llama, QuantLinear, attention, load_model, read_config, read_json, save_model    # noqa: E402
+from model import PRESETS, Llama, QuantLinear, attention, load_model, put, read_config, read_json, save_model    # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1406,7 +1406,7 @@ def collate(groups: list[dict], device) -> dict:
         batch["flagged"] = torch.tensor([x for group in groups for x in group.get("flagged", ())], dtype=torch.bool)
     batch.update(better=torch.tensor(better, dtype=torch.long), worse=torch.tensor(worse, dtype=torch.long),
                  imitated=torch.tensor(imitated, dtype=torch.long), weights=torch.tensor(weights))
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    return {name: put(value, device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2150,7 +2150,7 @@ def save_trained(run: Run) -> None:
     What tells that the stage is finished is written last; then its checkpoints go.
     """
     if hasattr(run.model, "value_head"):
-        lora.write_file(run.folder / VALUE_HEAD, lambda part: safetensors.torch.save_file(run.model.value_head.state_dict(), part))
+        lora.write_file(run.folder / VALUE_HEAD, lambda part: safetensors.torch.save_file(run.model.value_head.cpu().state_dict(), part))
         del run.model.value_head
     if run.cfg.full:
         data.copy_tokenizer(run.tokenizer, run.cfg.model, run.folder / "model")

@@ -489,8 +489,8 @@ def test_the_compiled_step_says_what_the_plain_one_does(tiny, compiled, batch_si
     model.compiling = True
     found = generate(model, prompts, **how)
     assert found[0] == wanted[0] and compiled
-    shapes = {(len(input_ids), cache.max_len) for _, input_ids, cache, _ in compiled}                # each is compiled anew, so there are few
-    assert shapes == {({1: 1, 3: 3, 16: 8}[batch_size], 256)}
+    shapes = {(len(input_ids), n_keys, even) for _, input_ids, _, _, n_keys, even in compiled}       # each is compiled anew, so there are few
+    assert shapes == {({1: 1, 3: 3, 16: 8}[batch_size], 256, False)}
     assert all(one == pytest.approx(two, abs=1e-4) for one, two in zip(found[1], wanted[1]))
 
 
