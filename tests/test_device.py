@@ -1,7 +1,7 @@
 """What a GPU would do, checked without one; with one, the last tests run on it.
 
-Numbers: torch's varlen_attn and CUDA graphs are replaced by what their documentation says they do. Places: the model is put on a device that
-only keeps shapes and types, where an operation refuses tensors of two devices, and where nothing can be read back by the CPU.
+Numbers: torch's varlen_attn and CUDA graphs are replaced by what their documentation says they do. Places: stages and evaluation run on a second
+device, which is the CPU under another name, but no operation takes tensors of both, and what is read back from it is counted.
 """
 import contextlib
 import dataclasses
@@ -377,9 +377,7 @@ def asks_little(device):
     evaluation.add_head(model)
     for name in ("sft", "cat", "dpo", "slic", "rrhf", "pro", "reward"):
         batches, cfg = [{**train.collate([group() for _ in range(2)], OTHER), "step": 0} for _ in range(5)], train.TrainConfig(stage=name)
-        for batch in batches:
-            batch["attend"].segments                        # (these ask for nothing; the documented varlen_attn does)
-        modeling.varlen_attn, stage = lambda q, k, v, *more, **named: q + 0 * v.sum() + 0 * k.sum(), train.STAGES[name]
+        modeling.varlen_attn, stage = lambda q, k, v, *more, **named: q + 0 * v.sum() + 0 * k.sum(), train.STAGES[name]      # the documented one asks
         counted = [stage.counts(batch, cfg) for batch in batches]            # asked before the work begins
         before = device.asked
         figures = train.backward(model, dataclasses.replace(stage, counts=lambda batch, cfg, left=iter(counted): next(left)), batches, cfg)
