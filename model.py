@@ -250,9 +250,9 @@ def sampling_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: int) ->
         parts = weight.unflatten(0, (row_parts(out), -1))              # (P, out / P, in)
         y = torch.bmm(parts, x.T.expand(len(parts), -1, -1)).view(1, out)
     elif len(x) == 1:                                                  # an embedding bag adds up weighted rows, and reads them as fast as memory goes
-        rows, begins = bags(*weight.shape[:2])
-        factors = x.expand(len(weight), -1).flatten()                  # (P * in,)
-        y = F.embedding_bag(rows, weight.flatten(0, 1), begins, mode="sum", per_sample_weights=factors).view(1, out)
+        P, size, rows = weight.shape                                   # (P, in, out / P)
+        factors = torch.cat([x] * P).view(-1)                          # (P * in,)
+        y = torch.embedding_bag(weight.view(-1, rows), *bags(P, size), False, 0, False, factors)[0].view(1, out)     # not scaled, mode 0: sums
     else:
         y = torch.bmm(x.expand(len(weight), -1, -1), weight).transpose(0, 1).flatten(1)
     return y if bias is None else y + bias
@@ -284,10 +284,11 @@ class Linear(nn.Linear):
     layout = None                                                      # the weight in that form
 
     def forward(self, x: Tensor) -> Tensor:
-        alone = x.shape == (1, self.in_features) and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled()
-        if self.layout is None and not alone:
-            return super().forward(x)
-        return sampling_linear(x, self.weight if self.layout is None else self.layout, self.bias, self.out_features)
+        if self.layout is not None:
+            return sampling_linear(x, self.layout, self.bias, self.out_features)
+        if x.shape == (1, self.in_features) and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled():
+            return sampling_linear(x, self.weight, self.bias, self.out_features)
+        return super().forward(x)
 
 
 @contextmanager
@@ -320,7 +321,10 @@ def prepacked(model: nn.Module, rows: int) -> Iterator[None]:
             weight, storage = linear.weight.data, linear.weight.untyped_storage()
             if not storage.nbytes():
                 storage.resize_(weight.nbytes)
-                weight.copy_(linear.layout.to_dense() if linear.layout.is_mkldnn else linear.layout.transpose(1, 2).flatten(0, 1))
+                if linear.layout.is_mkldnn:
+                    weight.copy_(linear.layout.to_dense())
+                else:
+                    weight.unflatten(0, (len(linear.layout), -1)).copy_(linear.layout.transpose(1, 2))
             linear.layout = None
 
 
