@@ -673,16 +673,16 @@ class Segments:
 
     @staticmethod
     def serve(v: Tensor) -> bool:
-        """Whether v (N, K, Dh) is what varlen_attn takes."""
+        """Whether v (N, K, Dh) is what varlen_attn takes; its causal mask is known for NVIDIA's GPUs only."""
         return (on_gpu(v.device) and v.dtype in (torch.float16, torch.bfloat16) and v.shape[-1] % 8 == 0 and v.shape[-1] <= 128
-                and torch.cuda.get_device_capability(v.device) >= (8, 0))
+                and torch.cuda.get_device_capability(v.device) >= (8, 0) and not torch.version.hip)
 
 
 class Packed:
     """Causal attention inside each of the documents that lie end to end in the flat row.
 
     Documents of similar length are attended to together, right-padded; causality hides the padding, so there is no
-    mask. All indices are made once and serve every layer.
+    mask. All indices are made once, when they are first needed, and serve every layer; with gradients, too, wherever that was.
     """
 
     before = None                                                                        # each token follows the one to its left
@@ -698,10 +698,12 @@ class Packed:
         self.position_ids = put(position_ids, device)                                    # (N,)
 
     @functools.cached_property
+    @torch.inference_mode(False)
     def segments(self) -> Segments:
         return Segments([(0, 0, size) for size in self.lengths.tolist()], self.device)
 
     @functools.cached_property
+    @torch.inference_mode(False)
     def rows(self) -> tuple[list[torch.Size], Tensor | None, Tensor]:
         return laid_out(self.lengths, self.device)
 
@@ -782,6 +784,7 @@ class Branched:
         self.before = torch.cat(before)                                                  # (N,), on the CPU: what each token follows
 
     @functools.cached_property
+    @torch.inference_mode(False)
     def segments(self) -> Segments:
         found, start = [], 0
         for stem, branches in self.trees:
@@ -790,6 +793,7 @@ class Branched:
         return Segments(found, self.device)
 
     @functools.cached_property
+    @torch.inference_mode(False)
     def branches(self) -> list[tuple]:
         """For each tree its branches as padded rows (`laid_out`), and for each width T what is seen, (T, stem + T)."""
         found = []
@@ -1183,11 +1187,18 @@ def one_token(model: Llama, input_ids: Tensor, kv_cache: KVCache, position_ids: 
     return model.lm_head(model.hidden(input_ids, Step(kv_cache, position_ids, n_keys, even)))
 
 
+@functools.cache
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which a device's graphs are recorded: one for all, since cuBLAS keeps memory for each."""
+    return torch.cuda.Stream(device)
+
+
 class OneToken:
     """`one_token` for the rows that are live, which are a cache's first: compiled if the model says so, on a GPU as CUDA graphs.
 
     A graph has fixed shapes and memory: one is recorded, where it is first needed, for each power of two of rows and of
-    GRAPH_KEYS places (compiled: only for all of both), and replayed with what `input_ids` and `position_ids` hold.
+    GRAPH_KEYS places (compiled: only for all of both), and replayed with what `input_ids` and `position_ids` hold. All go
+    together, when this object does: cuBLAS's memory for the stream they were recorded on goes with the first.
     """
 
     def __init__(self, model: Llama, kv_cache: KVCache):
@@ -1218,7 +1229,7 @@ class OneToken:
         """self.run(*inputs) by the graph for these shapes."""
         shape = len(inputs[1]), inputs[-1]                           # rows, places
         if shape not in self.graphs:
-            with torch.cuda.device(self.cache.device):
+            with torch.cuda.device(self.input_ids.device):
                 self.graphs[shape] = self.record(*inputs)
         graph, logits = self.graphs[shape]
         graph.replay()
@@ -1226,14 +1237,14 @@ class OneToken:
 
     def record(self, *inputs) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The graph of self.run(*inputs), and where it leaves the logits. The graphs share what memory they work in."""
-        aside = torch.cuda.Stream()
+        aside = recording_stream(self.input_ids.device)
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):                               # what is made at a first call is made now: kernels, workspaces, compiled code
             for _ in range(2):
                 self.run(*inputs)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=aside, capture_error_mode="thread_local"):       # other threads may go on
             logits = self.run(*inputs)
         self.pool = graph.pool()
         return graph, logits

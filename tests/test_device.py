@@ -69,11 +69,28 @@ def test_attention_in_segments_is_that_in_padded_rows(number, monkeypatch):
     assert all(torch.allclose(one, two, atol=1e-12) for one, two in zip(*found)), trees
 
 
+@pytest.mark.parametrize("serves", [False, True])
+@pytest.mark.parametrize("trees", [[(5, [3, 4]), (2, [])], [(5, []), (3, []), (9, [])]])
+def test_attention_first_used_without_gradients_serves_with_them(trees, serves, monkeypatch):
+    monkeypatch.setattr(modeling, "varlen_attn", documented)
+    monkeypatch.setattr(Segments, "serve", lambda v: serves)
+    attend, model = modeling.attention(trees), Llama(TINY).init_weights(0)
+    ids = torch.arange(len(attend.position_ids))
+    with torch.inference_mode():
+        wanted = model.hidden(ids, attend)
+    found = model.hidden(ids, attend)
+    found.sum().backward()
+    assert torch.equal(found, wanted) and model.model.layers[0].self_attn.q_proj.weight.grad.any()
+
+
 def test_varlen_attn_serves_16_bits_on_a_gpu_that_has_it(monkeypatch):
     monkeypatch.setattr(modeling, "on_gpu", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert Segments.serve(torch.zeros(3, 2, 64, dtype=torch.bfloat16)) and Segments.serve(torch.zeros(3, 2, 128, dtype=torch.float16))
     assert not any(map(Segments.serve, (torch.zeros(3, 2, 64), torch.zeros(3, 2, 12).half(), torch.zeros(3, 2, 256).half())))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "hip", "6.4")
+        assert not Segments.serve(torch.zeros(3, 2, 64, dtype=torch.bfloat16))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not Segments.serve(torch.zeros(3, 2, 64, dtype=torch.float16))
     monkeypatch.undo()
@@ -115,12 +132,15 @@ def graphs(monkeypatch):
     made = []
 
     class Stream:
+        def __init__(self, device=None):
+            pass
+
         def wait_stream(self, other):
             pass
 
     @contextlib.contextmanager
-    def capture(graph, pool):
-        assert pool == ("pool" if made else None)                    # they share their memory
+    def capture(graph, pool, stream, capture_error_mode):
+        assert pool == ("pool" if made else None) and stream is modeling.recording_stream(torch.device("cpu"))       # they share their memory
         made.append(graph)
         with graph:
             yield
@@ -172,7 +192,8 @@ class There(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=OTHER)
+        with torch.inference_mode(inner.is_inference()):
+            return torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=OTHER)
 
     def __init__(self, inner):
         self.inner = inner
