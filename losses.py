@@ -15,7 +15,8 @@ Methods:
     B batch   T length   V vocabulary   N positions of a packed row   M labelled positions   n responses   P pairs
 
 A loss returns (sum, count). The training loop divides once, by the count over micro-batches and ranks; so an empty
-batch adds 0 / 0 tokens and no NaN. A count is an int, or where it depends on numbers a 0-dim tensor, so that no GPU is waited for. Only `prediction_rows` shifts; all other functions work on what it selected:
+batch adds 0 / 0 tokens and no NaN. A count is an int, or where it depends on numbers a 0-dim tensor, so that no GPU is
+waited for. Only `prediction_rows` shifts; all other functions work on what it selected:
 
     rows, targets = prediction_rows(labels)                # before the forward pass
     logprobs = gathered_logprobs(head(hidden[rows]), targets)

@@ -5,9 +5,9 @@
     python bench/gpu.py --profile sft                       # where the time of one goes
     python bench/gpu.py --preset demo --device cpu --dtype float32 --rounds 1        # does the script run?
 
-    sft      87 documents of 64 to 1,388 tokens, 32,768 in all, every token but the first a label; LoRA of rank 16 on all linears, AdamW; tokens/s
+    sft      86 documents of 69 to 1,196 tokens, 32,768 in all, every token but the first a label; LoRA of rank 16 on all linears, AdamW; tokens/s
     stream   a prompt of 128 tokens, 128 new ones, greedy; new tokens/s
-    sample   256 prompts (mean 239 tokens), answers of imposed lengths (mean 134, at most 512), temperature 1, 128 at a time; new tokens/s; 80 GB for 7B
+    sample   256 prompts (mean 247 tokens), answers of imposed lengths (mean 134, at most 512), temperature 1, 128 at a time; new tokens/s; 80 GB for 7B
 
 One system after the other in one process, each with its own model; the first run of each warms up and is not counted. peft's adapters are float32 and
 so are their products, as is its default; ours are float32 and multiply in the base's type. "limit" is measured here, too: for
@@ -32,12 +32,7 @@ import data                                                 # noqa: E402
 import train                                                # noqa: E402
 from lora import LoraConfig, apply_lora                     # noqa: E402
 from model import PRESETS, Llama, generate, on_gpu          # noqa: E402
-
-
-def lengths(n: int, mean: int, low: int, high: int, seed: int) -> list[int]:
-    """n lengths between low and high, many short and few long."""
-    dice = random.Random(seed)
-    return [min(high, max(low, round(dice.lognormvariate(0, 0.7) * mean * 0.8))) for _ in range(n)]
+from speed import padded, ragged, stepped                   # noqa: E402
 
 
 def tokens(config, n: int, seed: int) -> list[int]:
@@ -48,7 +43,7 @@ def tokens(config, n: int, seed: int) -> list[int]:
 def documents(config, total: int) -> list[list[int]]:
     """Documents of `total` tokens in all."""
     found, left, longest = [], total, min(2048, config.max_position_embeddings)
-    for k, length in enumerate(lengths(total, 400, 64, longest, 1)):
+    for k, length in enumerate(ragged(total, 400, 64, longest, 1)):
         found.append(tokens(config, min(length, left), k))
         left -= len(found[-1])
         if left < 2:
@@ -88,19 +83,6 @@ def peer_model(args, adapt: bool):
     return peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train() if adapt else model.eval()
 
 
-def stepped(model, loss):
-    """A whole step; `loss` calls backward by itself."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-
-    def step():
-        loss()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return step
-
-
 def sft_own(args):
     model, cfg = own_model(args, adapt=True), train.TrainConfig(stage="sft", micro_tokens=args.micro_tokens)
     groups = [{"documents": [{"input_ids": ids, "labels": [-100] + ids[1:], "cut": False}]} for ids in documents(model.config, args.tokens)]
@@ -119,9 +101,7 @@ def sft_peer(args):
 
     def loss():
         for row in rows:
-            width = max(map(len, row))
-            ids = torch.tensor([part + [0] * (width - len(part)) for part in row], device=args.device)
-            mask = torch.tensor([[1] * len(part) + [0] * (width - len(part)) for part in row], device=args.device)
+            ids, mask = padded(row, 0).to(args.device), padded([[1] * len(part) for part in row], 0).to(args.device)
             model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), use_cache=False, num_items_in_batch=total).loss.backward()
     return stepped(model, loss)
 
@@ -140,7 +120,7 @@ def stream_peer(args, **how):
 def asked(args) -> tuple[list[list[int]], list[int]]:
     """The prompts of sample, and how long each answer is to be."""
     config = PRESETS[args.preset]
-    return [tokens(config, length, k) for k, length in enumerate(lengths(args.prompts, 256, 32, 448, 2))], lengths(args.prompts, 128, 8, 512, 3)
+    return [tokens(config, length, k) for k, length in enumerate(ragged(args.prompts, 256, 32, 448, 2))], ragged(args.prompts, 128, 8, 512, 3)
 
 
 def sample_own(args):
@@ -156,9 +136,7 @@ def sample_peer(args):
     def work():
         for start in range(0, len(order), 128):
             part = order[start:start + 128]
-            width = max(len(prompts[k]) for k in part)
-            ids = torch.tensor([[0] * (width - len(prompts[k])) + prompts[k] for k in part], device=args.device)
-            mask = torch.tensor([[0] * (width - len(prompts[k])) + [1] * len(prompts[k]) for k in part], device=args.device)
+            ids, mask = (padded(rows, 0, left=True).to(args.device) for rows in ([prompts[k] for k in part], [[1] * len(prompts[k]) for k in part]))
             model.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=max(most[k] for k in part), eos_token_id=None, pad_token_id=0)
     return work
 

@@ -69,6 +69,19 @@ def test_attention_in_segments_is_that_in_padded_rows(number, monkeypatch):
     assert all(torch.allclose(one, two, atol=1e-12) for one, two in zip(*found)), trees
 
 
+def test_tensors_go_to_a_gpu_from_pinned_memory():
+    class Tensor:
+        def __init__(self, pinned=False):
+            self.pinned = pinned
+
+        def pin_memory(self):
+            return Tensor(pinned=True)
+
+        def to(self, device, non_blocking=False):
+            return self.pinned, device, non_blocking
+    assert modeling.put(Tensor(), "cuda:1") == (True, "cuda:1", True) and modeling.put(Tensor(), "cpu") == (False, "cpu", False)
+
+
 @pytest.mark.parametrize("serves", [False, True])
 @pytest.mark.parametrize("trees", [[(5, [3, 4]), (2, [])], [(5, []), (3, []), (9, [])]])
 def test_attention_first_used_without_gradients_serves_with_them(trees, serves, monkeypatch):
@@ -129,19 +142,21 @@ class Recorded(TorchDispatchMode):
 @pytest.fixture
 def graphs(monkeypatch):
     """As if there were a GPU, whose CUDA graphs are `Recorded`: those that were made."""
-    made = []
+    made, waits = [], []
+    modeling.recording_stream.cache_clear()
 
     class Stream:
         def __init__(self, device=None):
-            pass
+            self.aside = device is not None
 
         def wait_stream(self, other):
-            pass
+            waits.append((self.aside, other.aside))
 
     @contextlib.contextmanager
     def capture(graph, pool, stream, capture_error_mode):
         assert pool == ("pool" if made else None) and stream is modeling.recording_stream(torch.device("cpu"))       # they share their memory
         made.append(graph)
+        assert waits[-2:] == [(True, False), (False, True)]          # the warm-up begins behind what went before, and the rest behind it
         with graph:
             yield
     for name, value in {"Stream": Stream, "current_stream": Stream, "stream": lambda stream: contextlib.nullcontext(), "device": lambda device: contextlib.nullcontext(), "CUDAGraph": Recorded, "graph": capture}.items():
@@ -302,7 +317,7 @@ def test_the_other_device_refuses_tensors_of_the_cpu():
 RUNS = {                                                    # stages of train.py, some with sampling, judging and evaluation
     "sft": ("--evaluate",), "sft nf4": ("--quantize", "nf4"), "sft int8": ("--quantize", "int8", "--checkpointing"), "sft full": ("--full",),
     "cat": ("--micro-tokens", "150", "--dropout", "0.1"), "cat collecting": ("--judge", "self"), "dpo": ("--length-normalize", "--pairs", "all"), "rso": (), "slic": (), "rrhf": (),
-    "pro": (), "reward": (), "conditional": (), "ppo": ("--rollouts", "8", "--no-fit-reward", "--judge", "rule", "--kl-target", "0.1"), "rlaif": ("--judge", "self"),
+    "pro": (), "reward": (), "conditional": (), "ppo": ("--rollouts", "8", "--no-fit-reward", "--judge", "rule", "--kl-target", "0.1"), "rlaif": ("--judge", "self"), "sft-ia": (), "expert": (),
     "cut": (), "cut tokens": ("--combine", "half", "--reduction", "token", "--detector", "frozen"), "forward": (), "ilf": ("--refinements", "2"), "hindsight": (),
     "unlikelihood": (), "unlikelihood token": ("--level", "token"), "unlikelihood sequence": ("--level", "sequence"), "critic": ()}
 PADDED = {"sft full", "cat", "pro", "reward", "cut"}        # in padded rows, as where varlen_attn does not serve
@@ -345,7 +360,7 @@ def test_a_run_on_another_device_is_that_on_the_cpu(name, world, judged, tmp_pat
     del argv[at:at + 2]
     if train.kind(stage) in train.JUDGED:
         argv += ["--records", str(judged), *JUDGED]
-    elif "--judge" not in more and stage != "sft":
+    elif "--judge" not in more and stage not in ("sft", "sft-ia"):
         argv += ["--candidates", str(planted(world, tmp_path / "candidates.jsonl"))]
     if train.STAGES[stage].needs == "sft-ia":
         argv += ["--sft-steps", "1", "--pool-per-task", "4", "--wordings", "3"]
