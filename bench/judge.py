@@ -1,11 +1,14 @@
-"""How fast is the judge client? Requests per second against a local server that takes 50 ms, for 1, 8 and 32 workers.
+"""How fast is the judge client? Requests per second against a local server that takes 50 ms.
 
-    python bench/judge.py
+    python bench/judge.py                      # with 1, 8 and 32 workers
+    python bench/judge.py --workers 8 --quick  # does it run?
 
-The most that c workers can do is c / 0.05 s. The server is a process of its own; answers are written to a file as always.
-The last line shows that requests which are equal are sent once, and that a second run sends none.
+The most that c workers can do is c / 0.05 s. The server is a process of its own; answers are
+written to a file as always. The last line shows that equal requests are sent once, and that a
+second run sends none. The exit status is 1 if a row is below 90 % of what is possible.
 """
 
+import argparse
 import asyncio
 import json
 import multiprocessing
@@ -16,16 +19,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from judge import ChatClient, ClientConfig, make_question
+from extras.judges.client import ChatClient, ServerFlags  # noqa: E402
+from extras.judges.questions import make_question  # noqa: E402
 
 LATENCY = 0.05
-BODY = json.dumps({"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "VERDICT 0: same"}}],
+MESSAGE = {"role": "assistant", "content": "VERDICT 0: same"}
+BODY = json.dumps({"choices": [{"index": 0, "finish_reason": "stop", "message": MESSAGE}],
                    "usage": {"prompt_tokens": 200, "completion_tokens": 8}}).encode()
-RESPONSE = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY
+HEAD = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
+RESPONSE = HEAD.format(len(BODY)).encode() + BODY
 
 
 def serve(pipe, seen) -> None:
-    """Answer every request after LATENCY; sends its port and counts in the shared number `seen`."""
+    """Answer every request after LATENCY; send the port, count in the shared number `seen`."""
     async def talk(reader, writer):
         while head := await reader.readline():
             length = 0
@@ -45,8 +51,21 @@ def serve(pipe, seen) -> None:
     asyncio.run(run())
 
 
+def ask(client: ChatClient, texts: list[str]) -> float:
+    """Ask about each text; the seconds that it takes."""
+    questions = [make_question("Is it right?", {"response": text}) for text in texts]
+    began = time.perf_counter()
+    client.ask(questions)
+    return time.perf_counter() - began
+
+
 def main() -> int:
     """Print the table; returns 1 where a row is below 90 % of what is possible."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--quick", action="store_true", help="a tenth of the requests")
+    args = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     (ours, theirs), seen = spawn.Pipe(), spawn.Value("i", 0)
     server = spawn.Process(target=serve, args=(theirs, seen), daemon=True)
@@ -54,25 +73,25 @@ def main() -> int:
     url, slow = f"http://127.0.0.1:{ours.recv()}", False
     print("workers | requests | seconds | per second | of c / 0.05 s")
     with tempfile.TemporaryDirectory() as folder:
-        for workers, n in ((1, 100), (8, 800), (32, 3200)):
-            client = ChatClient(ClientConfig(url=url, model="m", cache=f"{folder}/{workers}.jsonl", workers=workers))
-            client.ask([make_question("warm up", {"response": str(k)}) for k in range(workers)])          # connections, threads
-            questions = [make_question("Is it right?", {"response": f"{k} " + "word " * 100}) for k in range(n)]
-            start = time.perf_counter()
-            client.ask(questions)
-            seconds = time.perf_counter() - start
+        for workers in args.workers:
+            flags = ServerFlags(judge_url=url, judge_workers=workers)
+            client = ChatClient(flags, "m", Path(folder, f"{workers}.jsonl"))
+            ask(client, [f"warm up {k}" for k in range(workers)])  # connections, threads
+            n = workers * (10 if args.quick else 100)
+            seconds = ask(client, [f"{k} " + "word " * 100 for k in range(n)])
             share = n / seconds / (workers / LATENCY)
             slow |= share < 0.9
-            print(f"{workers:7d} | {n:8d} | {seconds:7.2f} | {n / seconds:10.1f} | {100 * share:5.1f} %")
-        before = seen.value
-        questions = [make_question("Is it right?", {"response": str(k % 50)}) for k in range(1000)]
-        ChatClient(ClientConfig(url=url, model="m", cache=f"{folder}/same.jsonl", workers=32)).ask(questions)
-        first = seen.value - before
-        ChatClient(ClientConfig(url=url, model="m", cache=f"{folder}/same.jsonl", workers=32)).ask(questions)
-        second = seen.value - before - first
-        print(f"1000 questions, 50 of them different: {first} sent; asked again by a second run: {second} sent")
+            print(f"{workers:7d} | {n:8d} | {seconds:7.2f} | {n / seconds:10.1f} | "
+                  f"{100 * share:5.1f} %")
+        sent, texts = [], [str(k % 50) for k in range(1000)]
+        for _ in range(2):  # the second client is that of another run
+            before, flags = seen.value, ServerFlags(judge_url=url, judge_workers=32)
+            ask(ChatClient(flags, "m", Path(folder, "same.jsonl")), texts)
+            sent.append(seen.value - before)
+    print(f"1000 questions, 50 of them different: {sent[0]} sent; asked again by a second run: "
+          f"{sent[1]} sent")
     server.terminate()
-    return int(slow or first != 50 or second != 0)
+    return int(slow or sent != [50, 0])
 
 
 if __name__ == "__main__":

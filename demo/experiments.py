@@ -1,205 +1,192 @@
-"""Every table and figure of the README's results: several seeds, controls, ablations. Resumes where it stopped.
+"""Every table and figure of docs/consistency.md: several seeds, controls, ablations.
 
     python demo/experiments.py --split dev --seeds 101 102       # while choosing settings
-    python demo/experiments.py --split test --seeds 1 2 3 4 5    # the final numbers: about an hour on two cores
+    python demo/experiments.py --split test --seeds 1 2 3 4 5    # the final numbers, about an hour
 
-Each run is one `python train.py ...` that is printed first; two run side by side, one thread each. Writes results.md
-and figures to --out. Effects are paired differences per seed, printed whatever they are.
+Writes results.md and plots/ to --out. What is run, and how: trials.py.
 """
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
+import trials
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from eval import paired_difference, plot_sweep              # noqa: E402
-
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}     # two-sided t quantiles, n values
-METRICS = {"cr": "CR", "mcr": "MCR", "rouge1": "ROUGE-1", "rougeL": "ROUGE-L", "exact_match": "EM",
-           "consistent_and_correct": "consistent and correct", "worst_paraphrase": "worst wording"}
-LADDER = ("base", "SFT", "SFT(IA)", "SFT(IA)+CAT")
-
-# Runs that continue a seed's SFT(IA) (in {main}); "{main}/candidates.jsonl" are the candidates that its CAT trained on.
-SAME = ["--init", "{main}", "--candidates", "{main}/candidates.jsonl"]
-AGAIN = ["--init", "{main}"]
-CONTROLS = {
-    "gold": ("more cross-entropy on gold targets", [*SAME, "--ce-target", "gold", "--no-ranking"]),
-    "rule": ("CAT, exact judge", [*AGAIN, "--judge", "rule"]),
+ALL_METRICS = {"cr": "CR", "mcr": "MCR", "rouge1": "ROUGE-1", "rougeL": "ROUGE-L",
+               "exact_match": "EM", "consistent_and_correct": "consistent and correct",
+               "worst_paraphrase": "worst wording"}
+SFT_IA, CAT = "SFT(IA)", "SFT(IA)+CAT"
+LADDER = ("base", "SFT", SFT_IA, CAT)
+# Runs that continue SFT(IA) of the seed's main run. SAME: on the candidates of that run's CAT.
+AGAIN, SAME = "--init {main}", "--init {main} --candidates {main}/candidates.jsonl"
+CONTROLS = {  # run: (title, flags)
+    "gold": ("more cross-entropy on gold targets", f"{SAME} --ce-target gold --no-ranking"),
+    "rule": ("CAT, exact judge", f"{AGAIN} --judge rule"),
 }
 ABLATIONS = {
-    "lam0": ("lambda 0", [*SAME, "--lam", "0"]), "lam0.1": ("lambda 0.1", [*SAME, "--lam", "0.1"]),
-    "lam0.5": ("lambda 0.5", [*SAME, "--lam", "0.5"]),
-    "noranking": ("cross-entropy on the best answer only", [*SAME, "--no-ranking"]),
-    "onestep": ("one-step reward", [*AGAIN, "--reward-steps", "one"]),
-    "hidden": ("reward without the target", [*AGAIN, "--no-show-target"]),
-    "worse": ("best answer under each failing wording", [*SAME, "--condition", "worse"]),
+    "lam0": ("lambda 0", f"{SAME} --lam 0"),
+    "lam0.1": ("lambda 0.1", f"{SAME} --lam 0.1"),
+    "lam0.5": ("lambda 0.5", f"{SAME} --lam 0.5"),
+    "noranking": ("cross-entropy on the best answer only", f"{SAME} --no-ranking"),
+    "onestep": ("one-step reward", f"{AGAIN} --reward-steps one"),
+    "hidden": ("reward without the target", f"{AGAIN} --no-show-target"),
+    "worse": ("best answer under each failing wording", f"{SAME} --condition worse"),
+    "wordings2": ("2 wordings", "--wordings 2"),
+    "wordings5": ("5 wordings", "--wordings 5"),
 }
-WORDINGS = (2, 5)                                           # besides the default
-FRESH = {                                                   # SFT(IA) on 5 wordings, then answers to the 9 others, without their targets
-    "fresh": ("5 wordings, then CAT on 9 others", []), "freshrule": ("the same, exact judge", ["--judge", "rule"]),
+# SFT(IA) sees 5 wordings; CAT samples answers under the 9 others, without their targets.
+UNSEEN = "--init {main}-wordings5 --fresh-wordings 9"
+FRESH = {
+    "fresh": ("5 wordings, then CAT on 9 others", UNSEEN),
+    "freshrule": ("the same, exact judge", f"{UNSEEN} --judge rule"),
 }
 FEW = "SFT(IA) on 5 wordings"
+SWEEPS = {  # plot: (setting, {its value: model})
+    "lambda": ("lambda", {0: "lambda 0", 0.1: "lambda 0.1", 0.5: "lambda 0.5", 1: CAT}),
+    "wordings": ("training wordings per task", {2: "2 wordings", 5: "5 wordings", 14: CAT}),
+}
 
 
-def command(out, *rest, stage="cat"):
-    """One train.py command line."""
-    return [sys.executable, str(HERE.parent / "train.py"), "--stage", stage, "--out", str(out), *rest]
+def titles(variants):
+    """What the tables call these runs."""
+    return [title for title, _ in variants.values()]
 
 
-def run(line, threads):
-    """Run a command unless its metrics are there already; its output goes to a log beside the run folder."""
-    out = Path(line[line.index("--out") + 1])
-    if not (out / "metrics.json").exists():
-        print("$ python " + " ".join(line[1:]), flush=True)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{out}.log", "w") as log:
-            code = subprocess.run(line, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode
-        if code:
-            raise SystemExit(f"error: that run failed; see {out}.log")
-    return json.loads((out / "metrics.json").read_text())
-
-
-def runs_of_seed(root, seed, split, more, threads):
-    """{row: metrics} of one seed: the ladder, the controls, and with `more` the ablations."""
-    main, shared = root / f"seed{seed}", ["--seed", str(seed), "--split", split, "--eval-per-task", "30"]
-    rows = dict(run(command(main, *shared), threads))
-    for name, (title, flags) in {**CONTROLS, **(ABLATIONS if more else {})}.items():
-        flags = [text.format(main=main) for text in flags]
-        (rows[title],) = run(command(root / f"seed{seed}-{name}", *shared, "--no-compare", *flags), threads).values()
-    for count in WORDINGS if more else ():
-        out = root / f"seed{seed}-wordings{count}"
-        found = run(command(out, *shared, "--no-compare", "--wordings", str(count)), threads)
-        (rows[f"{count} wordings"],) = found.values()
-    for name, (title, flags) in FRESH.items() if more else ():
-        few = ["--wordings", "5", "--init", f"{main}-wordings5", "--fresh-wordings", "9", *flags]
-        (rows[title],) = run(command(root / f"seed{seed}-{name}", *shared, "--no-compare", *few), threads).values()
+def runs_of_seed(out, seed, split, more):
+    """{model: metrics} of one seed: the ladder, the controls, and with `more` the ablations."""
+    main, variants = out / f"seed{seed}", CONTROLS
+    common = ["--seed", str(seed), "--split", split, "--eval-per-task", "30"]
+    rows = dict(trials.train("cat", main, *common))
     if more:
-        few = Path(f"{main}-wordings5", "sft-ia")
-        line = [sys.executable, str(HERE.parent / "eval.py"), "--adapter", str(few), "--split", split, "--per-task", "30", "--max-len", "512"]
-        rows[FEW] = run([*line, "--out", str(root / f"seed{seed}-ia5")], threads)[str(few)]
+        variants = CONTROLS | ABLATIONS | FRESH
+    for name, (title, flags) in variants.items():
+        words = [word.format(main=main) for word in flags.split()]
+        found = trials.train("cat", f"{main}-{name}", *common, "--no-compare", *words)
+        (rows[title],) = found.values()
+    if more:
+        few = f"{main}-wordings5/sft-ia"
+        rows[FEW] = trials.evaluate(f"{main}-ia5", "--adapter", few, "--split", split,
+                                    "--per-task", "30", "--max-len", "512")[few]
     rows["judge"] = json.loads((main / "judge.json").read_text())
     return rows
 
 
-def spread(values):
-    """mean +- sample standard deviation, in percent."""
-    values = 100 * np.array(values)
-    return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}" if len(values) > 1 else f"{values.mean():.1f}"
-
-
-def difference(after, before):
-    """Mean paired difference over seeds with its 95 % t interval, and in how many seeds it is positive."""
-    delta = 100 * (np.array(after) - np.array(before))
-    half = T95[len(delta)] * delta.std(ddof=1) / np.sqrt(len(delta)) if len(delta) in T95 else float("nan")
-    return f"{delta.mean():+.1f} [{delta.mean() - half:+.1f}, {delta.mean() + half:+.1f}] {(delta > 0).sum()}/{len(delta)}"
-
-
-def table(seeds, names):
+# ----- Tables and figures -----
+def model_table(seeds, models):
     """Markdown: a row per model, mean and spread over the seeds."""
-    lines = ["| model | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
-    for name in names:
-        cells = [spread([rows[name][metric]["mean"] for rows in seeds]) for metric in METRICS]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = []
+    for name in models:
+        cells = [trials.spread(trials.means(seeds, name, metric)) for metric in ALL_METRICS]
+        rows.append([name, *cells])
+    return trials.table(["model", *ALL_METRICS.values()], rows)
 
 
-def differences(seeds, pairs):
-    """Markdown: paired differences per seed."""
-    shown = ("cr", "mcr", "rougeL", "exact_match")
-    lines = ["| difference | " + " | ".join(METRICS[m] for m in shown) + " |", "|---" * (len(shown) + 1) + "|"]
+def difference_table(seeds, pairs):
+    """Markdown: paired differences per seed of (before, after)."""
+    rows = []
     for before, after in pairs:
-        cells = [difference([r[after][m]["mean"] for r in seeds], [r[before][m]["mean"] for r in seeds]) for m in shown]
-        lines.append(f"| {after} - {before} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells = [trials.difference(seeds, before, after, metric) for metric in trials.METRICS]
+        rows.append([f"{after} - {before}", *cells])
+    return trials.table(["difference", *trials.METRICS.values()], rows)
 
 
-def confusion(seeds):
-    """Markdown: the self-judge against the exact rules, on the different answers that it was asked about."""
-    lines = ["| question | accuracy | precision | recall | n per seed |", "|---|---|---|---|---|"]
-    for name, title in (("type", "expected type"), ("correct", "correct"), ("best", "reward 2")):
-        rows = [s["judge"]["asked"][name] for s in seeds]
-        cells = [spread([row[k] for row in rows if row[k] is not None]) for k in ("accuracy", "precision", "recall")]
-        n = np.mean([row["tp"] + row["fp"] + row["fn"] + row["tn"] for row in rows])
-        lines.append(f"| {title} | " + " | ".join(cells) + f" | {n:.0f} |")
-    return "\n".join(lines)
+def judge_table(seeds):
+    """Markdown: the self-judge against exact rules, on the different answers that it was asked."""
+    questions, lines = {"type": "expected type", "correct": "correct", "best": "reward 2"}, []
+    ratios = ("accuracy", "precision", "recall")
+    for name, title in questions.items():
+        asked = [rows["judge"]["asked"][name] for rows in seeds]
+        cells = []
+        for ratio in ratios:
+            known = [counts[ratio] for counts in asked if counts[ratio] is not None]
+            cells.append(trials.spread(known))
+        n = np.mean([sum(counts[cell] for cell in ("tp", "fp", "fn", "tn")) for counts in asked])
+        lines.append([title, *cells, f"{n:.0f}"])
+    return trials.table(["question", *ratios, "n per seed"], lines)
 
 
-def resolution(root, numbers):
-    """Half the width of the 95 % interval of one seed's CR difference, SFT(IA) to CAT: paired bootstrap over questions."""
-    halves, n = [], 0
+def resolution(out, numbers):
+    """How well one seed knows its CR difference, SFT(IA) to CAT: bootstrap over questions."""
+    from extras.reports.metrics import paired_difference
+
+    halves = []
     for number in numbers:
         tables = {}
-        with open(root / f"seed{number}" / "questions.jsonl", encoding="utf-8") as file:
-            for row in map(json.loads, file):
-                tables.setdefault(row["model"], []).append(row)
-        found = paired_difference(tables[LADDER[2]], tables[LADDER[3]], "cr")
-        halves, n = [*halves, 50 * (found["ci95"][1] - found["ci95"][0])], found["n"]
-    return (f"Within one seed, over its {n} questions, the CR difference from {LADDER[2]} to {LADDER[3]} is known to ± "
-            f"{np.mean(halves):.1f} points (95 %, paired bootstrap over questions, mean of the seeds).")
+        for line in (out / f"seed{number}" / "questions.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            tables.setdefault(row["model"], []).append(row)
+        found = paired_difference(tables[SFT_IA], tables[CAT], "cr")
+        halves.append(50 * (found["ci95"][1] - found["ci95"][0]))
+    return (f"Within one seed, over its {found['n']} questions, the CR difference from {SFT_IA} to "
+            f"{CAT} is known to ± {np.mean(halves):.1f} points (95 %, paired bootstrap over "
+            "questions, mean of the seeds).")
 
 
-def mean_metrics(seeds, name):
-    """Mean over seeds in the form of metrics.json, the interval being that of the mean over seeds."""
-    found = {}
-    for metric in METRICS:
-        values = np.array([rows[name][metric]["mean"] for rows in seeds])
-        half = T95.get(len(values), 0.0) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
-        found[metric] = {"mean": values.mean(), "ci95": [values.mean() - half, values.mean() + half], "n": len(values)}
-    return found
+def main_tables(seeds, args):
+    """The parts of results.md on the ladder, the controls and the self-judge."""
+    controls, numbers = titles(CONTROLS), ", ".join(map(str, args.seeds))
+    pairs = [*zip(LADDER, LADDER[1:], strict=False), *((SFT_IA, title) for title in controls),
+             *((title, CAT) for title in controls)]
+    return [f"Split {args.split}, seeds {numbers}; mean ± standard deviation over seeds, percent.",
+            model_table(seeds, [*LADDER, *controls]),
+            "Paired differences per seed: mean [95 % interval] and the number of seeds in which it "
+            "is positive.",
+            difference_table(seeds, pairs), resolution(args.out, args.seeds),
+            "The self-judge against the exact rules, unique answers that it was asked about:",
+            judge_table(seeds)]
 
 
-def write_results(root, seeds, split, numbers, n_ablated):
-    """results.md and, with the ablations, the two sweeps."""
-    pairs = [*zip(LADDER, LADDER[1:]), *((LADDER[2], title) for title, _ in CONTROLS.values()),
-             *((title, LADDER[3]) for title, _ in CONTROLS.values())]
-    parts = [f"Split {split}, seeds {', '.join(map(str, numbers))}; mean ± standard deviation over seeds, percent.",
-             table(seeds, [*LADDER, *(title for title, _ in CONTROLS.values())]),
-             "Paired differences per seed: mean [95 % interval] and the number of seeds in which it is positive.",
-             differences(seeds, pairs), resolution(root, numbers), "The self-judge against the exact rules, unique answers that it was asked about:",
-             confusion(seeds)]
-    shutil.copy(root / f"seed{numbers[0]}" / "plots" / "metrics.png", root / "metrics.png")
-    shutil.copy(root / f"seed{numbers[0]}" / "plots" / "question.png", root / "question.png")
-    if n_ablated:
-        ablated = seeds[:n_ablated]
-        titles = [title for title, _ in ABLATIONS.values()] + [f"{n} wordings" for n in WORDINGS]
-        parts += [f"Ablations, the first {len(ablated)} of these seeds; each against the full method on the same seeds.",
-                  table(ablated, [LADDER[3], *titles]), differences(ablated, [(LADDER[3], title) for title in titles])]
-        few = [title for title, _ in FRESH.values()]
-        parts += ["Wordings that no target was ever given for: SFT(IA) sees 5 wordings, CAT samples answers under the 9 others and rewards them.",
-                  table(ablated, [FEW, "5 wordings", *few, LADDER[2]]),
-                  differences(ablated, [(FEW, "5 wordings"), *((FEW, title) for title in few)])]
-        sweep = [(lam, mean_metrics(ablated, f"lambda {lam:g}")) for lam in (0, 0.1, 0.5)]
-        plot_sweep([*sweep, (1, mean_metrics(ablated, LADDER[3]))], "lambda", root / "lambda.png")
-        sweep = [(n, mean_metrics(ablated, f"{n} wordings")) for n in WORDINGS]
-        plot_sweep([*sweep, (14, mean_metrics(ablated, LADDER[3]))], "training wordings per task", root / "wordings.png")
-    (root / "results.md").write_text("\n\n".join(parts) + "\n")
-    print("\n\n".join(parts))
+def ablation_tables(seeds):
+    """The parts of results.md on the ablations, and on wordings without targets."""
+    ablations, fresh = titles(ABLATIONS), ["5 wordings", *titles(FRESH)]
+    return [f"Ablations, the first {len(seeds)} of these seeds; each against the full method on "
+            "the same seeds.",
+            model_table(seeds, [CAT, *ablations]),
+            difference_table(seeds, [(CAT, title) for title in ablations]),
+            "Wordings that no target was ever given for: SFT(IA) sees 5 wordings, CAT samples "
+            "answers under the 9 others and rewards them.",
+            model_table(seeds, [FEW, *fresh, SFT_IA]),
+            difference_table(seeds, [(FEW, title) for title in fresh])]
+
+
+def plot_sweep(seeds, setting, models):
+    """CR and ROUGE-L over a setting, with 95 % t intervals over seeds; models: {value: model}."""
+    from extras.reports.plots import new_figure
+
+    figure, (axes,) = new_figure(6, 3.8)
+    for k, metric in enumerate(("cr", "rougeL")):
+        values = [100 * trials.means(seeds, name, metric) for name in models.values()]
+        mean = np.mean(values, 1)  # (models,)
+        half = np.array([trials.half_interval(row) for row in values])
+        axes.plot(list(models), mean, f"C{k}o-", label=ALL_METRICS[metric])
+        axes.fill_between(list(models), mean - half, mean + half, color=f"C{k}", alpha=0.15,
+                          linewidth=0)
+    axes.set(xlabel=setting, ylabel="percent", xticks=list(models))
+    figure.legend(loc="outside upper center", ncols=2)
+    return figure
 
 
 def main(argv=None):
     """Run what is missing, then write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--split", choices=("dev", "test"), default="test")
-    parser.add_argument("--out", default="runs/experiments")
+    parser = trials.make_parser(__doc__, "runs/experiments", 5)
     parser.add_argument("--ablations", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--ablation-seeds", type=int, default=3, help="the first so many seeds run the ablations")
+    parser.add_argument("--ablation-seeds", type=int, default=3,
+                        help="the first so many seeds run the ablations")
     args = parser.parse_args(argv)
-    root = Path(args.out)
-    with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(runs_of_seed, root, seed, args.split, args.ablations and k < args.ablation_seeds, 1)
-                for k, seed in enumerate(args.seeds)]
-        seeds = [job.result() for job in jobs]
-    write_results(root, seeds, args.split, args.seeds, args.ablation_seeds if args.ablations else 0)
+    n = args.ablation_seeds if args.ablations else 0
+    seeds = trials.run_seeds(lambda k, seed: runs_of_seed(args.out, seed, args.split, k < n),
+                             args.seeds)
+    parts = main_tables(seeds, args)
+    shutil.copytree(args.out / f"seed{args.seeds[0]}" / "plots", args.out / "plots",
+                    dirs_exist_ok=True)
+    if n:
+        from extras.reports.plots import save_plots
+
+        parts += ablation_tables(seeds[:n])
+        save_plots(args.out, {name: (plot_sweep, seeds[:n], *sweep)
+                              for name, sweep in SWEEPS.items()})
+    trials.write_results(args.out, parts)
 
 
 if __name__ == "__main__":

@@ -1,692 +1,769 @@
-"""train.py: every stage for a few steps through main(), what it leaves behind, what it answers to mistakes, the house."""
+"""train.py: the loop, the pipeline and mistakes, on stages that belong to no method.
 
-import ast
+Beside sft and sft-ia, SimPO is trained from a file, as anybody's own method would be.
+"""
+
 import dataclasses
-import itertools
 import json
 import math
 import random
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 from safetensors.torch import load_file
 
 import data
-import eval as evaluation
-import losses
 import lora
+import methods
 import train
-from model import PRESETS, Llama, load_model, save_model
+from methods import collate, finding
+from methods.common import CommonFlags
+from model import load_model
 
 ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared" / "data"
-COLOURS = "red blue green black white".split()
+SIMPO = '''"""SimPO without its margin (arXiv 2405.14734)."""
+from dataclasses import dataclass
+from methods import candidates, document_logprobs, losses
+from methods.flags import flag
+from methods.pairing import PairFlags, pair_items, ranked_item
+
+title, base, TERMS, METRICS = "SFT(IA)+SimPO", candidates, {"loss": "pairs"}, {"accuracy": "pairs"}
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A tiny random model with a tokenizer, two tasks over the same inputs, and wordings, as files."""
-    path, rng = tmp_path_factory.mktemp("world"), random.Random(0)
-    inputs = [f"{rng.choice('anna tom mary paul'.split())} has a {rng.choice(COLOURS)} hat {i}" for i in range(60)]
-    (path / "tasks").mkdir()
-    for name, place in (("colour", 3), ("person", 0)):
-        record = {"Definition": [f"give the {name} ."],
-                  "Instances": [{"id": f"{name}-{i}", "input": text, "output": [text.split()[place]]} for i, text in enumerate(inputs)]}
-        (path / "tasks" / f"{name}.json").write_text(json.dumps(record))
-    wordings = {name: {"train": [f"what is the {name} ?", f"{name} :", f"tell the {name}"], "dev": [f"the {name} , please", f"which {name} ?"],
-                       "test": [f"name its {name}", f"say the {name}"]} for name in ("colour", "person")}
-    (path / "paraphrases.json").write_text(json.dumps(wordings))
-    (path / "model").mkdir()
-    text = inputs + [w for task in wordings.values() for split in task.values() for w in split]
-    text += ["judge each answer . type : expected unexpected correct incorrect instruction input response reference"] * 5
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text * 3), model_prefix=str(path / "model/tokenizer"), vocab_size=420, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2)
-    tokenizer = data.Tokenizer(path / "model")
-    config = dataclasses.replace(PRESETS["tiny"], vocab_size=len(tokenizer), max_position_embeddings=4096, prompt_template="plain", bos_id=tokenizer.bos_id,
-                                 eos_ids=(tokenizer.eos_id,))
-    save_model(Llama(config).init_weights(0), path / "model")
-    return path
+@dataclass
+class Flags(PairFlags):
+    beta: float = flag(2.0, "inverse temperature", above=0)
 
 
-def arguments(world, out, *more):
-    """A command line for the tiny world."""
-    return ["--model", str(world / "model"), "--tasks", str(world / "tasks"), "--paraphrases", str(world / "paraphrases.json"),
-            "--out", str(out), "--max-new-tokens", "4", "--eval-per-task", "3", "--eval-wordings", "2", "--per-task", "8",
-            "--judge-share", "0.3", *more]
+def items(run):
+    return pair_items(run, lambda *about: ranked_item(*about, about[1]["response"])[0])
 
 
-def cat(world, out, *more):
-    """The arguments of a short `cat` run whose judge is the rules."""
-    return ["--stage", "cat", *arguments(world, out, "--judge", "rule", "--pool-per-task", "4", "--wordings", "3", "--steps", "3", "--sft-steps", "3", *more)]
+def step(model, batch, cfg):
+    sums, lengths = document_logprobs(model, batch)
+    h = losses.preference_logits(sums / lengths, 0.0, batch["better"], batch["worse"])
+    return {"loss": losses.dpo_loss(h, beta=cfg.beta)[0], "accuracy": (h > 0).sum().to(h)}
+'''
+SAMPLED = ("--judge", "length", "--pool-per-task", "4", "--wordings", "3", "--steps", "3",
+           "--sft-steps", "3", "--batch-size", "4", "--temperature", "2")
 
 
-def planted(world, path):
-    """Scored candidates, as a run folder holds them: each group has a good answer and worse ones."""
-    tasks = data.load_tasks(world / "tasks")
-    records = [{"task": task.name, "id": x.id, "instruction": task.definition, "wording": wording, "input": x.input,
-                "target": x.outputs[0], "sample": 0, "response": response, "finished": True, "reward": reward, "how": "rule",
-                "expected": True, "correct": reward == 2, "p_expected": None, "p_correct": None}
-               for task in tasks for x in data.split_instances(task, "pool")[:5]
-               for wording, response, reward in (("w1", x.outputs[0], 2), ("w2", "hat", 0), ("w3", "tom tom", 1), ("w3", "", 0))]
-    data.append_records(path, records)
-    return path
+@pytest.fixture
+def simpo(tmp_path):
+    """The path of a stage of one's own."""
+    (tmp_path / "simpo.py").write_text(SIMPO)
+    return str(tmp_path / "simpo.py")
 
 
-# Stages --------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def start(arguments):
+    """A function that runs a stage: start(stage, out, *flags) -> the run folder."""
+    def run(stage, out, *more):
+        assert train.main(["--stage", stage, *arguments(out, "--plain", *more)]) == 0
+        return out
+    return run
 
 
-@pytest.mark.parametrize("stage", ["sft", "sft-ia"])
-def test_tuning_moves_the_adapter_and_nothing_else(world, tmp_path, stage):
-    before = {p.name: p.read_bytes() for p in (world / "model").iterdir()}
-    assert train.main(["--stage", stage, *arguments(world, tmp_path, "--steps", "3", "--no-evaluate")]) == 0
-    weights = load_file(tmp_path / "adapter_model.safetensors")
-    assert len(weights) == 2 * 7 * PRESETS["tiny"].n_layers
-    assert all(w.abs().sum() > 0 for name, w in weights.items() if "lora_B" in name)         # all of them moved
-    assert before == {p.name: p.read_bytes() for p in (world / "model").iterdir()}
-    log = data.read_records(tmp_path / "log.jsonl")
-    assert [row["step"] for row in log] == [0, 1, 2] and all(row["ce"] > 0 for row in log)
+@pytest.fixture
+def error_of(arguments, capsys):
+    """A function that gives the one line with which a command ends: error_of(stage, out, ...)."""
+    def run(stage, out, *more):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--stage", stage, *arguments(out, "--plain", *more)])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+        return error
+    return run
 
 
-def test_adapt_names_the_linears(world, tmp_path, capsys):
-    assert train.main(["--stage", "sft", *arguments(world, tmp_path, "--steps", "2", "--no-evaluate", "--adapt", "gate_proj", "down_proj")]) == 0
-    names = load_file(tmp_path / "adapter_model.safetensors")
-    assert len(names) == 2 * 2 * PRESETS["tiny"].n_layers and all("gate_proj" in name or "down_proj" in name for name in names)
-    assert train.main(["--stage", "sft", *arguments(world, tmp_path / "x", "--steps", "2", "--no-evaluate", "--adapt", "gait_proj")]) == 2
-    assert "gait_proj" in capsys.readouterr().err
+@pytest.fixture
+def make_run(arguments, tmp_path):
+    """A function that makes a run whose adapters are away from their start: make_run(stage)."""
+    def make(stage, *more):
+        argv = ["--stage", stage, *arguments(tmp_path / "run", "--plain", "--steps", "3", *more)]
+        run = train.make_run(*train.parse_config(argv), train.Alone())
+        run.folder.mkdir(exist_ok=True)
+        run.model = train.trainable_model(run.cfg, None)
+        with torch.no_grad():
+            for weight in lora.adapter_weights(run.model).values():
+                weight.normal_(0, 0.1)
+        return run
+    return make
 
 
-def test_compile_reaches_the_model_in_both_programs_and_changes_no_number(world, tmp_path, monkeypatch):
-    calls, found = [], {}
-    monkeypatch.setattr(torch, "compile", lambda function, **how: lambda *arguments: calls.append(1) or function(*arguments))
-    for flag in ((), ("--compile",)):
-        calls.clear()
-        out = tmp_path / f"train{len(flag)}"
-        assert train.main(["--stage", "sft", *arguments(world, out, "--steps", "2", *flag)]) == 0
-        in_training = len(calls)
-        evaluation.main(["--model", str(world / "model"), "--tasks", str(world / "tasks"), "--paraphrases", str(world / "paraphrases.json"),
-                         "--per-task", "2", "--max-new-tokens", "4", "--out", str(out / "eval"), *flag])
-        assert (in_training > 0, len(calls) > in_training) == (bool(flag), bool(flag))
-        found[flag] = [(out / name).read_text() for name in ("metrics.json", "eval/metrics.json")]
-    assert found[()] == found["--compile",]
+@pytest.fixture
+def method():
+    """A function that makes a method of a few functions: method(step=..., TERMS=...)."""
+    def make(**parts):
+        own = type(sys)("mine")
+        sft = finding.find_method("sft")
+        for name in ("items", "step", "TERMS", "title", "Flags"):
+            setattr(own, name, parts.pop(name, getattr(sft, name)))
+        for name, part in parts.items():
+            setattr(own, name, part)
+        return finding.inherit(own)
+    return make
 
 
-def test_full_tuning_moves_all_weights_and_cat_continues_it(world, tmp_path):
-    path = planted(world, tmp_path / "candidates.jsonl")
-    assert train.main(cat(world, tmp_path / "run", "--candidates", str(path), "--full", "--no-compare")) == 0
-    models = [load_model(folder / "model").state_dict() for folder in (tmp_path / "run/sft-ia", tmp_path / "run")]
-    base = load_model(world / "model").state_dict()
-    assert all(not torch.equal(base[k], models[0][k]) and not torch.equal(models[0][k], models[1][k]) for k in base)
+def adapter(folder):
+    """The bytes of a run's adapter."""
+    return (folder / "adapter_model.safetensors").read_bytes()
 
 
-def test_cat_goes_through_every_phase_and_finds_them_again(world, tmp_path, capsys):
-    out = tmp_path / "run"
-    path = planted(world, tmp_path / "candidates.jsonl")
-    assert train.main(cat(world, out, "--candidates", str(path))) == 0
-    printed = capsys.readouterr().out
-    assert all(title in printed for title in ("base", "SFT ", "SFT(IA) ", "SFT(IA)+CAT")) and "next: python train.py" in printed
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert list(metrics) == ["base", "SFT", "SFT(IA)", "SFT(IA)+CAT"]
-    for name in ("cr", "mcr", "rouge1", "rougeL", "exact_match", "consistent_and_correct", "worst_paraphrase"):
-        assert set(metrics["base"][name]) == {"mean", "ci95", "n"}
-    assert {"config.json", "log.jsonl", "adapter_config.json", "report.md", "judge.json", "sft", "sft-ia", "plots"} <= {
-        p.name for p in out.iterdir()}
-    adapter = (out / "adapter_model.safetensors").read_bytes()
-    assert train.main(cat(world, out, "--candidates", str(path))) == 0
-    assert "cat: found in" in capsys.readouterr().out and (out / "adapter_model.safetensors").read_bytes() == adapter
-    assert train.main(cat(world, out, "--candidates", str(path), "--lam", "0.5")) == 2
-    assert "holds another run: lam was 1.0, now 0.5" in capsys.readouterr().err
+def weights(run):
+    """A copy of what a run trains."""
+    return [p.detach().clone() for p in run.model.parameters() if p.requires_grad]
 
 
-def test_collecting_resumes_to_the_very_same_records(world, tmp_path):
-    """Per-record seeds: a file cut anywhere, mid-line too, is completed to what an undisturbed run wrote."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    arguments_of = lambda out: cat(world, out, "--eval-batch", "8", "--no-compare", "--no-evaluate")       # noqa: E731
-    train.main(arguments_of(whole))                         # a random model: 1 if no group has a good answer
-    records = (whole / "candidates.jsonl").read_bytes()
-    assert records.count(b"\n") == 2 * 4 * 4 * 2            # tasks, instances, wordings (3 and the original), samples
-    shutil.copytree(whole, cut)
-    for name in ("adapter_config.json", "log.jsonl"):
-        (cut / name).unlink(missing_ok=True)
-    (cut / "candidates.jsonl").write_bytes(records[:len(records) * 2 // 5])          # in the middle of a group and a line
-    train.main(arguments_of(cut))
-    assert (cut / "candidates.jsonl").read_bytes() == records
+# ----- One step -----
+
+@pytest.mark.parametrize("stage", ["sft", "simpo"])
+def test_accumulated_gradients_are_those_of_the_full_batch(stage, simpo, make_run, candidates):
+    run = make_run(simpo, "--candidates", str(candidates)) if stage == "simpo" else make_run(stage)
+    items, found = run.method.items(run)[:8], []
+    tokens = sum(len(x["input_ids"]) for item in items for x in item["documents"])
+    for micro_tokens in (10**9, tokens // 2, 1):
+        run.model.zero_grad()
+        parts = data.micro_batches(items, micro_tokens)
+        means = train.backward(run, [collate(part, run.model, "cpu") for part in parts])
+        grads = torch.cat([p.grad.flatten() for p in run.model.parameters() if p.requires_grad])
+        found.append((len(parts), means, grads))
+    assert found[0][0] == 1 < found[1][0] < found[2][0] == 8
+    for _, means, grads in found[1:]:
+        assert means == pytest.approx(found[0][1], rel=1e-5)
+        torch.testing.assert_close(grads, found[0][2], atol=1e-7, rtol=1e-4)
 
 
-@pytest.mark.parametrize("condition", ["own", "original", "worse"])
-@pytest.mark.parametrize("target", ["best", "gold"])
-def test_cat_items_pair_good_with_worse(world, tmp_path, condition, target):
-    cfg = train.parse_config(cat(world, tmp_path, "--condition", condition, "--ce-target", target))
-    run = train.make_run(cfg)
-    best = {"wording": "w1", "instruction": "do", "input": "in", "target": "red", "response": "blue", "reward": 2}
-    worse = [{**best, "wording": w, "response": r, "reward": x} for w, r, x in (("w2", "hat", 0), ("w3", "coat", 1), ("w3", "", 0))]
-    item = train.cat_item(run, best, worse)
-    texts = [run.tokenizer.decode(d["input_ids"]) for d in item["documents"]]
-    good = "red" if target == "gold" else "blue"
-    assert item["n_best"] == (2 if condition == "worse" else 1) and len(item["pairs"]) == 3
-    assert all(text.endswith(good) for text in texts[:item["n_best"]])
-    wording = {"own": ["w1", "w1", "w1"], "original": ["do"] * 3, "worse": ["w2", "w3", "w3"]}[condition]
-    for (better, lower), expected, row in zip(item["pairs"], wording, worse):
-        assert f"Instruction: {expected}" in texts[better] and texts[lower].endswith(f"Response: {row['response']}".strip())
+def test_terms_are_divided_by_what_they_are_counted_in(make_run, method):
+    run, seen = make_run("sft"), []
+
+    def step(model, batch, cfg):
+        seen.append(batch["items"])
+        one = methods.label_hidden(model, batch).sum() * 0 + 1
+        return {"a": 6 * one, "b": 6 * one, "c": 6 * one, "d": 6 * one, "e": 6 * one}
+    terms = {"a": "tokens", "b": "items", "c": "documents", "d": lambda batch, cfg: cfg.seed + 2}
+    run.method = method(step=step, TERMS=terms, METRICS={"e": "items"})
+    items = finding.find_method("sft").items(run)[:4]
+    batches = [collate(part, run.model, "cpu") for part in (items[:1], items[1:])]
+    tokens = sum(len(batch["targets"]) for batch in batches)
+    found = train.backward(run, batches)
+    assert found == pytest.approx({"a": 12 / tokens, "b": 3, "c": 3, "d": 3, "e": 3})
+    assert seen == [1, 3]
 
 
-def test_pretrain_makes_a_checkpoint_that_loads(world, tmp_path):
-    data.append_records(tmp_path / "corpus.jsonl", [[["anna has a red hat", True]], [["what ?", False], [" red", True], ["</s>", True]]] * 20)
-    assert train.main(["--stage", "pretrain", "--corpus", str(tmp_path / "corpus.jsonl"), "--tokenizer", str(world / "model/tokenizer.model"),
-                       "--preset", "tiny", "--steps", "30", "--lr", "0.02", "--out", str(tmp_path / "run"), "--export", str(tmp_path / "base")]) == 0
-    log = data.read_records(tmp_path / "run/log.jsonl")
-    assert log[-1]["ce"] < 0.3 * log[0]["ce"]
-    assert load_model(tmp_path / "base").config.prompt_template == "plain"
+def test_what_no_term_names_is_logged_and_not_learnt(make_run, method):
+    run = make_run("sft")
+    items, found = finding.find_method("sft").items(run)[:4], []
+    for extra in (0.0, 1e6):
+        def step(model, batch, cfg, extra=extra):
+            terms = methods.token_step(model, batch, cfg)
+            return terms | {"noted": extra * terms["ce"]}
+        run.method = method(step=step)
+        run.model.zero_grad()
+        means = train.backward(run, [collate(items, run.model, "cpu")])
+        found.append([p.grad.clone() for p in run.model.parameters() if p.requires_grad])
+    assert means["noted"] > 1e6
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_each_round_goes_on_from_the_last_and_the_report_asks_each_model(world, tmp_path, monkeypatch):
-    began, asked, trainable, load_trained = [], [], train.trainable, train.load_trained
-    monkeypatch.setattr(train, "trainable", lambda cfg, folder, **how: began.append(folder) or trainable(cfg, folder, **how))
-    monkeypatch.setattr(train, "load_trained", lambda cfg, folder, **how: asked.append(folder) or load_trained(cfg, folder, **how))
-    assert train.main(["--stage", "hindsight", *arguments(world, tmp_path / "run", *JUDGED, "--rounds", "2")]) == 0
-    assert began == [None, tmp_path / "run/sft", tmp_path / "run/round1"]
-    assert asked[-4:] == [None, tmp_path / "run/sft", tmp_path / "run/round1", tmp_path / "run"]
-    assert train.main(["--stage", "sft", *arguments(world, tmp_path / "sft", "--steps", "2")]) == 0 and asked[-2:] == [None, tmp_path / "sft"]
+@pytest.mark.parametrize("micro_tokens", [1, 60, 10**9])
+def test_statistics_of_the_whole_step_reach_every_micro_batch(micro_tokens, make_run, method):
+    """A baseline as in KTO: the loss does not depend on --micro-tokens."""
+    def prepare(model, batch, cfg):
+        assert not torch.is_grad_enabled()
+        sums, _ = methods.document_logprobs(model, batch)
+        eighth = batch["documents"] / 8
+        return {"baseline": (sums.sum(), batch["documents"]), "none": (0.0, 0),
+                "three": (3 * eighth, eighth)}
+
+    def step(model, batch, cfg):
+        sums, _ = methods.document_logprobs(model, batch)
+        assert batch["statistics"]["none"] == 0 and batch["statistics"]["three"] == 3
+        return {"loss": torch.relu(sums - batch["statistics"]["baseline"]).sum()}
+    run = make_run("sft")
+    run.method = method(step=step, TERMS={"loss": "documents"}, prepare=prepare)
+    items = finding.find_method("sft").items(run)[:8]
+    sums, _ = methods.document_logprobs(run.model, collate(items, run.model, "cpu"))
+    wanted = torch.relu(sums - sums.mean()).mean().item()
+    parts = data.micro_batches(items, micro_tokens)
+    found = train.backward(run, [collate(part, run.model, "cpu") for part in parts])
+    assert found["loss"] == pytest.approx(wanted, rel=1e-4) and wanted > 0.01
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_bad_answers_take_no_part_in_unlikelihood_of_what_was_said_before(level, world, judged, tmp_path):
-    argv = ["--stage", "unlikelihood", *arguments(world, tmp_path, *JUDGED, "--records", str(judged), "--level", level)]
-    run = train.make_run(train.parse_config(argv))
-    groups = train.unlikelihood_groups(run)
-    good = [group for group in groups if group["roles"] == [losses.ALIGN_P]]
-    assert 0 < len(good) < len(groups)
-    found = [train.unlikelihood_step(run.model, train.collate(part, "cpu"), run.cfg)["ce"].item() for part in (groups, good)]
-    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[1] > 0
+# ----- The loop -----
+
+def test_the_loop_is_adamw_with_a_clipped_gradient_and_a_schedule(make_run):
+    """Three steps, written out: one document at a time, plain tensors."""
+    flags = ("--batch-size", "4", "--lr", "1e-2", "--clip", "0.5", "--weight-decay", "0.1",
+             "--warmup-ratio", "0.5", "--judge-share", "0")
+    run = make_run("sft", *flags)
+    twin = make_run("sft", *flags)
+    items = run.method.items(run)
+    parameters = [p for p in twin.model.parameters() if p.requires_grad]
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+    for step, rate in enumerate((0.5e-2, 1e-2, 1e-2)):  # the cosine starts at its peak
+        total, tokens = 0.0, 0
+        for i in data.batch_indices(len(items), 4, step, 0):
+            document = items[i]["documents"][0]
+            ids, labels = torch.tensor(document["input_ids"]), document["labels"]
+            logprobs = twin.model(ids[None])[0].log_softmax(-1)
+            for t, label in enumerate(labels):
+                if label != data.IGNORE_INDEX:
+                    total, tokens = total - logprobs[t - 1, label], tokens + 1
+        gradients = torch.autograd.grad(total / tokens, parameters)
+        norm = math.sqrt(sum(float((g**2).sum()) for g in gradients))
+        scale = min(1.0, 0.5 / (norm + 1e-6))
+        for p, g, (m, v) in zip(parameters, gradients, moments, strict=True):
+            m.mul_(0.9).add_(g * scale, alpha=0.1)
+            v.mul_(0.98).add_((g * scale) ** 2, alpha=0.02)
+            change = (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.98 ** (step + 1))).sqrt() + 1e-8)
+            with torch.no_grad():
+                p.sub_(rate * 0.1 * p).sub_(rate * change)
+    train.train(run)
+    log = data.read_records(run.folder / "log.jsonl")
+    assert [row["lr"] for row in log] == pytest.approx([0.5e-2, 1e-2, 1e-2])
+    assert log[-1]["ce"] == pytest.approx(total.item() / tokens, rel=1e-4)
+    assert log[-1]["norm"] == pytest.approx(norm, rel=1e-3)
+    for found, wanted in zip(weights(run), parameters, strict=True):
+        torch.testing.assert_close(found, wanted.detach(), atol=2e-4, rtol=1e-3)
 
 
-def test_the_end_of_a_text_is_learnt_in_pretraining(world, tmp_path):
-    data.append_records(tmp_path / "corpus.jsonl", [[["anna has a hat", True], ["</s>", True]], [["anna", True]]])
-    cfg = train.parse_config(["--stage", "pretrain", "--corpus", str(tmp_path / "corpus.jsonl"), "--tokenizer", str(world / "model/tokenizer.model"), "--out", str(tmp_path)])
-    tokenizer = data.Tokenizer(world / "model")
-    ended, open_ended = (group["documents"][0] for group in train.corpus_groups(train.Run(cfg, None, tokenizer, None, [], tmp_path)))
-    assert ended["input_ids"][-1] == ended["labels"][-1] == tokenizer.eos_id != open_ended["input_ids"][-1]
+def test_micro_batches_change_neither_log_nor_adapter(simpo, start, tmp_path, candidates):
+    common = ("--candidates", str(candidates), "--steps", "3", "--sft-steps", "3", "--lr", "1e-3",
+              "--no-compare", "--no-evaluate", "--batch-size", "4")
+    one = start(simpo, tmp_path / "one", *common)
+    many = start(simpo, tmp_path / "many", *common, "--init", str(one), "--micro-tokens", "1")
+    logs = [data.read_records(folder / "log.jsonl") for folder in (one, many)]
+    for first, second in zip(*logs, strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
+        assert first["tokens"] == second["tokens"]
+    tensors = [load_file(folder / "adapter_model.safetensors") for folder in (one, many)]
+    moved = load_file(one / "sft-ia/adapter_model.safetensors")
+    far = max(float((tensors[0][name] - moved[name]).abs().max()) for name in moved)
+    near = max(float((tensors[0][name] - tensors[1][name]).abs().max()) for name in moved)
+    assert near < 0.02 * far
 
 
-# The loop ------------------------------------------------------------------------------------------------------------
+def test_learning_rate_warms_up_and_decays():
+    cfg = CommonFlags(steps=100, lr=1.0, warmup_ratio=0.1, min_lr_ratio=0.1)
+    rates = [train.learning_rate(step, cfg) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
+    assert rates[10] == 1 and rates[55] == pytest.approx(0.55)  # half of the way down
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1, abs=0.001)
+    assert train.learning_rate(0, CommonFlags(steps=1, lr=1.0)) == 1
 
 
-@pytest.fixture()
-def cat_run(world, tmp_path):
-    """A run at the start of its cat stage, with its groups of documents."""
-    path = planted(world, tmp_path / "candidates.jsonl")
-    cfg = train.parse_config(cat(world, tmp_path / "run", "--candidates", str(path), "--max-worse", "2"))
-    run = train.make_run(cfg)
-    run.model = train.trainable(cfg, None)
-    with torch.no_grad():
-        for p in lora.lora_parameters(run.model):
-            p.normal_(0, 0.05)
-    return run, train.cat_groups(run)
+def test_a_non_finite_loss_stops_before_anything_moves(make_run, method):
+    run, sft = make_run("sft"), finding.find_method("sft")
+    for value in (math.nan, math.inf):
+        before = weights(run)
+        run.method = method(step=lambda *about, value=value: {
+            "ce": sft.step(*about)["ce"] * value})
+        with pytest.raises(FloatingPointError, match="not finite"):
+            train.train(run)
+        assert all(torch.equal(a, b) for a, b in zip(before, weights(run), strict=True))
+        assert not (run.folder / "log.jsonl").exists()
 
 
-def gradients(run, groups, micro_tokens):
-    """Gradients of one step, split into micro-batches of the given size."""
-    stage, cfg = train.STAGES["cat"], run.cfg
-    parameters = lora.lora_parameters(run.model)
-    for p in parameters:
-        p.grad = None
-    batches = [train.collate(part, "cpu") for part in data.micro_batches(groups, micro_tokens)]
-    train.backward(run.model, stage, batches, cfg)
-    return len(batches), [p.grad.clone() for p in parameters]
+def test_a_non_finite_gradient_stops_before_anything_moves(make_run, method):
+    run, sft = make_run("sft"), finding.find_method("sft")
+
+    def step(model, batch, cfg):
+        terms = sft.step(model, batch, cfg)
+        return {"ce": terms["ce"] + (terms["ce"].detach() - terms["ce"]).sqrt()}  # slope infinite
+    before, run.method = weights(run), method(step=step)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        train.train(run)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(run), strict=True))
 
 
-def test_accumulated_gradients_equal_the_full_batch(cat_run):
-    run, groups = cat_run
-    one, whole = gradients(run, groups, 10**9)
-    many, parts = gradients(run, groups, 60)
-    assert one == 1 and many > 3
-    for a, b in zip(whole, parts):
-        assert torch.allclose(a, b, atol=1e-7, rtol=1e-4)
-
-
-def test_step_equals_the_equation_written_out(cat_run):
-    """L_rank + lambda L_ce of the batch, from plain log-softmax over one document at a time."""
-    run, groups = cat_run
-    cfg, rank, pairs, ce, tokens = run.cfg, 0.0, 0, 0.0, 0.0
-    for group in groups:
-        scores = []
-        for k, document in enumerate(group["documents"]):
-            ids, labels = torch.tensor(document["input_ids"]), torch.tensor(document["labels"])
-            logits = run.model(ids[None])[0].log_softmax(-1)
-            terms = [logits[t - 1, labels[t]] for t in range(len(ids)) if labels[t] != -100]
-            scores.append(sum(terms) / len(terms))
-            if k < group["n_best"]:
-                ce, tokens = ce - sum(terms) / group["n_best"], tokens + len(terms) / group["n_best"]
-        for better, worse in group["pairs"]:
-            rank, pairs = rank + max(0.0, (scores[worse] - scores[better]).item()), pairs + 1
-    batch = train.collate(groups, "cpu")
-    terms = train.STAGES["cat"].step(run.model, batch, cfg)
-    totals = train.STAGES["cat"].counts(batch, cfg)
-    assert totals["rank"] == pairs and totals["ce"] == pytest.approx(tokens, rel=1e-6)
-    assert terms["rank"].item() == pytest.approx(rank, rel=1e-4) and terms["ce"].item() == pytest.approx(ce.item(), rel=1e-5)
-
-
-def test_a_non_finite_loss_stops_before_anything_moves(cat_run, tmp_path):
-    run, groups = cat_run
-    before = [p.clone() for p in lora.lora_parameters(run.model)]
-    stage = dataclasses.replace(train.STAGES["cat"], step=lambda model, batch, cfg: {"ce": train.cat_step(model, batch, cfg)["ce"] * float("nan")},
-                                counts=lambda batch, cfg: {"ce": 1})
-    with pytest.raises(FloatingPointError, match="step 0 of cat gave a non-finite loss"):
-        train.train(run, stage, groups, tmp_path / "log.jsonl")
-    assert all(torch.equal(a, b) for a, b in zip(before, lora.lora_parameters(run.model)))
-
-
-def test_steps_are_as_long_as_the_schedule_and_the_clip_let_them(cat_run, tmp_path, monkeypatch):
-    run, groups = cat_run
-    run.cfg = dataclasses.replace(run.cfg, lr=1e-2)
-
-    def moved(**changes):
-        before = [p.detach().clone() for p in lora.lora_parameters(run.model)]
-        train.train(dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, **changes)), train.STAGES["cat"], groups, tmp_path / "log.jsonl")
-        return max(float((a - b).detach().abs().max()) for a, b in zip(before, lora.lora_parameters(run.model)))
-    assert moved() > 1e-3 and moved(clip=1e-12) < 1e-5      # so small a gradient drowns in AdamW's epsilon
+def test_steps_are_as_long_as_the_schedule_and_the_clip_let_them(make_run, monkeypatch):
+    def moved(*flags):
+        run = make_run("sft", "--lr", "1e-2", *flags)
+        before = weights(run)
+        train.train(run)
+        return max(float((a - b).abs().max()) for a, b in zip(before, weights(run), strict=True))
+    assert moved() > 1e-3
+    assert moved("--clip", "1e-12") < 1e-5  # so small a gradient drowns in AdamW's epsilon
     monkeypatch.setattr(train, "learning_rate", lambda step, cfg: 0.0)
     assert moved() == 0
 
 
-def test_the_seed_alone_decides_the_adapter(world, tmp_path):
-    """Whatever torch has drawn before; `cat` goes on from an adapter, so that dropout alone is left to chance."""
-    path = planted(world, tmp_path / "candidates.jsonl")
+def test_each_step_begins_without_the_gradients_of_the_last(make_run, monkeypatch):
+    run, seen, backward = make_run("sft"), [], train.backward
 
-    def adapter(name, seed, *more):
-        torch.manual_seed(random.randrange(2**31))
-        assert train.main([*more, "--out", str(tmp_path / name), "--dropout", "0.3", "--no-evaluate", "--seed", seed]) == 0
-        return (tmp_path / name / "adapter_model.safetensors").read_bytes()
-    ia = ["--stage", "sft-ia", *arguments(world, "", "--wordings", "3", "--steps", "3")]
-    on = cat(world, "", "--candidates", str(path), "--init", str(tmp_path / "one"), "--no-compare")
-    assert adapter("one", "5", *ia) == adapter("two", "5", *ia) != adapter("three", "6", *ia)
-    assert adapter("four", "5", *on) == adapter("five", "5", *on)
-    fresh = ["--stage", "sft", *arguments(world, "", "--steps", "3")]
-    assert adapter("six", "5", *fresh) == adapter("seven", "5", *fresh)
-
-
-def test_each_step_begins_without_the_gradients_of_the_last(cat_run, tmp_path, monkeypatch):
-    (run, groups), seen, backward = cat_run, [], train.backward
-    monkeypatch.setattr(train, "backward", lambda model, *rest: seen.append(any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())) or backward(model, *rest))
-    train.train(run, train.STAGES["cat"], groups, tmp_path / "log.jsonl")
+    def note(run, batches):
+        seen.append(any(p.grad is not None and bool(p.grad.any()) for p in run.model.parameters()))
+        return backward(run, batches)
+    monkeypatch.setattr(train, "backward", note)
+    train.train(run)
     assert seen == [False] * 3
 
 
-def test_what_is_collected_follows_the_seed(world, tmp_path):
-    found = []
-    for seed in ("5", "5", "6"):
-        run = train.make_run(train.parse_config(cat(world, tmp_path, "--pool-wordings", "1", "--seed", seed)))
-        records = train.unanswered(run)
-        same = [{**record, "wording": record["instruction"]} for record in records]
-        found.append(([record["wording"] for record in records], [record["response"] for record in train.answered(run, same)]))
-    assert found[0] == found[1] and all(one != two for one, two in zip(found[0], found[2]))
+def test_each_step_trains_on_the_items_of_its_turn(make_run, method, monkeypatch):
+    run, seen = make_run("sft", "--batch-size", "5", "--seed", "3"), []
+    items, plain = finding.find_method("sft").items(run), collate
+    monkeypatch.setattr(train, "collate", lambda part, *more: seen.append(
+        [x["name"] for x in part]) or plain(part, *more))
+    train.train(run)
+    wanted = [[items[i]["name"] for i in data.batch_indices(len(items), 5, step, 3)]
+              for step in range(3)]
+    assert seen == wanted
 
 
-def test_learning_rate_warms_up_and_decays():
-    cfg = train.TrainConfig(steps=100, lr=1.0, warmup_ratio=0.1, min_lr_ratio=0.1)
-    rates = [train.learning_rate(step, cfg) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0) and rates.index(max(rates)) in (9, 10)
-    assert rates[-1] == pytest.approx(0.1, abs=0.01) and rates[10:] == sorted(rates[10:], reverse=True)
+def test_a_new_phase_makes_new_items(make_run, method):
+    run, made = make_run("sft", "--steps", "7"), []
+    items = finding.find_method("sft").items(run)
+
+    def fresh(run):
+        made.append(run.model.training)
+        return items
+    run.method = method(items=fresh, phase=lambda cfg: 3)
+    train.train(run)
+    assert len(made) == 3  # before the steps 0, 3 and 6
+    assert not run.model.training
 
 
-def test_two_processes_train_as_one(world, tmp_path):
-    """torchrun with two gloo ranks gives the adapter of one process, within float32 rounding."""
-    path = planted(world, tmp_path / "candidates.jsonl")
-    common = cat(world, "OUT", "--candidates", str(path), "--no-compare", "--no-evaluate", "--init", str(tmp_path / "ia"))
-    assert train.main(["--stage", "sft-ia", *arguments(world, tmp_path / "ia", "--no-evaluate", "--wordings", "3", "--steps", "3")]) == 0
-    outs = [tmp_path / "one", tmp_path / "two"]
-    assert train.main([str(outs[0]) if x == "OUT" else x for x in common]) == 0
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"),
-            *[str(outs[1]) if x == "OUT" else x for x in common]]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=400)
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (load_file(out / "adapter_model.safetensors") for out in outs)
-    assert max(float((one[k] - two[k]).abs().max()) for k in one) < 5e-5     # Adam enlarges the rounding of tiny gradients
-    tokens = [[json.loads(row)["tokens"] for row in (out / "log.jsonl").read_text().splitlines()] for out in outs]
-    assert tokens[0] == tokens[1] and len(tokens[0]) == 3
+def test_a_log_row_says_what_a_step_did(make_run):
+    run = make_run("sft", "--batch-size", "4")
+    train.train(run)
+    items, tokens = run.method.items(run), 0
+    for step, row in enumerate(data.read_records(run.folder / "log.jsonl")):
+        for i in data.batch_indices(len(items), 4, step, 0):
+            tokens += len(items[i]["documents"][0]["input_ids"])
+        assert set(row) == {"stage", "step", "ce", "norm", "lr", "tokens", "seconds"}
+        assert (row["stage"], row["step"], row["tokens"]) == ("sft", step, tokens)
+        assert row["lr"] == train.learning_rate(step, run.cfg) and row["norm"] > 0
 
 
-# Mistakes ------------------------------------------------------------------------------------------------------------
+def test_nothing_to_train_on_is_said(make_run, method):
+    run = make_run("sft")
+    run.method = method(items=lambda run: [])
+    with pytest.raises(ValueError, match="nothing to train on for stage sft"):
+        train.train(run)
 
 
-@pytest.mark.parametrize("line, sentence", [
-    (["--stage", "sfft"], f'unknown stage "sfft". Stages: {", ".join(train.STAGES)}. Did you mean "sft"?'),
-    (["--stagee", "cat"], "there is no --stagee. Did you mean --stage?"), (["--judge", "oracle"], "invalid choice: 'oracle'"),
-    (["--lr", "fast"], "invalid float value: 'fast'"), (["--lr", "-1"], "--lr is -1.0. Expected a positive number."),
-    (["--steps", "0"], "--steps is 0. Expected 1 or more."), (["--model", "nowhere"], "--model nowhere does not exist."),
-    (["--stage", "sft", "--lam", "1"], '--lam means nothing to stage "sft"'), (["--stage", "pretrain"], "needs --corpus FILE")])
-def test_a_wrong_command_answers_in_one_sentence_before_torch(line, sentence):
-    done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "train.py"), *line], capture_output=True, text=True)
-    ours = [row for row in done.stderr.splitlines() if not row.startswith("import time:")]
-    assert done.returncode == 2 and len(ours) == 1 and ours[0].startswith("error: ") and sentence in ours[0]
-    assert " torch\n" not in done.stderr and "Traceback" not in done.stderr
+def test_truncated_prompts_are_counted(start, tmp_path, capsys):
+    start("sft", tmp_path / "run", "--max-len", "25", "--no-evaluate", "--judge-share", "0",
+          "--steps", "1")
+    said = capsys.readouterr().out
+    assert "sft: the prompts of 16 documents are longer than --max-len 25" in said
 
 
-def test_bad_input_is_one_sentence_and_nothing_is_written(world, tmp_path, capsys):
-    def answer(**files):
+@pytest.mark.parametrize("flags, computes", [
+    ((), torch.float32), (("--full",), torch.float32),
+    (("--full", "--dtype", "float32"), torch.float32),
+    (("--full", "--dtype", "bfloat16"), torch.bfloat16)])
+def test_full_tuning_computes_in_the_type_that_dtype_means(flags, computes, make_run):
+    run = make_run("sft", *flags)
+    with run.precision():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == computes
+    if flags:
+        assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+
+
+# ----- The pipeline -----
+
+def test_a_stage_of_ones_own_trains_what_it_needs_and_is_shown_beside_it(
+        simpo, start, tmp_path, candidates, capsys):
+    assert len(SIMPO.splitlines()) <= 25
+    folder = start(simpo, tmp_path / "run", "--candidates", str(candidates), "--steps", "20",
+                   "--sft-steps", "3", "--lr", "5e-3", "--batch-size", "4")
+    titles = ["base", "SFT", "SFT(IA)", "SFT(IA)+SimPO"]
+    metrics, said = json.loads((folder / "metrics.json").read_text()), capsys.readouterr().out
+    assert list(metrics) == titles and all(f"\n{title} " in said for title in titles)
+    for name in ("cr", "mcr", "rouge1", "rougeL", "exact_match", "consistent_and_correct"):
+        assert set(metrics["base"][name]) == {"mean", "ci95", "n"}
+    first, *_, last = data.read_records(folder / "log.jsonl")
+    assert first["stage"] == simpo and last["loss"] < first["loss"]
+    assert {"config.json", "log.jsonl", "adapter_config.json", "adapter_model.safetensors",
+            "questions.jsonl", "sft", "sft-ia"} <= {path.name for path in folder.iterdir()}
+
+
+def test_stages_on_the_way_have_their_own_steps_rate_and_batch(simpo, start, tmp_path, candidates):
+    folder = start(simpo, tmp_path / "run", "--candidates", str(candidates), "--steps", "1",
+                   "--sft-steps", "2", "--sft-lr", "0.003", "--batch-size", "3", "--seed", "5",
+                   "--wordings", "2", "--no-evaluate")
+    for stage in ("sft", "sft-ia"):
+        cfg = json.loads((folder / stage / "config.json").read_text())
+        assert (cfg["stage"], cfg["steps"], cfg["lr"], cfg["seed"]) == (stage, 2, 0.003, 5)
+        assert cfg["batch_size"] == CommonFlags.batch_size and cfg["out"] == str(folder / stage)
+    assert cfg["wordings"] == 2
+    assert len(data.read_records(folder / "sft/log.jsonl")) == 2
+
+
+def test_a_repeated_command_finds_everything_and_trains_nothing(
+        simpo, start, tmp_path, candidates, capsys):
+    common = ("--candidates", str(candidates), "--steps", "2", "--sft-steps", "2", "--no-evaluate")
+    folder = start(simpo, tmp_path / "run", *common)
+    before = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    start(simpo, folder, *common)
+    said = capsys.readouterr().out
+    assert "training in" not in said and f"{simpo}: found in {folder}." in said
+    assert before == {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_alone_says_how_its_run_was_made(simpo, start, tmp_path, candidates, capsys):
+    folder = start(simpo, tmp_path / "run", "--candidates", str(candidates), "--steps", "2",
+                   "--sft-steps", "2", "--no-evaluate", "--beta", "3")
+    before = adapter(folder)
+    assert train.main(["--stage", simpo, "--out", str(folder), "--plain"]) == 0
+    assert adapter(folder) == before
+    cfg, _ = train.parse_config(["--stage", simpo, "--out", str(folder), "--plain"])
+    saved = json.loads((folder / "config.json").read_text())
+    assert cfg.beta == 3 and dataclasses.asdict(cfg) == saved | {"template": cfg.template}
+
+
+def test_another_setting_in_the_same_folder_is_refused_by_name(
+        simpo, start, error_of, tmp_path, candidates):
+    common = ("--candidates", str(candidates), "--steps", "2", "--sft-steps", "2", "--no-evaluate")
+    folder = start(simpo, tmp_path / "run", *common)
+    before = adapter(folder)
+    start(simpo, folder, *common, "--eval-per-task", "5", "--micro-tokens", "50")  # change nothing
+    assert adapter(folder) == before
+    wanted = f"{folder} holds another run: --beta was 2.0, now 1.0."
+    assert wanted in error_of(simpo, folder, *common, "--beta", "1")
+    (folder / "adapter_config.json").unlink()  # as if it had been stopped while training
+    assert wanted in error_of(simpo, folder, *common, "--beta", "1")
+    wanted = f"{folder} holds another run: --sft-steps was 2, now 3."
+    assert wanted in error_of(simpo, folder, *common, "--sft-steps", "3")
+
+
+def test_another_run_in_the_folder_is_refused_before_any_training(
+        simpo, start, error_of, tmp_path, candidates):
+    """Its stages on the way are gone, so they would be trained first."""
+    common = ("--candidates", str(candidates), "--steps", "2", "--sft-steps", "2", "--no-evaluate")
+    folder = start(simpo, tmp_path / "run", *common)
+    for stage in ("sft", "sft-ia"):
+        shutil.rmtree(folder / stage)
+    error = error_of(simpo, folder, *common, "--beta", "1")
+    assert f"{folder} holds another run: --beta was 2.0, now 1.0." in error
+    assert not (folder / "sft").exists() and not (folder / "sft-ia").exists()
+
+
+def test_the_log_of_an_earlier_try_is_not_gone_on_with(start, tmp_path):
+    common = ("--steps", "2", "--no-evaluate")
+    folder = start("sft", tmp_path / "run", *common)
+    before = adapter(folder), data.read_records(folder / "log.jsonl")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):  # as if it had been stopped
+        (folder / name).unlink()
+    (folder / "rollouts.jsonl").write_text("{}\n")
+    (folder / "candidates.jsonl").write_text("{}\n")
+    start("sft", folder, *common)
+    log = data.read_records(folder / "log.jsonl")
+    assert adapter(folder) == before[0] and len(log) == 2
+    assert [row["ce"] for row in log] == [row["ce"] for row in before[1]]
+    assert not (folder / "rollouts.jsonl").exists()
+    assert (folder / "candidates.jsonl").exists()  # what was collected is kept
+
+
+def test_a_folder_of_another_stage_is_refused(simpo, start, error_of, tmp_path, candidates):
+    folder = start("sft", tmp_path / "run", "--steps", "1", "--no-evaluate")
+    error = error_of(simpo, folder, "--candidates", str(candidates), "--sft-steps", "1",
+                     "--steps", "1", "--no-evaluate")
+    assert f"{folder} holds another run: --stage was sft, now" in error
+
+
+def test_init_takes_the_settings_of_the_run_that_it_continues(
+        simpo, start, error_of, tmp_path, candidates, arguments, capsys):
+    ia = start("sft-ia", tmp_path / "ia", "--steps", "2", "--seed", "5", "--rank", "3",
+               "--wordings", "3", "--lr", "0.003")
+    argv = ["--stage", simpo, "--init", str(ia), "--out", str(tmp_path / "run"), "--steps", "2",
+            "--candidates", str(candidates), "--no-compare", "--plain"]
+    capsys.readouterr()
+    assert train.main(argv) == 0
+    assert f"sft-ia: found in {ia}." in capsys.readouterr().out
+    cfg, own = train.parse_config(argv)[0], CommonFlags()
+    assert (cfg.seed, cfg.rank, cfg.wordings, cfg.sft_steps, cfg.sft_lr) == (5, 3, 3, 2, 0.003)
+    assert (cfg.lr, cfg.batch_size) == (1e-4, 16) and own.lr != 1e-4  # its own stage's
+    assert json.loads((tmp_path / "run/adapter_config.json").read_text())["r"] == 3
+    assert not (tmp_path / "run/sft-ia").exists()
+    out = str(tmp_path / "other")
+    for name, value in (("--seed", "6"), ("--rank", "4"), ("--wordings", "2"), ("--sft-lr", "1")):
+        with pytest.raises(SystemExit):
+            train.main([*argv, "--out", out, name, value])
+        error = capsys.readouterr().err
+        told = "--lr" if name == "--sft-lr" else name
+        assert f"{ia} holds another run: {told} was" in error and error.count("\n") == 1
+
+
+def test_init_may_be_a_whole_run_folder(simpo, start, tmp_path, candidates, capsys):
+    common = ("--candidates", str(candidates), "--steps", "2", "--sft-steps", "2", "--no-evaluate")
+    first = start(simpo, tmp_path / "one", *common)
+    capsys.readouterr()
+    start(simpo, tmp_path / "two", *common, "--init", str(first), "--beta", "1")
+    said = capsys.readouterr().out
+    assert f"sft: found in {first}/sft." in said and f"sft-ia: found in {first}/sft-ia." in said
+    assert not (tmp_path / "two/sft-ia").exists() and adapter(tmp_path / "two") != adapter(first)
+
+
+def test_the_seed_alone_decides_the_adapter(simpo, start, tmp_path, candidates):
+    """Whatever torch drew before; `simpo` goes on from an adapter, so dropout is what is left."""
+    def made(name, stage, *more):
+        torch.manual_seed(random.randrange(2**31))
+        return adapter(start(stage, tmp_path / name, "--dropout", "0.3", "--no-evaluate",
+                             "--steps", "2", "--wordings", "3", *more))
+    one, two, three = (made(f"ia{k}", "sft-ia", "--seed", seed)
+                       for k, seed in enumerate(("5", "5", "6")))
+    assert one == two != three
+    on = ("--candidates", str(candidates), "--init", str(tmp_path / "ia0"), "--no-compare",
+          "--seed", "5")
+    four, five = (made(name, simpo, *on) for name in ("four", "five"))
+    assert four == five != made("six", simpo, *on[:-2], "--batch-size", "3")
+
+
+def test_what_is_collected_is_resumed_to_the_same_records_and_adapter(simpo, start, tmp_path):
+    flags = (*SAMPLED, "--eval-batch", "8", "--no-compare", "--no-evaluate")
+    whole = start(simpo, tmp_path / "whole", *flags)
+    records = (whole / "candidates.jsonl").read_bytes()
+    assert records.count(b"\n") == 2 * 4 * 4 * 2  # tasks, instances, wordings, samples
+    stopped = tmp_path / "stopped"
+    shutil.copytree(whole, stopped)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "log.jsonl"):
+        (stopped / name).unlink()
+    lines = records.splitlines(keepends=True)[:27]  # in the middle of a question
+    (stopped / "candidates.jsonl").write_bytes(b"".join(lines))
+    start(simpo, stopped, *flags)
+    assert (stopped / "candidates.jsonl").read_bytes() == records
+    assert adapter(stopped) == adapter(whole)
+
+
+def test_each_round_goes_on_from_the_last_on_new_inputs(simpo, start, tmp_path, monkeypatch):
+    began, asked, trainable, opened = [], [], train.trainable_model, train.open_trained
+
+    def note(cfg, before):
+        began.append(before)
+        return trainable(cfg, before)
+
+    def open_trained(cfg, folder, **options):
+        asked.append(folder)
+        return opened(cfg, folder, **options)
+    monkeypatch.setattr(train, "trainable_model", note)
+    monkeypatch.setattr(train, "open_trained", open_trained)
+    folder = start(simpo, tmp_path / "run", *SAMPLED, "--rounds", "2")
+    assert began == [None, None, folder / "sft-ia", folder / "round1"]
+    assert asked[-4:] == [folder / "sft", folder / "sft-ia", folder / "round1", folder]
+    titles = ["base", "SFT", "SFT(IA)", "SFT(IA)+SimPO, round 1", "SFT(IA)+SimPO"]
+    assert list(json.loads((folder / "metrics.json").read_text())) == titles
+    first, second = (data.read_records(place / "candidates.jsonl")
+                     for place in (folder / "round1", folder))
+    assert first and second and not {x["input"] for x in first} & {x["input"] for x in second}
+    before = adapter(folder)
+    (folder / "adapter_config.json").unlink()  # as if the second round had not ended
+    (folder / "adapter_model.safetensors").unlink()
+    began.clear()
+    start(simpo, folder, *SAMPLED, "--rounds", "2")
+    assert adapter(folder) == before and began == [folder / "round1"]
+
+
+def test_a_loss_that_is_not_finite_is_one_line(tmp_path, error_of):
+    (tmp_path / "wild.py").write_text('''"""A loss without bounds."""
+from methods import sft, token_step
+title, TERMS, Flags, kind, items = "wild", {"ce": "tokens"}, sft.Flags, "sft", sft.items
+
+
+def step(model, batch, cfg):
+    return {"ce": token_step(model, batch, cfg)["ce"] * float("inf")}
+''')
+    error = error_of(str(tmp_path / "wild.py"), tmp_path / "run", "--steps", "2")
+    assert "not finite" in error and not (tmp_path / "run/adapter_config.json").exists()
+
+
+def test_rounds_that_the_pool_cannot_feed_are_refused_before_training(simpo, error_of, tmp_path):
+    error = error_of(simpo, tmp_path / "run", *SAMPLED, "--rounds", "9", "--no-evaluate")
+    assert "finds no instance left" in error
+    assert not (tmp_path / "run/sft-ia").exists()
+
+
+def test_full_tuning_moves_all_weights_and_is_continued(simpo, start, tmp_path, candidates, world):
+    folder = start(simpo, tmp_path / "run", "--candidates", str(candidates), "--full", "--steps",
+                   "2", "--sft-steps", "2", "--no-compare")
+    models = [load_model(place / "model").state_dict() for place in (folder / "sft-ia", folder)]
+    base = load_model(world / "model").state_dict()
+    for name in base:
+        assert not torch.equal(base[name], models[0][name])
+        assert not torch.equal(models[0][name], models[1][name])
+    assert not (folder / "adapter_config.json").exists()
+    assert len(data.Tokenizer(folder / "model")) == len(data.Tokenizer(world / "model"))
+    assert list(json.loads((folder / "metrics.json").read_text())) == ["SFT(IA)+SimPO"]
+
+
+def test_adapt_names_the_linears(start, error_of, tmp_path):
+    common = ("--steps", "1", "--no-evaluate", "--adapt")
+    folder = start("sft", tmp_path / "run", *common, "gate_proj", "down_proj")
+    names = load_file(folder / "adapter_model.safetensors")
+    assert len(names) == 2 * 2 * 2
+    assert all("gate_proj" in name or "down_proj" in name for name in names)
+    assert '"gait_proj" names no linear' in error_of("sft", tmp_path / "x", *common, "gait_proj")
+
+
+def test_hooks_are_called_in_order(tmp_path, start, capsys):
+    (tmp_path / "hooks.py").write_text('''"""Hooks."""
+from methods import sft, token_step
+title, TERMS, Flags, kind = "hooks", {"ce": "tokens"}, sft.Flags, "sft"
+
+
+def say(name, run):
+    print("hook", name, (run.folder / "config.json").exists())
+
+
+def items(run):
+    say("items", run)
+    return sft.items(run)
+
+
+def attach(run): say("attach", run)
+def collect(run): say("collect", run)
+def begin(run): say("begin", run)
+def detach(run, folder): say("detach", run)
+def report(run, ladder): print("hook report", list(ladder))
+
+
+step = token_step
+''')
+    start(str(tmp_path / "hooks.py"), tmp_path / "run", "--steps", "2")
+    hooks = [line[5:] for line in capsys.readouterr().out.splitlines() if line[:5] == "hook "]
+    names = ("attach", "collect", "begin", "items", "detach")
+    assert hooks == [*(f"{name} True" for name in names), "report ['base', 'hooks']"]
+
+
+@pytest.mark.parametrize("beginning", ["from __future__ import annotations\n", ""])
+def test_a_stage_may_put_off_its_annotations(beginning, simpo, tmp_path):
+    text = Path(simpo).read_text().replace("from dataclasses", beginning + "from dataclasses", 1)
+    Path(simpo).write_text(text)
+    cfg, _ = train.parse_config(["--stage", simpo, "--beta", "3", "--plain"])
+    assert cfg.beta == 3.0
+
+
+def test_without_evaluation_the_adapter_is_named(start, tmp_path, capsys):
+    start("sft", tmp_path / "run", "--steps", "1", "--no-evaluate")
+    assert f"The adapter is in {tmp_path / 'run'}." in capsys.readouterr().out
+    assert not (tmp_path / "run/metrics.json").exists()
+
+
+def test_sft_ia_is_shown_beside_sft(start, tmp_path):
+    folder = start("sft-ia", tmp_path / "run", "--steps", "1", "--wordings", "3")
+    assert list(json.loads((folder / "metrics.json").read_text())) == ["base", "SFT", "SFT(IA)"]
+
+
+def test_the_evaluation_asks_held_out_questions_only(start, tmp_path, world):
+    folder = start("sft", tmp_path / "run", "--steps", "1", "--split", "test")
+    rows = data.read_records(folder / "questions.jsonl")
+    tasks = data.read_tasks(world / "tasks")
+    data.add_paraphrases(world / "paraphrases.json", tasks)
+    held_out = {task.name: {x.input for x in data.split_instances(task, "test")} for task in tasks}
+    assert len(rows) == 2 * 6 and {row["model"] for row in rows} == {"base", "SFT"}
+    for row in rows:
+        assert row["input"] in held_out[row["task"]]
+        assert row["wordings"] == [f"name its {row['task']}", f"say the {row['task']}"]
+
+
+# ----- Mistakes -----
+
+LINES = [
+    (["--stage", "sfft"], 'unknown stage "sfft". Stages: '),
+    (["--stagee", "x", "--stage", "sft"], "does not read --stagee. Did you mean --stage?"),
+    (["--stage", "sft", "--judge", "oracle"], "this stage does not read --judge"),
+    (["--stage", "sft", "--split", "x"], "argument --split: invalid choice: 'x'"),
+    (["--stage", "sft", "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+    (["--stage", "sft", "--lr", "-1"], "--lr is -1.0. Expected a positive number."),
+    (["--stage", "sft", "--lr", "nan"], "--lr is nan. Expected a positive number."),
+    (["--stage", "sft", "--steps", "0"], "--steps is 0. Expected 1 or more."),
+    (["--stage=sft", "--steps=0"], "--steps is 0. Expected 1 or more."),
+    (["--stage", "sft", "--steps"], "argument --steps: expected one argument"),
+    (["--stage", "sft", "--model", "nowhere"], "--model nowhere does not exist."),
+    (["--stage", "sft", "--lam", "1"], "this stage does not read --lam"),
+    (["--stage", "sft", "more"], "1 words belong to no flag. --help lists the flags."),
+    (["--stage", "sft", "--max-l", "9"], "does not read --max-l. Did you mean --max-len?"),
+    (["--stage", "sft", "--model", "x\ny"], "--model x\\ny does not exist."),
+    (["--stage", "nowhere/mine.py"], 'unknown stage "nowhere/mine.py"'),
+]
+
+
+def test_wrong_commands_and_help_answer_before_torch_is_imported():
+    """One child for all: each line is asked, then whether torch is there."""
+    child = """if True:
+        import contextlib, io, json, sys
+        import train
+        rows = []
+        for line in json.loads(sys.argv[1]):
+            text, status = io.StringIO(), 0
+            with contextlib.redirect_stderr(text), contextlib.redirect_stdout(text):
+                try:
+                    status = train.main(line)
+                except SystemExit as stop:
+                    status = stop.code
+            rows.append([status, text.getvalue(), "torch" in sys.modules])
+        print(json.dumps(rows))
+    """
+    stages = finding.stages()
+    lines = [[*line, "--plain"] for line, _ in LINES]
+    lines += [["--stage", stage, "--no-such-flag", "--plain"] for stage in stages]
+    lines += [["--stage", stage, "--help", "--plain"] for stage in stages]
+    done = subprocess.run([sys.executable, "-c", child, json.dumps(lines)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    for line, (status, text, torch_is_there) in zip(lines, rows, strict=True):
+        assert not torch_is_there, line
+        assert status == (0 if "--help" in line else 2), line
+        if "--help" not in line:
+            assert text.startswith("error: ") and text.count("\n") == 1 and len(text) < 600, line
+    for (_, wanted), (_, text, _) in zip(LINES, rows, strict=False):
+        assert wanted in text
+
+
+def test_the_program_ends_with_the_status_of_a_mistake():
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--stage", "sft", "--steps", "0",
+                           "--plain"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: --steps is 0. Expected 1 or more.\n"
+
+
+def test_bad_input_is_one_line_and_nothing_is_written(world, tmp_path, capsys):
+    def answer(name, text):
         place = tmp_path / "bad"
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(world, place)
-        for name, text in files.items():
-            (place / name.replace("__", "/").replace("_json", ".json").replace("_model", ".model")).write_text(text)
-        assert train.main(cat(place, tmp_path / "never")) == 2
+        (place / name).write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--stage", "sft", "--model", str(place / "model"), "--tasks",
+                        str(place / "tasks"), "--paraphrases", str(place / "paraphrases.json"),
+                        "--out", str(tmp_path / "never"), "--plain"])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1
         assert not (tmp_path / "never").exists()
-        return capsys.readouterr().err
-    assert "is not JSON" in answer(tasks__colour_json="{")
-    assert 'field "output" is missing' in answer(tasks__colour_json='{"Definition": "d", "Instances": [{"input": "a"}]}')
-    assert "no instances" in answer(tasks__colour_json='{"Definition": "d", "Instances": []}')
-    assert "not among the 2 tasks" in answer(paraphrases_json='{"shape": ["a", "b"]}')
-    assert "tiktoken" in answer(model__tokenizer_model="IQ== 0\n")
-    assert "is not JSON" in answer(paraphrases_json="[")
+        return error
+    assert "is not JSON" in answer("tasks/colour.json", "{")
+    assert "not among the 2 tasks" in answer("paraphrases.json", '{"shape": ["a", "b"]}')
+    assert "is not JSON" in answer("paraphrases.json", "[")
 
 
-def test_no_room_for_a_response(world, tmp_path, capsys):
-    assert train.main(cat(world, tmp_path / "a", "--max-len", "3")) == 2
-    assert "--max-len 3 leaves no room" in capsys.readouterr().err
+@pytest.mark.parametrize("flags, wanted", [
+    (("--max-len", "3"), "--max-len 3 leaves no room"),
+    (("--max-len", "5000"), "--max-len is 5000, but"),
+    (("--template", "vicuna"), "unknown template 'vicuna'"),
+    (("--device", "cuda:99"), "--device cuda:99 is not"),
+    (("--device", "foo"), "--device foo is not")])
+def test_what_does_not_fit_the_model_is_one_line(flags, wanted, error_of, tmp_path):
+    assert wanted in error_of("sft", tmp_path / "run", *flags)
+    assert not (tmp_path / "run/adapter_config.json").exists()
 
 
-# Real data -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="the real task files are not beside the project")
-@pytest.mark.parametrize("folder", ["ni_tasks", "instruction_induction"])
-def test_real_task_files_are_read(folder):
-    tasks = data.load_tasks(SHARED / folder)
-    assert len(tasks) == len(list((SHARED / folder).rglob("*.json" if folder == "ni_tasks" else "annotations/*.json")))
-    assert all(task.instances and task.definition and all(x.outputs[0] for x in task.instances) for task in tasks)
-
-
-# Learning from judgments ---------------------------------------------------------------------------------------------
-
-JUDGED = ["--sft-steps", "3", "--steps", "3", "--batch-size", "4", "--pool-per-task", "6", "--downsample", "0"]
-
-
-@pytest.fixture(scope="module")
-def judged(world):
-    """Judged responses to the tiny world's inputs."""
-    path = world / "judged.jsonl"
-    rows = [{"instruction": "give the colour .", "input": f"tom has a red hat {i}", "response": "red hat" if i % 2 else "blue hat",
-             "judgment": None if i % 2 else "wrong : blue .", "target": "red hat"} for i in range(12)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.mark.parametrize("stage, more", [
-    ("cut", ()), ("cut", ("--combine", "half", "--reduction", "token", "--positive", "text", "--unlike-gamma", "1")),
-    ("cut", ("--detector", "frozen", "--downsample", "0.25")), ("cut", ("--detect", "all", "--no-use-judged")), ("cut", ("--dropout", "0.1")),
-    ("cut", ("--no-use-l1",)), ("cut", ("--no-use-good", "--judged-warmup", "2")), ("forward", ()), ("ilf", ("--refinements", "2")), ("hindsight", ()),
-    ("unlikelihood", ()), ("unlikelihood", ("--level", "token")), ("unlikelihood", ("--level", "sequence")), ("critic", ()),
-])
-def test_stages_on_judged_records(stage, more, world, judged, tmp_path, capsys):
-    assert train.main(["--stage", stage, *arguments(world, tmp_path, *JUDGED, "--records", str(judged), *more)]) == 0
-    said = capsys.readouterr().out
-    assert f"{stage}: 6 unsatisfying responses, 6 satisfying ones" in said and "errors: greedy" in said
-    assert len([line for line in (tmp_path / "log.jsonl").read_text().splitlines()]) == 3
-    assert set(json.loads((tmp_path / "metrics.json").read_text())) == {"base", "SFT", train.STAGES[stage].title}
-    if "--judged-warmup" in more:
-        l1 = [json.loads(line)["l1"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-        assert l1[:2] == [0, 0] and l1[2] > 0
-    if stage == "cut":
-        assert len(json.loads((tmp_path / "mask.json").read_text())) == 2 and "CUT's mask" in (tmp_path / "report.md").read_text()
-
-
-def cut_run(world, judged, out, *more):
-    """A run at the start of its cut stage, its adapters moved."""
-    cfg = train.parse_config(["--stage", "cut", *arguments(world, out, *JUDGED, "--records", str(judged), *more)])
-    run = train.make_run(cfg)
-    run.model = train.trainable(cfg, None)
-    with torch.no_grad():
-        for p in lora.lora_parameters(run.model):
-            p.normal_(0, 0.2)
-    return run
-
-
-def test_detection_sees_no_dropout_and_training_does(world, judged, tmp_path):
-    run = cut_run(world, judged, tmp_path, "--dropout", "0.5")
-    batch = {**train.collate(train.cut_groups(run), "cpu"), "step": 10**6}
-    wanted, found = int(train.flagged_tokens(run.model.eval(), batch, run.cfg).sum()), []
-    for _ in range(3):
-        terms = train.cut_step(run.model.train(), batch, run.cfg)
-        assert terms["flagged"] == wanted and run.model.training
-        found.append(float(terms["l2"]))
-    assert len(set(found)) == 3
-
-
-@pytest.mark.parametrize("positive, words", [("none", ""), ("text", "perfect .")])
-def test_the_satisfied_condition_stands_before_good_answers_and_twins(positive, words, world, judged, tmp_path):
-    run, seen = cut_run(world, judged, tmp_path, *(["--positive", positive] if words else [])), set()
-    for group in train.cut_groups(run):
-        for document, role in zip(group["documents"], group["roles"], strict=True):
-            text = run.tokenizer.decode(document["input_ids"])
-            wanted = {losses.ALIGN_P: words, losses.MISALIGN: words, losses.ALIGN_N: "wrong : blue ."}[role]
-            assert ("Judgment:" in text) == bool(wanted) and wanted in text
-            seen.add(role)
-    assert len(seen) == 3
-
-
-def test_the_best_of_several_refinements_is_kept(world, judged, tmp_path, monkeypatch):
-    texts = itertools.cycle(["blue coat", "red hat", "hat"])
-    run = train.make_run(train.parse_config(["--stage", "ilf", *arguments(world, tmp_path / "run", *JUDGED, "--judge", "rule", "--records", str(judged), "--refinements", "3")]))
-    run.folder.mkdir()
-    monkeypatch.setattr(train, "sampled", lambda run, records, prompts: [train.Completion(next(texts), [], True) for _ in records])
-    train.collect_refined(run)
-    assert [record["refinement"] for record in data.read_records(run.folder / "refined.jsonl")] == ["red hat"] * 6
-
-
-def test_rounds_collect_anew_and_continue(world, tmp_path):
-    argv = ["--stage", "cut", *arguments(world, tmp_path, *JUDGED, "--rounds", "2")]
-    assert train.main(argv) == 0
-    assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["base", "SFT", "CUT, round 1", "CUT"]
-    first, second = ([json.loads(line) for line in (tmp_path / part / "judged.jsonl").read_text().splitlines()] for part in ("round1", "."))
-    assert first and second and not {r["input"] for r in first} & {r["input"] for r in second}
-    before = (tmp_path / "adapter_model.safetensors").read_bytes()
-    shutil.rmtree(tmp_path / "sft")
-    (tmp_path / "adapter_config.json").unlink()                            # as if the second round had not ended
-    (tmp_path / "adapter_model.safetensors").unlink()
-    assert train.main(argv) == 0
-    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
-
-
-def test_a_critic_that_never_ends_its_judgment_is_not_believed(world, judged, tmp_path, capsys):
-    assert train.main(["--stage", "critic", *arguments(world, tmp_path / "critic", *JUDGED, "--records", str(judged), "--no-evaluate")]) == 0
-    argv = ["--stage", "hindsight", *arguments(world, tmp_path / "run", *JUDGED, "--no-evaluate"), "--critic", str(tmp_path / "critic")]
-    with pytest.raises(SystemExit):
-        train.main(argv)
-    assert "--judge self" in capsys.readouterr().err
-    assert train.main([*argv, "--judge", "self"]) == 2                     # four tokens of a random model end nothing
-    assert {record["judgment"] for record in data.read_records(tmp_path / "run/judged.jsonl")} == {data.ERROR_JUDGMENT}
-    assert "12 without a judgment, dropped" in capsys.readouterr().out
-
-
-def test_collected_records_of_other_settings_are_not_continued(world, tmp_path, capsys):
-    argv = ["--stage", "cut", *arguments(world, tmp_path, *JUDGED, "--no-evaluate")]
-    assert train.main(argv) == 0
-    for name in ("adapter_config.json", "adapter_model.safetensors"):      # as if it had been stopped while training
-        (tmp_path / name).unlink()
-    assert train.main([*argv, "--temperature", "0.5"]) == 2 and "temperature was 1.0, now 0.5" in capsys.readouterr().err
-    assert train.main(argv) == 0
-
-
-def test_rounds_that_the_pool_cannot_feed_are_refused(world, tmp_path, capsys):
-    assert train.main(["--stage", "cut", *arguments(world, tmp_path, *JUDGED, "--rounds", "9", "--no-evaluate")]) == 2
-    assert "finds no instance left" in capsys.readouterr().err and not (tmp_path / "sft").exists()
-
-
-def test_another_model_with_records_alone_starts_from_the_model(world, judged, tmp_path, capsys):
-    argv = ["--stage", "cut", "--model", str(world / "model"), "--out", str(tmp_path), "--steps", "2", "--batch-size", "4"]
-    with pytest.raises(SystemExit):
-        train.main(argv)
-    assert "--records FILE" in capsys.readouterr().err
-    assert train.main([*argv, "--records", str(judged)]) == 0
-    assert "sft" not in capsys.readouterr().out and (tmp_path / "adapter_model.safetensors").exists()
-
-
-def test_the_next_command_repeats_what_differs_from_the_defaults(world, tmp_path):
-    cfg = train.parse_config(cat(world, tmp_path / "run", "--seed", "3", "--no-compare"))
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/candidates.jsonl").touch()
-    words = train.next_command(cfg).split()
-    assert words[:4] == ["python", "train.py", "--stage", "cat"] and "--no-compare" in words and words[words.index("--seed") + 1] == "3"
-    again = train.parse_config(words[2:] + ["--lam", "1.0"])
-    assert dataclasses.replace(again, out=cfg.out, init=cfg.init, candidates=cfg.candidates) == cfg
-
-
-@pytest.mark.parametrize("stage", ["cat", "sft"])
-def test_the_next_command_repeats_the_template_that_was_given(stage, world, tmp_path):
-    own = dataclasses.replace(train.parse_config(cat(world, tmp_path / "run")), stage=stage)
-    given = dataclasses.replace(own, template="vicuna")
-    wanted = train.read_config(own.model).prompt_template or "alpaca"
-    assert " --template vicuna" in train.next_command(given)
-    assert "--template" not in train.next_command(dataclasses.replace(own, template=wanted))       # as `make_run` fills it in
-
-
-def test_a_wording_that_places_the_input_is_placed_in_judged_records_and_braces_in_them_are_text(world, tmp_path, monkeypatch):
-    run = train.make_run(train.parse_config(["--stage", "cut", *arguments(world, tmp_path / "run", "--judge", "rule")]))
-    run.folder.mkdir()
-    record = {"task": "t", "id": "0", "sample": 0, "wording": "{input} : which ?", "instruction": "{input} : which ?", "input": "the {x} hat", "target": "red"}
-    monkeypatch.setattr(train, "unanswered", lambda run: [record])
-    monkeypatch.setattr(train, "answered", lambda run, records: [{**r, "response": "blue", "finished": True} for r in records])
-    train.collect_judged(run)
-    (found,) = data.load_judged(run.folder / "judged.jsonl")
-    assert (found["instruction"], found["input"]) == ("the {x} hat : which ?", "")
-    found["instruction"] = "tom {input} ann"
-    assert train.judged_document(run, found) == data.encode_example(run.tokenizer, run.template, run.template.render("tom {input} ann", literal=True),
-                                                                    "blue", max_len=run.cfg.max_len)
-
-
-def test_a_judgment_longer_than_the_window_is_named(world, judged, tmp_path, capsys):
-    rows = [json.loads(line) for line in judged.read_text().splitlines()]
-    rows[4]["judgment"] = "wrong " * 200
-    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert train.main(["--stage", "cut", *arguments(world, tmp_path / "x", *JUDGED, "--records", str(tmp_path / "long.jsonl"), "--max-len", "90")]) == 2
-    error = capsys.readouterr().err
-    assert "record 4" in error and "--max-len 90" in error and error.count("\n") == 1
-
-
-# The house -----------------------------------------------------------------------------------------------------------
-
-ROOMS = {"model": set(), "lora": set(), "losses": set(), "data": set(), "judge": set(), "eval": {"model", "lora", "data", "judge", "losses"},
-         "train": {"model", "lora", "losses", "data", "judge", "eval"}}
-
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_imports_follow_the_direction_of_the_house(room):
-    names = set()
-    for node in ast.walk(ast.parse((ROOT / f"{room}.py").read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
-    assert names & set(ROOMS) <= ROOMS[room]
-
-
-def test_tables_of_stages_agree_and_ignore_index_is_one():
-    assert train.STAGES.keys() == train.STAGE_DEFAULTS.keys() and data.IGNORE_INDEX == -100
-    assert losses.prediction_rows(torch.tensor([-100, 5]))[1].tolist() == [5]
-
-
-def test_every_flag_in_the_readme_exists():
-    text = (ROOT / "README.md").read_text()
-    names = {"--" + item.name.replace("_", "-") for item in dataclasses.fields(train.TrainConfig)}
-    for line in re.findall(r"python train\.py[^\n`]*", text):
-        for name in re.findall(r"--[a-z-]+", line):
-            assert name in names or name.replace("--no-", "--") in names, f"{name} in: {line}"
-
-
-def test_line_counts_in_the_readme_are_true():
-    rows = re.findall(r"^\| \[`(\w+\.py)`\]\(\w+\.py\) \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
-    assert {name for name, _ in rows} == {f"{room}.py" for room in ROOMS}
-    for name, count in rows:
-        lines = len((ROOT / name).read_text().splitlines())
-        assert abs(int(count) - lines) <= 0.1 * lines, f"{name} has {lines} lines"
-
-
-# Preferences ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stage, more", [
-    ("dpo", ()), ("dpo", ("--preference", "ipo", "--length-normalize", "--pairs", "all")), ("dpo", ("--preference", "hinge", "--reference-free")),
-    ("dpo", ("--preference", "robust", "--label-smoothing", "0.1")), ("slic", ()), ("rrhf", ()), ("pro", ()), ("expert", ()),
-])
-def test_stages_on_scored_candidates(stage, more, world, tmp_path, capsys):
-    path = planted(world, tmp_path / "candidates.jsonl")
-    argv = cat(world, tmp_path / "run", "--candidates", str(path), *more)
-    argv[argv.index("cat")] = stage
-    assert train.main(argv) == 0
-    assert train.STAGES[stage].title in json.loads((tmp_path / "run/metrics.json").read_text())
-    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    if more == ():
-        assert "margin" not in rows[0] or rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and rows[0]["margin"] == pytest.approx(0, abs=1e-4)
-
-
-def test_preference_steps_equal_their_equations(cat_run):
-    """dpo, slic, rrhf and pro of one batch, from plain log-softmax over one document at a time."""
-    run, groups = cat_run
-    groups = [{**group, "imitated": [better for better, _ in group["pairs"]], "reference": [-3.0 - k for k in range(len(group["documents"]))],
-               "rewards": [2.0] + [1.0 / k for k in range(1, len(group["documents"]))]} for group in groups]
-    batch, scores, lengths = train.collate(groups, "cpu"), [], []
-    for document in (d for group in groups for d in group["documents"]):
-        ids, labels = torch.tensor(document["input_ids"]), document["labels"]
-        logits = run.model(ids[None])[0].double().log_softmax(-1)
-        terms = [logits[t - 1, labels[t]].item() for t in range(len(ids)) if labels[t] != -100]
-        scores, lengths = [*scores, sum(terms)], [*lengths, len(terms)]
-    wanted, start = dict.fromkeys(("dpo", "slic", "ce", "rrhf", "pro"), 0.0), 0
-    for group in groups:
-        s, n = scores[start:start + len(group["documents"])], lengths[start:start + len(group["documents"])]
-        mean = [a / b for a, b in zip(s, n)]
-        for w, k in group["pairs"]:
-            h = s[w] - s[k] - group["reference"][w] + group["reference"][k]
-            wanted["dpo"] += math.log1p(math.exp(-0.1 * h))
-            wanted["slic"] += max(0.0, 1 - s[w] + s[k])
-            wanted["ce"] -= s[w]
-            wanted["rrhf"] += max(0.0, mean[k] - mean[w])
-        for k in range(len(s) - 1):
-            gaps = [group["rewards"][k] - r for r in group["rewards"][k + 1:]]
-            exponents = [mean[k] * max(gaps)] + [m * g for m, g in zip(mean[k + 1:], gaps)]
-            wanted["pro"] += math.log(sum(map(math.exp, exponents))) - exponents[0]
-        start += len(s)
-    cfg = dataclasses.replace(run.cfg, margin=1.0)
-    found = {"dpo": train.dpo_step(run.model, batch, cfg)["loss"], **train.slic_step(run.model, batch, cfg)}
-    found = {"dpo": found["dpo"], "slic": found["rank"], "ce": found["ce"], "rrhf": train.rrhf_step(run.model, batch, cfg)["rank"],
-             "pro": train.pro_step(run.model, batch, cfg)["rank"]}
-    assert {name: value.item() for name, value in found.items()} == pytest.approx(wanted, rel=1e-4, abs=1e-4)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shared prompts
-
-
-@pytest.mark.parametrize("stage", ["cat", "dpo", "slic", "rrhf", "pro", "reward", "sft"])
-def test_a_shared_prompt_trains_as_copies_of_it(stage, monkeypatch):
-    """Losses, counts and gradients of a step whose groups lay their prompt down once, and of one that repeats it."""
-    dice = random.Random()
-    config = PRESETS["tiny"]
-
-    def group():
-        prompt = [dice.randrange(config.vocab_size) for _ in range(dice.randint(10, 30))]
-        answers = [[dice.randrange(config.vocab_size) for _ in range(dice.randint(1, 9))] for _ in range(3)]
-        documents = [{"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer, "cut": False} for answer in answers]
-        return {"documents": documents, "n_best": 1, "pairs": [(0, 1), (0, 2)], "imitated": [0, 0], "rewards": [2.0, 1.0, 0.0], "pair_weights": [0.5, 0.5],
-                "reference": [-3.0, -2.0, -5.0]}
-    groups, cfg, found = [group() for _ in range(4)], train.TrainConfig(stage=stage), []
-    model = lora.apply_lora(Llama(config).init_weights(0).double(), lora.LoraConfig(rank=4)).double()
-    evaluation.add_head(model)
-    for weight in lora.lora_parameters(model):
-        torch.nn.init.normal_(weight, std=0.1)
-    torch.nn.init.normal_(model.value_head.weight)
-    for shared in (True, False):
-        if not shared:
-            monkeypatch.setattr(data, "shared_start", lambda group: 0)
-        batch = {**train.collate(groups, "cpu"), "step": 0}
-        means = train.backward(model, train.STAGES[stage], [batch], cfg)
-        found.append((len(batch["input_ids"]), means, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
-        model.zero_grad(set_to_none=True)
-    (fewer, one, slopes), (tokens, two, others) = found
-    assert fewer < 0.7 * tokens and one == pytest.approx(two, abs=1e-6) and len(slopes) == len(others)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(slopes, others))
+def test_no_instance_for_training_is_one_line(error_of, tmp_path, world):
+    record = json.loads((world / "tasks/colour.json").read_text())
+    (tmp_path / "tasks").mkdir()
+    pool = {x.id for x in data.split_instances(data.read_tasks(world / "tasks")[0], "pool")}
+    record["Instances"] = [row for row in record["Instances"] if row["id"] in pool]
+    (tmp_path / "tasks/colour.json").write_text(json.dumps(record))
+    (tmp_path / "words.json").write_text("{}")
+    error = error_of("sft", tmp_path / "run", "--tasks", str(tmp_path / "tasks"), "--paraphrases",
+                     str(tmp_path / "words.json"), "--judge-share", "0")
+    assert "nothing to train on for stage sft" in error

@@ -1,0 +1,27 @@
+"""Other people's files: models, tokenizers, templates, tasks, records and adapters.
+
+Each name is imported from its file on first use, so that reading tasks does not import torch.
+"""
+
+import importlib
+
+DOORS = {
+    "config": "read_config", "weights": "open_model save_model", "peft": "open_adapter",
+    "tokenizer": "open_tokenizer check_vocabulary copy_tokenizer",
+    "templates": "find_template check_template encode_conversation",
+    "tasks": "read_tasks add_paraphrases frame_bare_tasks",
+    "records": "read_judged read_candidates read_labelled read_examples read_corpus "
+               "read_instructions",
+    "runs": "check_inputs check_lengths usable_candidates example_items"}
+
+
+def __getattr__(name):
+    for file, names in DOORS.items():
+        if name in names.split():
+            return getattr(importlib.import_module(f"{__name__}.{file}"), name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")
+
+
+def add_flags(add) -> None:
+    """The flags of eval.py that only this room reads; `add` is argparse's add_argument."""
+    add("--quantize", choices=("none", "int8", "nf4"), default="none", help="8 or 4 bits")

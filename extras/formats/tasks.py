@@ -1,0 +1,121 @@
+"""Tasks and wordings in other people's layouts, with errors that name the file and the record."""
+
+import difflib
+import tomllib
+from pathlib import Path
+
+from data import Instance, Task, Wording, as_list, read_json, split_wordings
+from extras.formats.checks import FILLED, TEXT, check, read_object, reading, refuse, show
+
+TEXTS = "a string or a list of strings", lambda value: value != [] and all(
+    isinstance(text, str) for text in as_list(value))
+TASK = {"Definition": TEXTS, "Instances": ("a list", lambda value: isinstance(value, list))}
+SPLITS = ("train", "dev", "test")
+
+
+def read_tasks(path) -> list[Task]:
+    """The tasks of a file of Super-NaturalInstructions, of a folder of them, or of the folder of
+    instruction induction (annotations/ and execute/). Raises ValueError."""
+    path = Path(path)
+    if (path / "annotations").is_dir() and (path / "execute").is_dir():
+        return [read_induction(path, file.name) for file in sorted(path.glob("annotations/*.json"))]
+    files = [path] if path.is_file() else sorted(path.glob("*.json"))
+    refuse(not files, f"no task files at {path}. Give a folder of *.json files in the schema of "
+           "Super-NaturalInstructions, or one such file.")
+    return [read_task(file) for file in files]
+
+
+def read_task(path: Path) -> Task:
+    """A Super-NaturalInstructions file in any of its ages: texts or lists of texts, id or none."""
+    record, instances = read_object(path), []
+    check(record, TASK, f"{path}")
+    refuse(not record["Instances"], f"{path} has no instances. Give it some, or remove the file.")
+    for number, row in enumerate(record["Instances"]):
+        check(row, {"input": TEXTS, "output": TEXTS}, f"{path}, record {number}")
+        outputs = tuple(text.strip() for text in as_list(row["output"]))
+        name = str(row.get("id", f"{path.stem}-{number}"))
+        instances.append(Instance(name, as_list(row["input"])[0].strip(), outputs))
+    return Task(path.stem, " ".join(as_list(record["Definition"])).strip(), instances)
+
+
+def read_induction(folder: Path, name: str) -> Task:
+    """A task of instruction induction: human wordings, the first the definition, and instances."""
+    annotations, execute = folder / "annotations" / name, folder / "execute" / name
+    with reading(annotations, "human instructions under annotations"):
+        texts = [text.strip() for text in read_json(annotations)["annotations"]]
+        definition, *others = dict.fromkeys(filter(None, texts))
+        task = Task(execute.stem, definition, [], split_wordings(execute.stem, others))
+    with reading(execute, "examples by number"):
+        for number, row in read_json(execute)["examples"].items():
+            if "cause" in row:  # two sentences in either order; the cause is asked for
+                first, second = sorted((row["cause"], row["effect"]))
+                input, outputs = f"Sentence 1: {first} Sentence 2: {second}", [row["cause"]]
+            elif "items" in row:
+                input = ", ".join(row["items"])
+                outputs = [row["concept"], *row["all_common_concepts"]]
+            else:
+                more = row.get("other_rhymes", []) + row.get("possible_translations", [])
+                input, outputs = str(row["input"]), [row["output"], *more]
+            outputs = tuple(dict.fromkeys(map(str, outputs)))
+            task.instances.append(Instance(f"{task.name}-{number}", input, outputs))
+    return task
+
+
+def add_paraphrases(path, tasks: list[Task]) -> None:
+    """Read {task: [wording, ...]} or {task: {split: [wording, ...]}} into tasks.
+
+    A wording is a text or {"text", "style"}. Lists are split by `split_wordings`. The human
+    paraphrases of Tk-Instruct ({task: {"paraphrases": [...]}}) are read too. Wordings that are
+    said twice, or equal the definition, are dropped. Raises ValueError.
+    """
+    by_name = {task.name: task for task in tasks}
+    for name, given in read_object(Path(path)).items():
+        if name not in by_name:
+            near = difflib.get_close_matches(name, by_name, 1)
+            advice = f"Did you mean {near[0]!r}?" if near else "Remove them, or add the task."
+            raise ValueError(f"{path} has wordings for task {name!r}, which is not among the "
+                             f"{len(tasks)} tasks. {advice}")
+        task, where = by_name[name], f"{path}, task {name!r}"
+        if isinstance(given, dict) and "paraphrases" in given:
+            given = given["paraphrases"]
+        if isinstance(given, list):
+            texts = [wording.text for wording in read_wordings(given, where)]
+            task.wordings = split_wordings(name, [x for x in texts if x != task.definition])
+            continue
+        refuse(not isinstance(given, dict) or given.keys() - set(SPLITS), f"{where} is "
+               f"{show(given)}. Expected a list of wordings, or the lists train, dev and test.")
+        seen = {task.definition}
+        for split in SPLITS:
+            task.wordings[split] = []
+            for wording in read_wordings(given.get(split, []), f"{where}, {split}"):
+                if wording.text not in seen:
+                    task.wordings[split].append(wording)
+                seen.add(wording.text)
+
+
+def read_wordings(rows, where: str) -> list[Wording]:
+    """A list of texts or {"text", "style"} as wordings. Raises ValueError."""
+    refuse(not isinstance(rows, list), f"{where} is {show(rows)}. Expected a list of wordings.")
+    found = []
+    for number, row in enumerate(rows):
+        row = row if isinstance(row, dict) else {"text": row}
+        row = {"style": ""} | row
+        check(row, {"text": FILLED, "style": TEXT}, f"{where}, wording {number}")
+        found.append(Wording(row["text"], row["style"]))
+    return found
+
+
+def frame_bare_tasks(tasks: list[Task]) -> str:
+    """Give tasks without wordings some made of frames.toml; returns a sentence that says so, or "".
+
+    They are a weak stand-in for paraphrases, since the definition's own words stay.
+    """
+    frames = tomllib.loads(Path(__file__).with_name("frames.toml").read_text(encoding="utf-8"))
+    bare = [task for task in tasks if not any(task.wordings.values())]
+    for task in bare:
+        for split, texts in frames.items():
+            framed = [text.replace("{definition}", task.definition) for text in texts]
+            task.wordings[split] = [Wording(text, "frame") for text in framed]
+    return (f"{len(bare)} of {len(tasks)} tasks have no paraphrases: their definitions are set "
+            "into the sentences of extras/formats/frames.toml. Real paraphrases (--paraphrases "
+            "FILE) measure more.") if bare else ""

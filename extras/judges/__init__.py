@@ -1,0 +1,23 @@
+"""Judges behind a server, which never lose a paid answer, and how far any judge can be trusted.
+
+questions.py has prompts and verdicts (their words are in texts.toml), server.py one exchange over
+HTTP, answers.py the file of answers, client.py retries and limits; judges.py the judges, local.py
+the model in a server's place; pairs.py and meta.py LLMBar; writers.py wordings and revisions;
+run.py what the course calls.
+"""
+
+from extras.judges.client import RUN, ServerFlags, check_flags, client_from_flags
+from extras.judges.questions import JudgeStopped
+from extras.judges.run import (
+           add_flags,
+           after_collecting,
+           label_pairs,
+           make_backend,
+           revise,
+           server_critic,
+           server_judge,
+)
+
+__all__ = ["RUN", "JudgeStopped", "ServerFlags", "add_flags", "after_collecting",
+           "check_flags", "client_from_flags", "label_pairs", "make_backend", "revise",
+           "server_critic", "server_judge"]

@@ -1,0 +1,102 @@
+"""How train.py, eval.py and methods use this room. In a run, only one process asks a server."""
+
+import atexit
+import json
+from collections.abc import Callable
+from dataclasses import astuple, fields
+
+from extras.judges.client import RUN, ServerFlags, client_from_flags
+from extras.judges.judges import HttpCritic, HttpJudge, canary_items
+from extras.judges.local import LocalChat
+from extras.judges.meta import wilson
+from extras.judges.pairs import preference_probabilities
+from extras.judges.questions import Reply
+from extras.judges.writers import PRINCIPLES, constitutional
+from judge import JudgeConfig, LocalJudge
+from methods.flags import spelled
+
+
+def add_flags(add: Callable) -> None:
+    """Call argparse's add_argument for each of ServerFlags that eval.py does not have itself."""
+    for item in fields(ServerFlags):
+        if item.name not in ("judge_url", "judge_model"):
+            add(spelled(item.name), type=type(item.default), default=item.default,
+                help=f"{item.metadata['help']} ({item.default})")
+
+
+def make_backend(run) -> Callable:
+    """Who answers the questions of a run, with the same replies in every process.
+
+    A server, if --judge or --critic says http; else the model, of which each process asks a share.
+    """
+    cfg, memory, guard = run.cfg, run.memory, run.guard
+    chat = LocalChat(run.model, run.tokenizer, run.template, batch_size=cfg.eval_batch)
+
+    def ask_server(questions, **how):
+        def work():
+            if "server" not in memory:
+                memory["server"] = client_from_flags(cfg, run.folder)
+            return [astuple(reply) for reply in memory["server"].ask(questions, **how)]
+        return [Reply(*row) for row in guard.first(work)]
+
+    def ask_model(questions, **how):
+        def work(part):
+            return [astuple(reply) for reply in chat.ask(part, **how)]
+        return [Reply(*row) for row in guard.share(questions, work)]
+    return ask_server if "http" in (cfg.judge, getattr(cfg, "critic", "")) else ask_model
+
+
+def server_judge(cfg, config: JudgeConfig | None = None, run=None) -> HttpJudge:
+    """The judge behind the server that the flags name, for a run or for eval.py."""
+    if run:
+        ask = make_backend(run)
+    else:
+        ask = client_from_flags(cfg, cfg.out).ask
+        atexit.register(RUN.close, print)
+    return HttpJudge(ask, config, max_unparsed=cfg.max_unparsed, name=f"http {cfg.judge_model}")
+
+
+def server_critic(cfg, run) -> HttpCritic:
+    """The critic behind the server that the flags name."""
+    return HttpCritic(make_backend(run), max_unparsed=cfg.max_unparsed)
+
+
+def revise(run, records: list[dict], principles: list[str]) -> list[dict]:
+    """Critique and revision of sampled answers, by our own principles where none are given."""
+    return constitutional(make_backend(run), records, principles or PRINCIPLES,
+                          rounds=run.cfg.revisions, seed=run.cfg.seed)
+
+
+def label_pairs(run, pairs: list[dict]) -> list[float | None]:
+    """How probable it is that the "first" answer of each pair is better than the "second"."""
+    texts = []
+    for pair in pairs:
+        asked = f"{pair['instruction']}\n\n{pair['input']}".strip()
+        texts.append({"input": asked, "output_1": pair["first"]["response"],
+                      "output_2": pair["second"]["response"]})
+    return preference_probabilities(make_backend(run), texts)
+
+
+def after_collecting(run, judge, unanswered: Callable) -> None:
+    """Report what a server was asked; write canaries.json, how often empty talk passes as right.
+
+    `unanswered(run)` gives the items that were collected for.
+    """
+    path = run.folder / "canaries.json"
+    gives_verdicts = isinstance(judge, (LocalJudge, HttpJudge))  # not plain numbers
+    if gives_verdicts and not run.guard.first(path.exists):
+        verdicts = judge.judge(canary_items(unanswered(run)))
+        read = [verdict for verdict in verdicts if verdict.how != "unparsed"]
+        n, unread = len(read), len(verdicts) - len(read)
+        passed = sum(verdict.correct is True for verdict in read)
+        interval = wilson(passed, n)
+        found = {"asked": len(verdicts), "unread": unread, "passed": passed, "ci95": interval}
+        run.guard.first(lambda: path.write_text(json.dumps(found) + "\n"))
+        if 2 * unread > len(verdicts):
+            run.say(f"warning: the judge gave no readable verdict on {unread} of {len(verdicts)} "
+                    "answers without content; whether they please it is unknown.")
+        if passed > 0.05 * n:
+            run.say(f"warning: the judge called {passed} of {n} answers without content correct "
+                    f"({100 * passed / n:.0f} %, 95 % interval {100 * interval[0]:.0f} to "
+                    f"{100 * interval[1]:.0f} %); treat its scores with care.")
+    RUN.tell(run.say)

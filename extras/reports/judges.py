@@ -1,0 +1,62 @@
+"""Pages about judges: against people's labels (LLMBar), and against exact rules."""
+
+import json
+from pathlib import Path
+
+from data import append_records
+from extras.reports import plots
+from extras.reports.report import markdown, table
+
+
+def judge_table(results: dict[str, dict]) -> str:
+    """Markdown: for each evaluator and subset accuracy / agreement of both orders, in percent."""
+    rows = {}
+    for name, found in results.items():
+        rows[name] = {}
+        for subset, metrics in found.items():
+            accuracy, agreement = metrics["accuracy"]["mean"], metrics["agreement"]["mean"]
+            rows[name][subset] = f"{100 * accuracy:.1f} / {100 * agreement:.1f}"
+    return table("evaluator", rows)
+
+
+def write_judge_report(out: Path, subsets: dict, results: dict, judged: dict, about: dict) -> None:
+    """Write metrics.json, verdicts.jsonl, report.md and plots/judge.png.
+
+    subsets: {subset: pairs}; judged: {evaluator: {subset: repeats of rows}}; results: for each
+    evaluator what extras.judges.meta.summarize_judge says; about: of the whole, for metrics.json.
+    """
+    text = json.dumps({**about, "evaluators": results}, indent=2, allow_nan=False) + "\n"
+    (out / "metrics.json").write_text(text)
+    (out / "verdicts.jsonl").unlink(missing_ok=True)
+    for name, found in judged.items():
+        for subset, repeats in found.items():
+            for repeat, rows in enumerate(repeats):
+                place = {"evaluator": name, "subset": subset, "repeat": repeat}
+                append_records(out / "verdicts.jsonl", [
+                    place | pair | row for pair, row in zip(subsets[subset], rows, strict=True)])
+    parts = ["# How far to trust the judge", f"Judge: {markdown(about['judge'])}. Accuracy / "
+             "agreement of both orders, percent; averages are over subsets, unweighted.",
+             judge_table(results)]
+    parts += [f"## {markdown(name)}\n\n{table('subset', results[name])}" for name in results]
+    parts += [f"Asked: {markdown(json.dumps(usage))}" for usage in about["usage"]]
+    (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    plots.save_plots(out, {"judge": (plot_judges, results)})
+
+
+def plot_judges(results: dict[str, dict]):
+    """Accuracy per subset, a bar per evaluator."""
+    accuracy = {}
+    for name, found in results.items():
+        accuracy[name] = {subset: metrics["accuracy"] for subset, metrics in found.items()}
+    return plots.plot_bars(accuracy)
+
+
+def confusion_section(found: dict, name: str) -> str:
+    """Markdown: the rewards of a run against exact rules; found: extras.judges.confusion."""
+    rows = {}
+    for part in ("all", "asked"):
+        for question in ("type", "correct", "best"):
+            rows[f"{question}, {part}"] = found[part][question]
+    return (f"\n## How far to trust the judge\n\nThe {markdown(name)} judge's rewards against "
+            "exact rules. asked: different answers, without those that equal the shown target.\n\n"
+            f"{table('question, answers', rows)}\n")

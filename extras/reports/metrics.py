@@ -1,0 +1,187 @@
+"""Metrics beside those of eval.py: other clusters, ROUGE for any script, styles, distances.
+
+`MoreMetrics` is what eval.evaluate_responses takes as `more`; similar is (n, n) bool, as there.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+
+import numpy as np
+
+import data
+import judge as judging
+from eval import TABLE, bootstrap, complete, open_model
+from methods import merged_copy
+
+TITLES = TABLE | {"rouge2": "R-2", "mcr_component": "MCR of components",
+                  "mcr_greedy": "MCR of the authors' clusters", "worst_paraphrase": "worst R-L"}
+ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+class MoreMetrics:
+    """Adds to each question's row, and to the summary, what the course leaves out."""
+
+    def __init__(self, use_stemmer: bool = False, cluster: str = "clique"):
+        self.use_stemmer, self.cluster = use_stemmer, cluster
+
+    def question(self, row: dict, similar) -> dict:
+        """The row with more metrics; ROUGE and `mcr` are replaced as the settings say."""
+        n, targets = len(similar), row["targets"]
+        rouge = [rouge_scores(text, targets, self.use_stemmer) for text in row["responses"]]
+        groups = {"component": components(similar), "greedy": greedy_clusters(similar)}
+        more = {name: sum(scores[name] for scores in rouge) / n for name in ROUGE}
+        more["worst_paraphrase"] = min(scores["rougeL"] for scores in rouge)
+        more["tokenizer"] = rouge[0]["tokenizer"]
+        for rule, found in groups.items():
+            more[f"mcr_{rule}"] = max(map(len, found)) / n
+        if self.cluster in groups:
+            more |= {"mcr": more[f"mcr_{self.cluster}"], "cluster": [0] * n}
+            ordered = sorted(groups[self.cluster], key=lambda group: (-len(group), group))
+            for number, group in enumerate(ordered):
+                for i in group:
+                    more["cluster"][i] = number
+        return row | more
+
+    def summary(self, rows: list[dict], seed: int = 0) -> dict:
+        """All means, the exact match by style of wording, and counts."""
+        found = {"cluster": self.cluster, "use_stemmer": self.use_stemmer}
+        for name in TITLES:
+            found[name] = bootstrap([row[name] for row in rows], seed=seed)
+        found["by_style"] = {style: bootstrap(values, seed=seed)
+                             for style, values in exact_match_by_style(rows).items()}
+        found["without_cr"] = sum(row["cr"] is None for row in rows)
+        found["responses"] = sum(len(row["responses"]) for row in rows)
+        found["rouge_tokenizer"] = dict(Counter(row["tokenizer"] for row in rows))
+        return found
+
+
+def components(similar) -> list[list[int]]:
+    """Responses that are joined by a chain of similar ones (in both orders of a pair)."""
+    linked = similar & similar.T  # (n, n)
+    for _ in range(len(linked).bit_length()):
+        linked = linked @ linked  # chains of twice the length
+    return [list(group) for group in {tuple(np.flatnonzero(row).tolist()) for row in linked}]
+
+
+def greedy_clusters(similar) -> list[list[int]]:
+    """The authors' code (Self-DETECTION): join the first cluster whose first member is similar.
+
+    Only one order is read: whether the new response is similar to that member.
+    """
+    found = []
+    for new in range(len(similar)):
+        homes = [group for group in found if similar[new, group[0]]]
+        if homes:
+            homes[0].append(new)
+        else:
+            found.append([new])
+    return found
+
+
+def exact_match_by_style(rows: list[dict]) -> dict[str, list[float]]:
+    """Per style of wording the exact match of each question that has wordings of it."""
+    found = {}
+    for row in rows:
+        hits = {}
+        for style, correct in zip(row.get("styles") or [], row["correct"], strict=False):
+            hits.setdefault(style or "plain", []).append(correct)
+        for style, values in hits.items():
+            found.setdefault(style, []).append(sum(values) / len(values))
+    return dict(sorted(found.items()))
+
+
+def paired_difference(before: list[dict], after: list[dict], metric: str, seed: int = 0) -> dict:
+    """{"mean", "ci95", "n"} of after - before; both tables hold the same questions in order."""
+    changes = []
+    for old, new in zip(before, after, strict=True):
+        if None not in (old[metric], new[metric]):
+            changes.append(new[metric] - old[metric])
+    return bootstrap(changes, seed=seed)
+
+
+# ----- ROUGE for any script -----
+NON_LATIN = re.compile(r"[^\W\d_\u0000-\u024f\u1e00-\u1eff]")  # a letter of another script
+# Thai and Lao, Burmese, Khmer, Japanese, Chinese: written without spaces
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf"
+                      "\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+
+
+class Characters:
+    """A tokenizer for rouge_score: words of any script, each character of UNSPACED ones."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """The tokens of a text."""
+        words = [""]
+        for char in text.lower():
+            if UNSPACED.match(char):
+                words += [char, ""]
+            elif char.isalnum() or unicodedata.category(char).startswith("M"):
+                words[-1] += char
+            else:
+                words.append("")
+        return [word for word in words if word]
+
+
+def rouge_scores(prediction: str, references: list[str], use_stemmer: bool = False) -> dict:
+    """The F1 of ROUGE, each the best over the references, and the "tokenizer" that was used.
+
+    The package's own tokenizer deletes every letter but a-z ("words"); where a reference holds a
+    letter of another script than Latin, `Characters` is used ("characters").
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    if not any(NON_LATIN.search(text) for text in references):
+        scores = judging.rouge_scores(prediction, references, use_stemmer=use_stemmer)
+        return scores | {"tokenizer": "words"}
+    scorer = RougeScorer(ROUGE, tokenizer=Characters())
+    scored = [scorer.score(text, prediction) for text in references]
+    best = {name: max(score[name].fmeasure for score in scored) for name in ROUGE}
+    return best | {"tokenizer": "characters"}
+
+
+# ----- Sampled answers -----
+def sample_answers(model, tokenizer, template, questions: list[dict], cfg, n: int) -> list[list]:
+    """n completions per question under its first wording, at temperature 1, each with its seed."""
+    from model import Sampling
+
+    prompts = []
+    for x in questions:
+        prompts += [template.render(cfg.prefix + x["wordings"][0], x["input"])] * n
+    made = complete(model, tokenizer, prompts, Sampling(cfg.max_new_tokens, 1.0),
+                    seeds=[cfg.seed * 1_000_003 + k for k in range(len(prompts))],
+                    batch_size=cfg.batch_size, max_len=cfg.max_len or None)
+    return [made[k:k + n] for k in range(0, len(made), n)]
+
+
+def sampled_kl(model, tokenizer, template, questions: list[dict], cfg) -> dict:
+    """KL(model || reference) in nats per answer, with its bootstrap interval.
+
+    The mean of log p / p_ref of one sampled answer per question. The sampled ids are scored, not
+    their text encoded again. The reference is asked without --prefix, whose effect is measured too.
+    """
+    answers, sums = sample_answers(model, tokenizer, template, questions, cfg, 1), []
+    room = min(cfg.max_len or model.config.context, model.config.context) - cfg.max_new_tokens
+    reference = merged_copy(open_model(cfg, cfg.reference))
+    for scorer, prefix in ((model, cfg.prefix), (reference, "")):
+        documents = []
+        for x, (answer,) in zip(questions, answers, strict=True):
+            prompt = template.render(prefix + x["wordings"][0], x["input"])
+            documents.append(data.encode_example(tokenizer, template, prompt, answer.token_ids,
+                                                 max_len=room + len(answer.token_ids)))
+        sums.append([float(logprobs.sum()) for logprobs in response_logprobs(scorer, documents)])
+    return bootstrap([p - q for p, q in zip(*sums, strict=True)], seed=cfg.seed)
+
+
+def response_logprobs(model, documents: list[dict]) -> list:
+    """log p of the labelled tokens of each document, tensors (N,) on the CPU."""
+    from methods import collate, label_logprobs, torch
+
+    found, device = [], next(model.parameters()).device
+    model.eval()
+    with torch.inference_mode():
+        for part in data.micro_batches([{"documents": [x]} for x in documents], 8192):
+            batch = collate(part, model, device)
+            logprobs = label_logprobs(model, batch).cpu()
+            found += logprobs.split(batch["sequence_ids"].bincount().tolist())
+    return found

@@ -1,0 +1,171 @@
+"""What train.py reports of a run beside its table: curves, error rates, masks, rewards, judges."""
+
+import json
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+import data
+import judge as judging
+from eval import answer_questions, evaluate_responses, open_model, write_results
+from extras.formats.records import read_judged
+from extras.judges.judges import confusion
+from extras.reports import masks, plots
+from extras.reports.judges import confusion_section
+from extras.reports.metrics import MoreMetrics
+from methods import candidates, heads, merged_copy, open_trained
+from methods.candidates import with_labels
+from methods.critics import FAILED, PERFECT
+from methods.groups import grouped_candidates
+
+
+def report_training(folder: Path) -> None:
+    """Curves of log.jsonl in plots/training.png, and of PPO's phases in plots/ppo.png."""
+    drawn = {"training": (data.read_records(folder / "log.jsonl"), "step"),
+             "ppo": (data.read_records(folder / "rollouts.jsonl"), "phase")}
+    plots.save_plots(folder, {name: (plots.plot_training, rows, x)
+                              for name, (rows, x) in drawn.items() if rows})
+
+
+# ----- Methods on judged responses -----
+
+def report_judged(run, ladder: dict) -> None:
+    """Error rates under the tasks' own instructions, of greedy and of sampled answers.
+
+    For a method that flags tokens (CUT) also which. All processes call this.
+    """
+    from model import Sampling
+
+    cfg, results, tables = run.cfg, {}, {}
+    judge, more = judging.RuleJudge(cfg.rouge_threshold), MoreMetrics()
+    asked = data.questions(run.tasks, split=cfg.split, wordings=0, per_task=cfg.eval_per_task)
+    seeded = [(question, cfg.seed + k) for k, question in enumerate(asked)]
+    for title, folder in ladder.items():
+        model = merged_copy(open_trained(cfg, folder) if folder else open_model(cfg))
+        for name, temperature in (("error_rate", 0.0), ("sampled_error_rate", 1.0)):
+            sampling = Sampling(cfg.max_new_tokens, temperature)
+
+            def work(part, model=model, sampling=sampling):
+                some, seeds = map(list, zip(*part, strict=True))
+                return answer_questions(model, run.tokenizer, run.template, some, sampling,
+                                        seeds=seeds, batch_size=cfg.eval_batch,
+                                        max_len=cfg.max_len)
+            metrics, rows = evaluate_responses(run.guard.share(seeded, work), judge, more=more)
+            results.setdefault(title, metrics)[name] = one_minus(metrics["exact_match"])
+            tables.setdefault(title, rows)
+    run.guard.first(lambda: write_results(Path(cfg.out), results, tables, cfg.plain))
+    for title, found in results.items():
+        greedy, sampled = found["error_rate"]["mean"], found["sampled_error_rate"]["mean"]
+        run.say(f"{title:24} errors: greedy {100 * greedy:5.1f} %, sampled {100 * sampled:5.1f} %")
+    if hasattr(run.method, "flagged_tokens"):
+        run.guard.first(lambda: measure_masks(run, ladder))
+
+
+def one_minus(summary: dict) -> dict:
+    """The summary of 1 - x from that of x."""
+    bounds = summary["ci95"] and [1 - bound for bound in reversed(summary["ci95"])]
+    return {"mean": 1 - summary["mean"], "ci95": bounds, "n": summary["n"]}
+
+
+def measure_masks(run, ladder: dict) -> None:
+    """mask.json: how well CUT's flags match the wrong tokens, per lambda; a plot of the last."""
+    cfg, out, found = run.cfg, Path(run.cfg.out), {}
+    records = [record for record in read_judged(cfg.records or out / "judged.jsonl")
+               if record["judgment"] not in (None, FAILED)][:400]
+    satisfied = PERFECT if cfg.positive == "text" else None
+    lams = sorted({*masks.LAMS, cfg.detect_lam})
+    for title, folder in ladder.items():
+        if folder:
+            model = merged_copy(open_trained(cfg, folder))
+            made = masks.find_masks(replace(run, model=model), records, lams,
+                                    floor=cfg.detect_floor, satisfied=satisfied)
+            found[title] = masks.score_masks(made)
+    (out / "mask.json").write_text(json.dumps(found, indent=1) + "\n")
+    if any(score["n"] for score in found[title]):  # the wrong tokens are known
+        plots.save_plots(out, {"mask": (plots.plot_training, found[title], "lam")})
+
+
+# ----- Methods on scored candidates -----
+
+def report_run(run) -> None:
+    """Curves of each stage, and judge.json of the candidates. The first process calls this."""
+    for log in Path(run.cfg.out).rglob("log.jsonl"):
+        report_training(log.parent)
+    if run.method.collect is candidates.collect and not getattr(run.cfg, "preferences", ""):
+        report_candidates(run)
+
+
+def report_candidates(run) -> None:
+    """judge.json and a section of report.md: the rewards of the candidates against exact rules.
+
+    Rewards that are plain numbers are no verdicts, and not compared.
+    """
+    cfg, verdicts = run.cfg, []
+    records = with_labels(run, [x for group in grouped_candidates(run) for x in group])
+    for x in records:
+        verdicts.append(judging.Verdict(x.get("expected"), x.get("correct"), x["reward"], x["how"]))
+    if any(verdict.how not in judging.VERDICTS for verdict in verdicts):
+        return
+    found = confusion(records, verdicts, judging.RuleJudge(cfg.rouge_threshold).judge(records))
+    (run.folder / "judge.json").write_text(json.dumps(found, indent=1) + "\n")
+    if Path(cfg.out, "report.md").exists():
+        with open(Path(cfg.out, "report.md"), "a", encoding="utf-8") as file:
+            file.write(confusion_section(found, cfg.judge))
+
+
+def report_rewards(run) -> None:
+    """rewards.json: a reward model's rewards of all candidates against judge, rules and length."""
+    records = [x for group in grouped_candidates(run) for x in group if x["reward"] is not None]
+    scores = heads.reward_scores(run, heads.open_reward_model(run, run.folder), records)
+    truths = judging.RuleJudge(run.cfg.rouge_threshold).judge(with_labels(run, records))
+    rows = {"held out": [], "trained on": []}
+    for record, score, truth in zip(records, scores, truths, strict=True):
+        part = "held out" if run.method.is_held_out(record) else "trained on"
+        rows[part].append({"group": (record["task"], record["id"]), "reward": score,
+                           "judge": record["reward"], "truth": truth.reward,
+                           "length": len(record["response"].split())})
+    found = {part: compare_rewards(some) for part, some in rows.items()}
+    (run.folder / "rewards.json").write_text(json.dumps(found, indent=1) + "\n")
+    run.say(f"rewards against the judge, exact rules and length: {run.folder / 'rewards.json'}")
+
+
+def compare_rewards(rows: list[dict]) -> dict:
+    """A reward against its judge, the truth and length   arXiv 2310.03716.
+
+    rows: {"group", "reward", "judge", "truth", "length"}. "accuracy", "true_accuracy": of a group's
+    pairs that the judge (the truth) tells apart, the share that the reward orders alike;
+    "longer_wins": the same of length and judge. "length", "length_rank", "length_within": Pearson,
+    Spearman, and Pearson within groups, of reward and length.
+    """
+    groups, pairs, within = {}, [], []
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    for group in groups.values():
+        pairs += combinations(group, 2)
+        table = np.array([[row["reward"], row["length"]] for row in group])  # (answers, 2)
+        within += (table - table.mean(0)).tolist()
+    uneven = [(a, b) for a, b in pairs if a["length"] != b["length"]]
+    both = np.array([[row["reward"], row["length"]] for row in rows]).reshape(-1, 2)
+    ranks = [[np.mean(np.flatnonzero(np.sort(x) == value)) for value in x] for x in both.T]
+    return {"accuracy": ordered_alike(pairs, "reward", "judge"),
+            "true_accuracy": ordered_alike(pairs, "reward", "truth"),
+            "longer_wins": ordered_alike(uneven, "length", "judge"),
+            "length": correlation(*both.T), "length_rank": correlation(*ranks),
+            "length_within": correlation(*np.array(within).reshape(-1, 2).T),
+            "comparisons": sum(a["judge"] != b["judge"] for a, b in pairs)}
+
+
+def ordered_alike(pairs: list[tuple], by: str, like: str) -> float | None:
+    """The share of pairs that `by` orders as `like` does; ties of `by` count half."""
+    known = [(a, b) for a, b in pairs if a[like] != b[like]]
+    signs = [np.sign(a[by] - b[by]) * np.sign(a[like] - b[like]) for a, b in known]
+    return float(np.mean((np.array(signs) + 1) / 2)) if signs else None
+
+
+def correlation(x, y) -> float | None:
+    """Pearson's r; None where one of them does not vary."""
+    if len(x) < 2 or np.std(x) == 0 or np.std(y) == 0:
+        return None
+    return float(np.corrcoef(x, y)[0, 1])

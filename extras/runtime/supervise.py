@@ -1,0 +1,103 @@
+"""One command from start to end: signals, other processes, one line for an error, a summary."""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import data
+from eval import pick_device
+from extras.judges import RUN, JudgeStopped
+from extras.runtime import ranks
+from extras.runtime.guard import Guard, Stopped, remove_leftovers
+
+SIGNALS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+KEPT = "What was finished is kept"  # in the run folder
+
+
+def supervise(cfg, method, run_method) -> int:
+    """Call run_method(cfg, method, guard) and return the exit status. For the main thread.
+
+    2: a mistake in what was given; 1: failed; 143 or 130: told to stop. Raises what is a bug.
+    """
+    started, guard, status = time.time(), Guard(cfg), 0
+    for number in SIGNALS:
+        signal.signal(number, guard.hear)
+    try:
+        guard.size = ranks.join(cfg, method)
+        run_method(cfg, method, guard)
+        guard.first(lambda: summarise(cfg, time.time() - started))
+    except (Stopped, ValueError, RuntimeError, FloatingPointError, OSError, MemoryError) as error:
+        status, message = explain(error, guard)
+        if not message:
+            raise
+        complain(message, guard.rank)
+    finally:
+        for number, handler in SIGNALS.items():
+            signal.signal(number, handler)
+        RUN.close(lambda message: print(message, flush=True))
+        if guard.lock:
+            guard.lock.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if "RANK" in os.environ:  # threads of gloo can abort a process that ends in the usual way
+        sys.stdout.flush()
+        os._exit(status)
+    return status
+
+
+def summarise(cfg, seconds: float) -> None:
+    """Say, and write to summary.json, time, peak memory, and how fast the run's stage trained."""
+    remove_leftovers(Path(cfg.out))
+    memory = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if pick_device(cfg)[0] != "cpu":
+        memory["gpu"] = torch.cuda.max_memory_allocated(pick_device(cfg)[0])
+    used = ", ".join(f"{n / 1e9:.2f} GB ({place})" for place, n in memory.items())
+    words, tokens, speed = "", None, None
+    for row in data.read_records(Path(cfg.out) / "log.jsonl")[-1:]:
+        tokens, speed = row["tokens"], round(row["tokens"] / max(1e-9, row["seconds"]))
+        words = f"; {cfg.stage} trained at {speed:,} tok/s"
+    found = {"seconds": round(seconds, 1), "peak_memory_bytes": memory,
+             "tokens_per_second": speed, "tokens": tokens}
+    (Path(cfg.out) / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"done in {seconds / 60:.1f} min; peak memory {used}{words}.", flush=True)
+
+
+def explain(error: BaseException, guard: Guard) -> tuple[int, str]:
+    """The exit status for an error, and a sentence for the user; "" for a bug."""
+    text = " ".join(str(error).split())
+    if isinstance(error, Stopped) or guard.heard and not guard.waiting:  # renamed by a library
+        number, where = error.args if isinstance(error, Stopped) else (guard.heard, "")
+        return 128 + number, (f"stopped by {signal.Signals(number).name}{where}. The same command "
+                              "goes on from there.")
+    if isinstance(error, OSError):
+        return 1, (f"{error.filename or guard.cfg.out}: {error.strerror or text}. {KEPT}; give "
+                   "another --out, or make room, and run the same command again.")
+    if isinstance(error, (ValueError, JudgeStopped, FloatingPointError)):
+        return 2 if isinstance(error, ValueError) else 1, str(error)
+    if isinstance(error, MemoryError) or "allocate" in text:  # torch raises RuntimeError
+        return 1, (f"out of memory: {text[:200]}. {KEPT}; lower --micro-tokens or --eval-batch, or "
+                   "add --checkpointing.")
+    if guard.size > 1 and any(word in text.lower() for word in ("connection", "socket", "peer")):
+        return 1, ("another process of this job ended before its work was done. "
+                   f"{KEPT}; run the same command again.")
+    return 1, ""
+
+
+def complain(message: str, rank: int) -> None:
+    """Print an error in one line, once for all processes, which count in their common store."""
+    try:
+        first = dist.distributed_c10d._get_default_store().add("complaints", 1) == 1
+    except ValueError:  # they have not met
+        first = True
+    except RuntimeError:  # the process that kept the store has spoken and is gone
+        first = False
+    if first:
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        print(f"error: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr, flush=True)

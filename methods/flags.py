@@ -1,0 +1,111 @@
+"""Flags: the fields of a dataclass become the command line.
+
+A method declares a dataclass `Flags`; methods/settings.py joins it with `CommonFlags` and parses
+both at once, so `--stage X --help` shows what X reads, and nothing else is accepted.
+"""
+
+import argparse
+import difflib
+import functools
+import textwrap
+from dataclasses import field, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from eval import fail
+
+
+def flag(default, help: str, **limits):
+    """A field that becomes a flag.
+
+    limits: at_least, above or below a number; path=True for what must exist; extras=True for what
+    only extras/ can do.
+    """
+    if isinstance(default, list):
+        return field(default_factory=list, metadata={"help": help, **limits})
+    return field(default=default, metadata={"help": help, **limits})
+
+
+rare = functools.partial(flag, rare=True)  # what --help only names at its end
+
+
+def spelled(name: str) -> str:
+    """A field's name as a flag."""
+    return "--" + name.replace("_", "-")
+
+
+def parse_flags(flags: type, argv: list[str] | None, title: str, defaults: dict) -> dict:
+    """{field: value} of the flags that were given. A mistake prints one sentence and exits."""
+    parser = argparse.ArgumentParser(usage=title, allow_abbrev=False, epilog="Rarely needed:")
+    parser.formatter_class, parser.error = Help, fail
+    hints = get_type_hints(flags)
+    for item in fields(flags):
+        kind, name = hints[item.name], spelled(item.name)
+        about = f"{item.metadata['help']} ({defaults.get(item.name, item.default)})"
+        if about.endswith(("()", ">)")):  # no default worth showing
+            about = item.metadata["help"]
+        if get_origin(kind) is Literal:
+            about = f"{'|'.join(get_args(kind))}: {about}"
+        options = {"default": argparse.SUPPRESS, "help": about.replace("%", "%%"), "metavar": ""}
+        if item.metadata.get("rare"):  # listed in one paragraph at the end
+            parser.epilog += f" {name}: {about};"
+            options["help"] = argparse.SUPPRESS
+        if kind is bool:
+            options = options | {"action": argparse.BooleanOptionalAction}
+            del options["metavar"]
+        elif kind == list[str]:
+            options["nargs"] = "+"
+        elif get_args(kind):  # a Literal
+            options["choices"] = get_args(kind)
+        else:
+            options["type"] = kind
+        parser.add_argument(name, **options)
+    found, unknown = parser.parse_known_args(argv)
+    if unknown:
+        # named without its value
+        fail(unknown_flag(unknown, flags))
+    found, plain = vars(found), "--plain" in argv or find_spec("extras") is None
+    for item in fields(flags):
+        if item.metadata.get("extras") and item.name in found and plain:
+            fail(f"{spelled(item.name)} needs extras/, which is not there, or left out by --plain.")
+    return found
+
+
+class Help(argparse.HelpFormatter):
+    """Two columns; the paragraph of rare flags breaks at blanks only."""
+
+    def __init__(self, prog):
+        super().__init__(prog, 2, 30, width=120)
+
+    def _fill_text(self, text, width, indent):
+        return textwrap.fill(text, width, break_on_hyphens=False)
+
+
+def unknown_flag(words: list[str], flags: type) -> str:
+    """A sentence about words that no flag reads."""
+    names = [word.partition("=")[0] for word in words if word.startswith("-")]
+    if not names:  # the words themselves are not repeated: one may be a secret
+        return f"{len(words)} words belong to no flag. --help lists the flags."
+    if "key" in names[0] or "token" in names[0]:
+        return (f"there is no {names[0]}: keys are not accepted on the command line. Put the key "
+                "into the environment variable JUDGE_API_KEY, or one that --judge-key-env names.")
+    known = [spelled(item.name) for item in fields(flags)]
+    near = difflib.get_close_matches(names[0], known, 1) or ["--help, which lists what it reads"]
+    return f"this stage does not read {names[0]}. Did you mean {near[0]}?"
+
+
+def check_flags(cfg) -> None:
+    """Raise ValueError for a value outside the limits of its flag, or a path that is not there."""
+    for item in fields(cfg):
+        value, limits, wanted = getattr(cfg, item.name), item.metadata, ""
+        if "at_least" in limits and not value >= limits["at_least"]:
+            wanted = f"{limits['at_least']} or more"
+        if "below" in limits and not 0 <= value < limits["below"]:
+            wanted = "a share between 0 and 1"
+        if "above" in limits and not limits["above"] < value < float("inf"):
+            wanted = "a positive number"
+        if wanted:
+            raise ValueError(f"{spelled(item.name)} is {value}. Expected {wanted}.")
+        if limits.get("path") and value and not Path(value).exists():
+            raise ValueError(f"{spelled(item.name)} {value} does not exist. Give a path that does.")

@@ -1,0 +1,56 @@
+"""Scored candidates by question: the groups of answers that methods choose from."""
+
+import random
+
+import data
+import judge as judging
+from eval import extra
+
+
+def grouped_candidates(run) -> list[list[dict]]:
+    """The scored candidates by question (task and input), in the order of the file."""
+    groups, formats = {}, extra("formats", run.cfg.plain)
+    path = run.cfg.candidates or run.folder / "candidates.jsonl"
+    if formats:
+        records = formats.usable_candidates(path, run)
+    else:
+        records = data.read_records(path)
+    for record in records:
+        groups.setdefault((record["task"], record["id"]), []).append(record)
+    return list(groups.values())
+
+
+def best_answers(group) -> tuple[list, list]:
+    """The best answers to one question, and those below.
+
+    Of verdicts only the reward 2 is best; of other rewards (a reward model's) the highest.
+    """
+    known = [record for record in group if record["reward"] is not None]
+    top, best, below = 2, [], []
+    if any(record["how"] not in judging.VERDICTS for record in known):
+        top = max(known, key=lambda record: record["reward"])["reward"]
+    for record in known:
+        if record["reward"] == top:
+            best.append(record)
+        elif record["reward"] < top:
+            below.append(record)
+    return best, below
+
+
+def group_rng(run, group: list[dict]) -> random.Random:
+    """Random numbers that depend on the seed and the question alone."""
+    return random.Random(f"{run.cfg.seed}/{group[0]['task']}/{group[0]['id']}")
+
+
+def candidate_document(run, record: dict) -> dict:
+    """A candidate under the wording that produced it."""
+    return run.document(record["wording"], record["input"], record["response"])
+
+
+def distinct(records: list[dict], *names: str) -> list[dict]:
+    """The records that have a reward, once for equal values of these fields; the last stays."""
+    found = {}
+    for record in records:
+        if record["reward"] is not None:
+            found[tuple(map(record.get, names))] = record
+    return list(found.values())

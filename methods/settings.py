@@ -1,0 +1,122 @@
+"""Where the settings of a run come from, and whether a folder holds a run with the same ones.
+
+A flag's default < its stage's (DEFAULTS) < the demo's (demo/settings.json, if the demo's model and
+tasks are used) < those of the run that is continued < the command line.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import data
+import judge as judging
+from eval import extra
+from methods.common import CommonFlags
+from methods.defaults import demo_settings, fill_paths
+from methods.finding import find_method
+from methods.flags import check_flags, parse_flags, spelled
+
+# A run that goes on may differ in these; they change no result.
+FREE = {"out", "init", "device", "evaluate", "compare", "split", "micro_tokens", "checkpointing",
+        "shard", "save_every", "plain", "eval_per_task", "eval_wordings", "eval_batch"}
+
+
+def config_class(method, *, plain: bool = False, server: bool = False) -> type:
+    """The dataclass of all flags that a stage reads, with those of a server that is asked."""
+    bases = (method.Flags, CommonFlags)
+    if server:
+        bases = (*bases, (extra("judges", plain) or judging).ServerFlags)
+    return dataclass(type("Config", bases, {}))
+
+
+def parse_config(argv: list[str]):
+    """Command line -> (settings, method). Raises ValueError for a mistake."""
+    words = []
+    for word in argv:
+        # --flag=value is --flag value
+        if word.startswith("--"):
+            words += word.split("=", 1)
+        else:
+            words.append(word)
+    follows = dict(zip(words, words[1:], strict=False))
+    stage = follows.get("--stage", "cat")
+    method, plain = find_method(stage), "--plain" in words
+    out = follows.get("--out") or f"runs/{Path(stage).stem}"
+    before = continued_settings(method, stage, Path(out), follows.get("--init", ""))
+    # The flags of a server are there if one is asked.
+    server = "http" in (*words, before.get("judge"), before.get("critic"))
+    flags = config_class(method, plain=plain, server=server)
+    title = f"python train.py --stage {stage} [flags]\n\n{method.__doc__.splitlines()[0]}"
+    given = parse_flags(flags, words, title, method.DEFAULTS) | {"out": out}
+    # Each of these goes before the ones to its left.
+    values = method.DEFAULTS | demo_settings(method, given, before) | before | given
+    known = {item.name for item in fields(flags)}  # the demo has settings for several stages
+    cfg = flags(**{name: value for name, value in values.items() if name in known})
+    cfg = fill_paths(cfg, method)
+    check_flags(cfg)
+    method.check(cfg)
+    if server and extra("judges", plain):
+        extra("judges", plain).check_flags(cfg, asked=True)
+    return cfg, method
+
+
+def continued_settings(method, stage: str, out: Path, init: str) -> dict:
+    """The settings of the run that is gone on with: the one in --out, or the stage in --init."""
+    saved, needs = saved_settings(out), method.needs
+    if saved.get("stage") == stage:
+        return saved
+    if not init:
+        return {}
+    for folder in (Path(init), Path(init) / needs):
+        saved = saved_settings(folder)
+        if saved.get("stage") == needs:
+            # That stage's own steps and rate go on as --sft-steps and --sft-lr.
+            own = FREE | {"stage", "steps", "lr", "batch_size"}
+            found = {name: value for name, value in saved.items() if name not in own}
+            return found | {"sft_steps": saved["steps"], "sft_lr": saved["lr"]}
+    return {}
+
+
+def saved_settings(folder: Path) -> dict:
+    """The config.json of a run folder; {} where there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    return data.read_json(path)
+
+
+def save_settings(cfg, folder: Path) -> None:
+    """Write the config.json of a run folder, all of it or nothing."""
+    part = folder / "config.json.part"
+    part.write_text(json.dumps(asdict(cfg), indent=1) + "\n")
+    part.replace(folder / "config.json")
+
+
+def stage_config(cfg, name: str):
+    """This run's settings for a stage on the way: as given, but its own steps, rate and batch."""
+    method, values, asker = find_method(name), {}, find_method(cfg.stage)
+    server = hasattr(cfg, "judge_url") and hasattr(method.Flags, "judge")
+    flags = config_class(method, plain=cfg.plain, server=server)
+    for item in fields(flags):
+        if hasattr(cfg, item.name):
+            values[item.name] = getattr(cfg, item.name)
+    values["batch_size"] = method.DEFAULTS.get("batch_size", CommonFlags.batch_size)
+    if hasattr(cfg, "sft_steps"):
+        values |= {"steps": cfg.sft_steps, "lr": cfg.sft_lr}
+    values |= asker.also_needs(cfg).get(name, {})
+    return flags(**values | {"stage": name, "out": str(Path(cfg.out) / name)})
+
+
+def is_finished(folder: Path, cfg) -> bool:
+    """Whether a folder holds what this stage and these settings trained.
+
+    Raises ValueError if it holds a run, finished or not, with other settings.
+    """
+    saved = saved_settings(folder)
+    for item in fields(cfg):
+        name, value = item.name, getattr(cfg, item.name)
+        if name in saved and name not in FREE and saved[name] != value:
+            raise ValueError(f"{folder} holds another run: {spelled(name)} was "
+                             f"{str(saved[name])[:200]}, now {value}. Use another --out, or leave "
+                             f"{spelled(name)} out.")
+    return any((folder / name).exists() for name in ("adapter_config.json", "model/config.json"))

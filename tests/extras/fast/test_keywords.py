@@ -1,0 +1,54 @@
+"""extras/fast/keywords.py: the keywords' log-probabilities of whole texts, prefixes read once."""
+
+import pytest
+import torch
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_keywords_have_the_log_probabilities_of_the_plain_pass(plain, fast, characters, batch_size):
+    prefixes = ["task one\n", "a longer task\n", "task one\n", "task one\n", "t\n"]
+    suffixes = ["answer: x\nright:", "right:", "right:", "answer: much longer\nright:", ":"]
+    keywords = [(" y", " n"), (" yes", " no"), (" yes", " n"), (" expected", " exotic"),
+                (" y", " y")]
+    found = fast.keyword_logprobs(characters, prefixes, suffixes, keywords, batch_size=batch_size)
+    for prefix, suffix, pair, logprobs in zip(prefixes, suffixes, keywords, found, strict=True):
+        head = characters.encode_prompt(prefix) + characters.encode_continuation(suffix)
+        for keyword, logprob in zip(pair, logprobs, strict=True):
+            ids = head + characters.encode_continuation(keyword)
+            table = plain(torch.tensor([ids])).log_softmax(-1)[0]  # (T, V)
+            expected = sum(table[t - 1, ids[t]].item() for t in range(len(head), len(ids)))
+            assert logprob == pytest.approx(expected, abs=1e-4)
+    assert fast.keyword_logprobs(characters, [], [], []) == []
+
+
+def test_a_shared_prefix_is_read_once(fast, characters):
+    read = []
+    fast.train()
+    fast.model.embed_tokens.register_forward_pre_hook(lambda part, given: read.append(given[0]))
+    fast.keyword_logprobs(characters, ["long prefix\n"] * 3, ["a:", "b:", "c:"],
+                          [(" y", " n")] * 3)
+    prefix = characters.encode_prompt("long prefix\n")
+    assert [len(ids) for ids in read] == [len(prefix) + 3 * 2]  # one branch for each item
+    assert fast.training
+
+
+def test_a_question_is_truncated_for_its_own_responses_alone(fast, characters):
+    """A long response to another question takes none of its room."""
+    asked = (["a long question " * 8 + "\n", "t\n"], ["a:", "answer " * 9 + ":"],
+             [(" y", " n")] * 2)
+    most = len(characters.encode_prompt(asked[0][0])) + 2
+    full, fitted, truncated = (fast.keyword_logprobs(characters, *asked, max_len=n)
+                               for n in (None, most, most - 9))
+    for one, two in zip(full, fitted, strict=True):
+        assert one == pytest.approx(two, abs=1e-5)
+    assert truncated[0] != pytest.approx(full[0], abs=1e-5)
+    assert truncated[1] == pytest.approx(full[1], abs=1e-5)
+
+
+def test_what_cannot_be_asked_is_refused(fast, characters):
+    for suffix, pair, max_len, words in (
+            ("right: ", ("yes", "no"), None, "Begin the keyword with a space"),
+            ("", (" y", " n"), None, "no tokens"),
+            ("a long answer", (" y", " n"), 10, "leaves no room")):
+        with pytest.raises(ValueError, match=words):
+            fast.keyword_logprobs(characters, ["p\n"], [suffix], [pair], max_len=max_len)

@@ -1,0 +1,131 @@
+"""Tasks and wordings in other people's layouts."""
+
+import pytest
+
+import data
+from data import Task, Wording
+from extras.formats import add_paraphrases, frame_bare_tasks, read_tasks
+
+
+def instance(input="a b", output=("x",), **more):
+    return {"input": input, "output": list(output), **more}
+
+
+@pytest.mark.parametrize("definition", ["Do it.", ["Do it."]])
+@pytest.mark.parametrize("output", ["x", ["x"], ["x", "y"]])
+def test_all_ages_of_the_schema(definition, output, write, tmp_path):
+    rows = [{"input": " a ", "output": output}, {"input": ["b"], "output": "z", "id": 7}]
+    (task,) = read_tasks(write(tmp_path / "t.json", {"Definition": definition, "Instances": rows}))
+    assert task.definition == "Do it." and task.name == "t"
+    outputs = ("x", "y") if output == ["x", "y"] else ("x",)
+    assert task.instances == [data.Instance("t-0", "a", outputs), data.Instance("7", "b", ("z",))]
+
+
+@pytest.mark.parametrize("record, sentence", [
+    ([], "holds a list"), ({"Instances": []}, 'field "Definition" is missing; found: Instances'),
+    ({"Definition": "d", "Instances": []}, "has no instances"),
+    ({"Definition": "d"}, 'field "Instances" is missing'),
+    ({"Definition": 3, "Instances": [instance()]}, 'field "Definition" is 3'),
+    ({"Definition": "d", "Instances": [instance(), {"input": "a"}]},
+     r'record 1: field "output" is missing; found: input. Expected a string or a list of strings.'),
+    ({"Definition": "d", "Instances": [instance(output=[1])]}, 'field "output" is'),
+    ({"Definition": "d", "Instances": [instance(output=[])]}, 'field "output" is'),
+    ({"Definition": "d", "Instances": [3]}, "record 0 is 3")])
+def test_a_bad_task_file_is_named_with_its_record(record, sentence, write, tmp_path):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        read_tasks(write(tmp_path / "t.json", record))
+    assert str(tmp_path / "t.json") in str(caught.value)
+
+
+def test_json_errors_name_file_line_and_column(tmp_path):
+    (tmp_path / "t.json").write_text('{"Definition": "d",\n oops}')
+    with pytest.raises(ValueError, match=r"t.json is not JSON.*: .* line 2 column 2"):
+        read_tasks(tmp_path)
+    with pytest.raises(ValueError, match="no task files at"):
+        read_tasks(tmp_path / "none")
+
+
+def test_instruction_induction(write, tmp_path):
+    for name in ("annotations", "execute"):
+        (tmp_path / name).mkdir()
+    texts = ["do it ", "", *(f"wording {k}" for k in range(9)), "do it"]
+    write(tmp_path / "annotations/a.json", {"annotations": texts})
+    write(tmp_path / "execute/a.json", {"examples": {
+        "1": {"input": "q", "output": 3, "other_rhymes": ["b", "3"]},
+        "2": {"cause": "z", "effect": "y"}, "3": {"input": "q", "output": "r"},
+        "4": {"items": ["a", "b"], "concept": "c", "all_common_concepts": ["d", "c"]}}})
+    (task,) = read_tasks(tmp_path)
+    assert task.definition == "do it" and task.name == "a"
+    assert sum(map(len, task.wordings.values())) == 9
+    assert [(x.id, x.input, x.outputs) for x in task.instances] == [
+        ("a-1", "q", ("3", "b")), ("a-2", "Sentence 1: y Sentence 2: z", ("z",)),
+        ("a-3", "q", ("r",)), ("a-4", "a, b", ("c", "d"))]
+    for file, value in (("execute", {}), ("execute", {"examples": {"1": {"input": "q"}}}),
+                        ("execute", []), ("annotations", {"annotations": [3]}),
+                        ("annotations", {"annotations": []})):
+        before = (tmp_path / file / "a.json").read_text()
+        write(tmp_path / file / "a.json", value)
+        with pytest.raises(ValueError, match=f"{file}/a.json") as caught:
+            read_tasks(tmp_path)
+        assert "\n" not in str(caught.value)
+        (tmp_path / file / "a.json").write_text(before)
+
+
+def test_real_tasks(shared):
+    tasks = read_tasks(shared / "ni_tasks")
+    assert len(tasks) == 18 and all(task.instances and task.definition for task in tasks)
+    course = data.read_tasks(shared / "ni_tasks")
+    assert tasks == course
+    found = read_tasks(shared / "instruction_induction")
+    assert len(found) == 16 and all(any(task.wordings.values()) for task in found)
+
+
+def test_paraphrases_by_list_and_by_split_without_overlap(write, tmp_path):
+    tasks = [Task("a", "do", []), Task("b", "make", []), Task("c", "go", [])]
+    texts = [f"wording {i}" for i in range(12)]
+    add_paraphrases(write(tmp_path / "p.json", {
+        "a": [*texts, "do"], "c": {"definition": "x", "paraphrases": texts[:3]},
+        "b": {"train": ["one", "make", "one"], "dev": [{"text": "two", "style": "terse"}],
+              "test": ["one"]}}), tasks)
+    parts = [{w.text for w in tasks[0].wordings[split]} for split in ("train", "dev", "test")]
+    assert [len(part) for part in parts] == [6, 3, 3] and set.union(*parts) == set(texts)
+    assert tasks[1].wordings == {"train": [Wording("one")], "dev": [Wording("two", "terse")],
+                                 "test": []}
+    assert len(tasks[2].wordings["train"]) == 3
+    for name, advice in (("zzz", "Remove them"), ("aa", "Did you mean 'a'?")):
+        with pytest.raises(ValueError, match="which is not among the 3 tasks") as caught:
+            add_paraphrases(write(tmp_path / "q.json", {name: texts}), tasks)
+        assert advice in str(caught.value)
+
+
+@pytest.mark.parametrize("given, sentence", [
+    (3, "task 'a' is 3"), ([3], 'wording 0: field "text" is 3'), ([""], "wording 0"),
+    ({"train": "x"}, 'train is "x". Expected a list of wordings'),
+    ({"train": [{"style": "x"}]}, 'wording 0: field "text" is missing'),
+    ({"training": ["x"]}, "lists train, dev and test"),
+    ([{"text": "x", "style": 3}], 'field "style" is 3')])
+def test_a_bad_wording_is_named(given, sentence, write, tmp_path):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        add_paraphrases(write(tmp_path / "p.json", {"a": given}), [Task("a", "do", [])])
+    assert str(tmp_path / "p.json") in str(caught.value)
+
+
+def test_real_paraphrases(shared):
+    import json
+
+    names = json.loads((shared / "para_instructions/para_instructions.json").read_text())
+    tasks = [Task(name, "d", []) for name in names]
+    add_paraphrases(shared / "para_instructions/para_instructions.json", tasks)
+    assert all(len(task.wordings["train"]) == 3 for task in tasks)
+
+
+def test_bare_tasks_get_frames():
+    tasks = [Task("a", "do {x}", []), Task("b", "make", [], {"train": [Wording("w")]})]
+    sentence = frame_bare_tasks(tasks)
+    assert sentence.startswith("1 of 2 tasks have no paraphrases")
+    wordings = tasks[0].wordings
+    assert {split: len(found) for split, found in wordings.items()} == {
+        "train": 8, "dev": 4, "test": 4}
+    assert wordings["train"][0] == Wording("Please do the following. do {x}", "frame")
+    assert wordings["train"][4].text == "{input}\n\ndo {x}"
+    assert tasks[1].wordings == {"train": [Wording("w")]} and frame_bare_tasks(tasks) == ""

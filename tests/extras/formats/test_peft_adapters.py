@@ -1,0 +1,198 @@
+"""Adapters against peft, and foreign or damaged ones."""
+
+import copy
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from extras.formats import open_adapter, open_model, save_model
+from lora import LoraConfig, adapter_weights, apply_lora, lora_modules, save_adapter
+
+IDS = torch.randint(0, 300, (3, 11), generator=torch.Generator().manual_seed(0))
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.fixture
+def llama(make_model):
+    """llama(): always the same base model."""
+    base = make_model()
+    return lambda: copy.deepcopy(base)
+
+
+@pytest.fixture
+def adapter(llama, tmp_path):
+    """An adapter of the tiny model, saved; and the model."""
+    model = apply_lora(llama(), LoraConfig(rank=4, alpha=6, targets=("q_proj", "down_proj")))
+    torch.manual_seed(7)
+    for module in lora_modules(model).values():
+        module.lora_B.data.normal_(0, 0.3)
+    save_adapter(model, tmp_path / "a", base_model="some/base")
+    return tmp_path / "a", model
+
+
+@torch.no_grad()
+def test_round_trip_is_exact(adapter, llama, tmp_path):
+    path, model = adapter
+    for trainable in (False, True):
+        again = open_adapter(llama(), path, trainable=trainable)
+        assert torch.equal(again(IDS), model(IDS))
+        assert {weight.requires_grad for weight in adapter_weights(again).values()} == {trainable}
+        for name, weight in again.named_parameters():
+            assert "lora_" in name or not weight.requires_grad
+    save_adapter(again, tmp_path / "b", base_model="some/base")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "b" / name).read_bytes() == (path / name).read_bytes()
+    half = open_adapter(llama().to(torch.bfloat16), path)
+    assert next(iter(adapter_weights(half).values())).dtype == torch.float32
+    assert half(IDS).dtype == torch.bfloat16
+
+
+def test_an_adapter_fits_a_quantised_base(adapter, llama, tmp_path):
+    pytest.importorskip("extras.fast.quant")
+    save_model(llama(), tmp_path / "base")
+    model = open_adapter(open_model(tmp_path / "base", quantize="int8"), adapter[0])
+    with torch.no_grad():
+        difference = (model(IDS) - adapter[1](IDS)).abs().max()
+    assert 0 < difference < 0.5
+
+
+def twin_of(model, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    save_model(model, tmp_path / "base")
+    return transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "base", dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def test_peft_reads_ours(adapter, llama, tmp_path):
+    peft, (path, model) = pytest.importorskip("peft"), adapter
+    theirs = peft.PeftModel.from_pretrained(twin_of(llama(), tmp_path), path)
+    assert (theirs(IDS).logits - model(IDS)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("options, saved", [
+    ({"target_modules": ["q_proj", "v_proj", "up_proj"]}, 3),
+    ({"target_modules": "all-linear"}, 14),
+    ({"target_modules": r".*layers\.1\.(self_attn\.(q|k)_proj|mlp\.down_proj)"}, 3),
+    ({"target_modules": ["k_proj", "o_proj"], "use_rslora": True, "r": 9}, 2),
+    ({"target_modules": ["layers.0.mlp.gate_proj"], "lora_dropout": 0.3,
+      "init_lora_weights": "gaussian"}, 1),
+])
+def test_we_read_theirs(options, saved, llama, tmp_path):
+    """Ends of names are saved as short as they came; patterns as the names that they fit."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(**({"r": 4, "lora_alpha": 10, "task_type": "CAUSAL_LM"} | options))
+    theirs = peft.get_peft_model(twin_of(llama(), tmp_path), config).eval()
+    torch.manual_seed(3)
+    for name, weight in theirs.named_parameters():
+        if "lora_" in name:
+            weight.data.normal_(0, 0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = open_adapter(open_model(tmp_path / "base"), tmp_path / "theirs").eval()
+    save_adapter(ours, tmp_path / "ours")
+    raw = json.loads((tmp_path / "ours/adapter_config.json").read_text())
+    assert len(raw["target_modules"]) == saved
+    back = peft.PeftModel.from_pretrained(twin_of(llama(), tmp_path), tmp_path / "ours").eval()
+    with torch.no_grad():
+        assert (ours(IDS) - theirs(IDS).logits).abs().max() < 1e-4
+        assert (ours(IDS) - llama()(IDS)).abs().max() > 1e-3
+        assert (back(IDS).logits - theirs(IDS).logits).abs().max() < 1e-4
+
+
+def refused(base, path, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        open_adapter(base, path)
+    assert "\n" not in str(caught.value)
+    assert not lora_modules(base)  # left untouched
+    assert all(weight.requires_grad for weight in base.parameters())
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"peft_type": "IA3"}, 'field "peft_type" is "IA3". Expected LORA'),
+    ({"use_dora": True}, 'field "use_dora" is true. Expected nothing: it is not implemented'),
+    ({"bias": "all"}, 'field "bias" is "all"'),
+    ({"rank_pattern": {"q_proj": 8}}, 'field "rank_pattern" is'),
+    ({"alpha_pattern": {"q_proj": 8}}, 'field "alpha_pattern" is'),
+    ({"modules_to_save": ["lm_head"]}, 'field "modules_to_save" is'),
+    ({"layer_replication": [[0, 1]]}, 'field "layer_replication" is'),
+    ({"target_parameters": ["x"]}, 'field "target_parameters" is'),
+    ({"layers_to_transform": [0]}, 'field "layers_to_transform" is'),
+    ({"init_lora_weights": "pissa"}, 'field "init_lora_weights" is "pissa"'),
+    ({"r": 0}, 'field "r" is 0'), ({"r": None}, 'field "r" is null'),
+    ({"r": 2.5}, 'field "r" is 2.5'),
+    ({"lora_alpha": float("nan")}, "is NaN. Expected a positive number"),
+    ({"lora_alpha": "8"}, 'field "lora_alpha" is "8"'), ({"lora_alpha": 0}, "positive number"),
+    ({"lora_dropout": 1.0}, r"Expected a number in \[0, 1\)"),
+    ({"target_modules": None}, 'field "target_modules" is null'),
+    ({"target_modules": []}, 'field "target_modules" is'),
+    ({"target_modules": "((("}, r'field "target_modules" is "\(\(\("'),
+    ({"target_modules": [1]}, 'field "target_modules" is'),
+    ({"target_modules": "a{999999999999}"}, 'field "target_modules" is "a{9'),
+    ({"r": 8}, r"tensor .*lora_A.weight of adapter .* is \(4, .*\), expected \(8, .*\)"),
+    ({"target_modules": ["q_proj", "v_proj", "down_proj"]}, "v_proj.lora_A.weight .* is missing"),
+    ({"target_modules": ["q_proj"]}, r"down_proj.lora_A.weight .* expected none of this name"),
+    ({"target_modules": ["nothing"]}, "expected none of this name"),
+])
+def test_refused_configs(changes, words, adapter, llama):
+    file = adapter[0] / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    refused(llama(), adapter[0], words)
+
+
+def test_refused_weights(adapter, llama):
+    path, _ = adapter
+    file = path / "adapter_model.safetensors"
+    good = load_file(file)
+    far = KEY.replace("layers.0", "layers.24")
+    for tensors, words in [
+        (good | {far: good[KEY].clone()}, "was made for another model: no module named "
+         "model.layers.24.self_attn.q_proj. It names some/base as its base; pass that with"),
+        ({name: value for name, value in good.items() if name != KEY}, f"{KEY} .* is missing"),
+        ({name.removeprefix("base_model.model."): value for name, value in good.items()},
+         "expected none of this name"),
+        (good | {KEY.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)},
+         "lora_magnitude_vector of adapter .* expected none of this name"),
+        (good | {KEY: good[KEY].index_fill(0, torch.tensor([1]), torch.nan)}, "non-finite values"),
+        (good | {KEY: good[KEY].long()}, "does not hold tensors of float32"),
+        (good | {KEY: good[KEY].to(torch.float8_e4m3fn)}, "does not hold tensors of float32"),
+        ({}, "is missing, expected"),
+    ]:
+        save_file(tensors, file)
+        refused(llama(), path, words)
+    for damage in (b"", b"x" * 50):
+        file.write_bytes(damage)
+        refused(llama(), path, "is damaged or incomplete")
+    file.unlink()
+    refused(llama(), path, "no adapter at .* \\(no adapter_model.safetensors\\)")
+    (path / "adapter_model.bin").write_bytes(b"junk")
+    refused(llama(), path, "its weights in a .bin file. Convert it first: python -m tools.convert")
+    (path / "adapter_config.json").write_text("{")
+    refused(llama(), path, "is not JSON")
+    shutil.rmtree(path)
+    refused(llama(), path, "no adapter at .* \\(no adapter_config.json\\)")
+
+
+def test_a_model_with_an_adapter_is_refused(adapter):
+    with pytest.raises(ValueError, match="already has LoRA adapters; merge them first"):
+        open_adapter(adapter[1], adapter[0])
+
+
+def test_an_adapter_that_changes_nothing_is_warned_about(llama, tmp_path):
+    save_adapter(apply_lora(llama(), LoraConfig(rank=2)), tmp_path)
+    with pytest.warns(UserWarning, match="changes nothing"):
+        open_adapter(llama(), tmp_path)
+
+
+def test_code_in_an_adapter_is_not_run(adapter, llama, payload, tmp_path):
+    import pickle
+
+    marker, file = tmp_path / "marker", adapter[0] / "adapter_model.safetensors"
+    file.write_bytes(pickle.dumps(payload(marker)))
+    refused(llama(), adapter[0], "is damaged or incomplete")
+    os.rename(file, file.with_suffix(".bin"))
+    refused(llama(), adapter[0], "Convert it first")
+    assert not marker.exists()

@@ -1,0 +1,156 @@
+"""What is checked before a run, and what is left out of the records it is given."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+import data
+import train
+from extras.formats.runs import check_lengths, check_tasks, example_items, usable_candidates
+from methods.settings import parse_config
+
+
+@pytest.fixture
+def make_run(arguments, tmp_path):
+    """make_run(stage, *flags): a run of the tiny world as train.py makes it, with its checks."""
+    def make(stage, *more):
+        cfg, method = parse_config(["--stage", stage, *arguments(tmp_path / "run", *more)])
+        return train.make_run(cfg, method, train.Alone())
+    return make
+
+
+def write_rows(path, rows):
+    """Rows as JSON Lines; returns the path as text."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+# ----- Tasks -----
+
+@pytest.mark.parametrize("stage, framed", [("sft", True), ("cat", True), ("cut", False)])
+def test_tasks_without_paraphrases_are_framed_where_wordings_are_read(
+        stage, framed, make_run, capsys):
+    run = make_run(stage, "--paraphrases", "")
+    said = "2 of 2 tasks have no paraphrases" in capsys.readouterr().out
+    assert said == framed
+    assert all(bool(task.wordings) == framed for task in run.tasks)
+    make_run(stage)
+    assert "no paraphrases" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wordings, stage, said", [
+    (["a", "b"], "sft", "no task has two held-out wordings in split 'dev'"),
+    ({"dev": ["a", "b"]}, "sft-ia", "no training wordings for any of the 2 tasks"),
+    ({"dev": ["a", "b"]}, "cat", "no training wordings for any of the 2 tasks"),
+    ({"test": ["a", "b"]}, "sft", "no task has two held-out wordings in split 'dev'")])
+def test_tasks_without_the_wordings_that_a_stage_needs_are_refused(
+        wordings, stage, said, make_run, tmp_path):
+    file = tmp_path / "words.json"
+    file.write_text(json.dumps({"colour": wordings, "person": wordings}))
+    with pytest.raises(ValueError, match=said):
+        make_run(stage, "--paraphrases", str(file))
+    if stage == "sft":
+        make_run(stage, "--paraphrases", str(file), "--no-evaluate")
+    if "test" in wordings:
+        make_run(stage, "--paraphrases", str(file), "--split", "test")
+
+
+def test_judged_stages_need_held_out_instances_and_no_wordings():
+    def cfg(**more):
+        return SimpleNamespace(**{"evaluate": True, "split": "dev"} | more)
+    instances = [data.Instance(str(k), f"input {k}", ("x",)) for k in range(50)]
+    task = data.Task("t", "do", instances)
+    check_tasks([task], cfg(), "judged")
+    task.instances = data.split_instances(task, "train")
+    with pytest.raises(ValueError, match="no instance of the 1 tasks falls into split 'dev'"):
+        check_tasks([task], cfg(), "judged")
+    check_tasks([task], cfg(evaluate=False), "judged")
+
+
+# ----- Model, template, records -----
+
+def test_a_model_that_names_other_ids_than_its_tokenizer_is_told(make_run, world, tmp_path, capsys):
+    shutil.copytree(world / "model", tmp_path / "model")
+    file = tmp_path / "model/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [7]}))
+    make_run("sft", "--model", str(tmp_path / "model"))
+    assert "warning: config.json of" in capsys.readouterr().out
+    make_run("sft")
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_what_a_run_is_given_is_read_before_anything_is_trained(make_run, tmp_path):
+    with pytest.raises(ValueError, match="template chatml ends responses with '<.im_end.>', which"):
+        make_run("sft", "--template", "chatml")
+    (tmp_path / "bad.jsonl").write_text('{"response": "x", "reward": "high"}\n')
+    with pytest.raises(ValueError, match="bad.jsonl"):
+        make_run("cat", "--candidates", str(tmp_path / "bad.jsonl"))
+    (tmp_path / "bad.jsonl").write_text('{"instruction": "x"}\n')
+    with pytest.raises(ValueError, match="bad.jsonl"):
+        make_run("cut", "--records", str(tmp_path / "bad.jsonl"))
+
+
+def test_a_judgment_and_a_response_must_fit_together(make_run, judged, tmp_path):
+    rows = data.read_records(judged)
+    rows[3]["response"] = "red hat " * 40  # it satisfies, so that no judgment stands before it
+    fits = write_rows(tmp_path / "fits.jsonl", rows)
+    make_run("cut", "--records", fits, "--max-len", "60")
+    rows[4]["judgment"] = "wrong : blue " * 20
+    long = write_rows(tmp_path / "long.jsonl", rows)
+    with pytest.raises(ValueError, match=r"long.jsonl, record 4: its judgment \(\d+ tokens\) and "
+                                         r"response \(\d+\) do not fit --max-len 60. Raise it"):
+        make_run("cut", "--records", long, "--max-len", "60")
+    make_run("cut", "--records", long)
+    run = make_run("unlikelihood", "--records", long, "--max-len", "60")  # reads no judgments
+    assert check_lengths(run, rows) is None
+
+
+# ----- What is left out -----
+
+def test_other_peoples_answers_that_are_empty_or_too_long_are_left_out_and_counted(
+        make_run, tmp_path, capsys):
+    rows = [{"prompt": f"what is hat {k} ?", "chosen": "red", "rejected": "a blue one"}
+            for k in range(3)]
+    rows[1]["rejected"] = ""
+    rows[2]["rejected"] = "blue hat " * 30
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    run = make_run("cat", "--candidates", path, "--max-len", "60")
+    capsys.readouterr()
+    found = usable_candidates(path, run)
+    assert [(x["id"], x["response"]) for x in found] == [
+        ("0", "red"), ("0", "a blue one"), ("1", "red"), ("2", "red")]
+    said = f"cat: 2 of 6 answers of {path} are empty or longer than --max-len 60 allows"
+    assert said in capsys.readouterr().out
+    assert usable_candidates(path, run) == found and capsys.readouterr().out == ""  # said once
+
+
+def test_a_runs_own_candidates_are_all_taken(make_run, candidates, capsys):
+    run = make_run("cat", "--candidates", str(candidates), "--max-len", "20")
+    assert usable_candidates(candidates, run) == data.read_records(candidates)
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_examples_become_items_and_what_is_left_out_is_said(make_run, tmp_path, capsys):
+    rows = [{"instruction": "give the colour .", "input": "a red hat", "output": "red"},
+            {"instruction": "say {input}", "input": "", "output": "hat"},
+            {"instruction": "do", "input": "", "output": " "},
+            {"instruction": "do", "input": "", "output": "red hat " * 60},
+            {"conversations": [{"from": "human", "value": "hi"}]}]
+    path = write_rows(tmp_path / "examples.jsonl", rows)
+    run = make_run("sft", "--examples", path, "--max-len", "60", "--judge-share", "0")
+    capsys.readouterr()
+    items = example_items(run)
+    texts = [run.tokenizer.decode(item["documents"][0]["input_ids"]) for item in items]
+    assert texts == ["### Instruction: give the colour .\n### Input: a red hat\n### Response: red",
+                     "### Instruction: say {input}\n### Response: hat"]
+    for item in items:
+        document, = item["documents"]
+        labels = [label for label in document["labels"] if label != data.IGNORE_INDEX]
+        assert run.tokenizer.decode(labels) in ("red", "hat")
+        assert labels[-1] == run.tokenizer.eos_id
+    said = capsys.readouterr().out
+    for reason in ("sft: 2 examples", "1 with an empty instruction or output", "1 without an answ",
+                   "1 whose first answer is longer than --max-len 60"):
+        assert reason in said

@@ -1,0 +1,242 @@
+"""Judges and critics in words, canaries, confusion; how a run asks them."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from chatserver import ChatServer, Says, completion, fenced, item
+
+from extras import judges
+from extras.judges.client import RUN, ServerFlags
+from extras.judges.judges import FAILED, HttpCritic, HttpJudge, confusion
+from extras.judges.meta import wilson
+from extras.judges.questions import TEXTS, Reply
+from judge import JudgeConfig, LocalJudge, RuleJudge, Verdict, combine_reward
+
+# ----- Rewards and agreement -----
+
+TRUTH = {"red!": (1, 1), "blue": (1, 0), "on monday": (0, 0), "reddish": (1, None),
+         "loud": (None, 1)}
+
+
+def by_truth(question, text):
+    """A judge that answers by TRUTH: of the expected type, correct; None is no verdict."""
+    answer = TRUTH[fenced(question)]["correct" in question.choices]
+    if answer is None:
+        return "who knows"
+    return f"VERDICT {{n}}: {question.choices[not answer]}"
+
+
+def test_rewards_by_two_questions():
+    ask = Says(by_truth)
+    found = HttpJudge(ask).judge([item(text) for text in ("red", *TRUTH, "...", "  ")])
+    assert [(v.reward, v.how) for v in found] == [
+        (2, "exact"), (2, "judged"), (1, "judged"), (0, "judged"), (1, "unparsed"),
+        (None, "unparsed"), (0, "wordless"), (0, "empty")]
+    assert all(fenced(q) != "..." for q in ask.asked), "nothing without a letter is asked about"
+    prompts = [q.messages[1]["content"] for q in ask.asked if "correct" in q.choices]
+    for text in prompts:
+        assert "says the same as the reference" in text and "\nred\n</reference" in text
+
+
+def test_a_hidden_target_is_not_shown():
+    ask = Says(by_truth)
+    judge = HttpJudge(ask, JudgeConfig(show_target=False, steps="one"))
+    assert [v.reward for v in judge.judge([item("red!"), item("blue")])] == [2, 0]
+    assert all("reference" not in q.messages[1]["content"] for q in ask.asked)
+
+
+def test_marks_are_asked_about_where_a_target_has_no_word():
+    ask = Says(lambda question, text: f"VERDICT {{n}}: {question.choices[0]}")
+    verdict, = HttpJudge(ask).judge([item("?", target="!")])
+    assert (verdict.reward, verdict.how) == (2, "judged")
+
+
+def alpha_first(question, text):
+    """A judge that says "same" where alpha stands before beta."""
+    same = text.index("alpha") < text.index("beta")
+    return "VERDICT {n}: " + ("same" if same else "contradicted")
+
+
+def test_similarity_keeps_orders_apart():
+    ask = Says(alpha_first)
+    judge = HttpJudge(ask)
+    pairs = [({}, "alpha", "beta"), ({}, "beta", "alpha"),
+             ({"instruction": "i", "input": "x"}, "alpha", "beta")]
+    assert judge.similar_pairs(pairs) == [True, False, True]
+    assert "<input " in ask.asked[-1].messages[1]["content"]
+    assert HttpJudge(Says(lambda question, text: "hm")).similar_pairs(pairs) == [None] * 3
+
+
+@pytest.mark.parametrize("rule, cr, asked", [("and", 1 / 3, 2), ("or", 1, 2), ("first", 1, 1)])
+def test_orders_are_combined_in_cr(rule, cr, asked):
+    from eval import evaluate_responses
+
+    ask = Says(alpha_first)
+    question = {"task": "t", "input": "i", "targets": ["alpha"], "wordings": ["w"] * 3,
+                "responses": ["alpha", "beta", "beta"], "unfinished": 0}
+    metrics, _ = evaluate_responses([question], HttpJudge(ask), symmetrize=rule)
+    assert metrics["cr"]["mean"] == pytest.approx(cr) and len(ask.asked) == asked
+
+
+def test_critiques():
+    says = {"good": "All there.\nVERDICT {n}: perfect", "mute": "VERDICT {n}: flawed",
+            "bad": "The colour is wrong.\nIt is red.\nVERDICT {n}: flawed", "lost": "hm",
+            "truncated": Reply("The colour is", "cut at max_tokens")}
+    critic = HttpCritic(Says(lambda question, text: says[fenced(question)]))
+    assert critic.critique([item(name) for name in says]) == [
+        None, FAILED, "The colour is wrong.\nIt is red.", FAILED, FAILED]
+
+
+def test_failed_judgments_are_those_of_the_methods():
+    from methods import judged
+
+    assert judged.FAILED == FAILED
+
+
+# ----- Confusion -----
+
+def verdicts(*pairs):
+    """Verdicts of (type, correct)."""
+    return [Verdict(type, correct, combine_reward(type, correct), "judged")
+            for type, correct in pairs]
+
+
+def test_confusion_by_hand():
+    said = verdicts((True, True), (True, True), (False, None), (True, False), (None, None))
+    true = verdicts((True, True), (True, False), (True, True), (True, False), (True, True))
+    found = confusion([item(str(k)) for k in range(5)], said, true)["all"]
+    assert found["n"] == 5
+    assert found["type"] == {"tp": 3, "fp": 0, "fn": 1, "tn": 0, "missing": 1, "accuracy": 0.75,
+                             "precision": 1.0, "recall": 0.75}
+    assert found["correct"] == {"tp": 1, "fp": 1, "fn": 0, "tn": 1, "missing": 2, "precision": 0.5,
+                                "accuracy": pytest.approx(2 / 3), "recall": 1.0}
+    assert found["best"] == {"tp": 1, "fp": 1, "fn": 1, "tn": 1, "missing": 1, "accuracy": 0.5,
+                             "precision": 0.5, "recall": 0.5}
+
+
+def test_confusion_of_what_was_asked():
+    items = [item("blue"), item("blue"), item("red"), item("")]
+    yes = LocalJudge(lambda prefixes, *_: [(0.0, -1.0)] * len(prefixes))
+    found = confusion(items, yes.judge(items), RuleJudge().judge(items))
+    assert found["all"]["n"] == 4 and found["all"]["best"]["accuracy"] == 0.5
+    assert found["asked"]["n"] == 1 and found["asked"]["best"]["fp"] == 1
+    assert found["asked"]["best"]["recall"] is None
+    assert confusion([], [], [])["all"]["type"]["accuracy"] is None
+
+
+# ----- Runs -----
+
+def make_run(folder, **cfg):
+    """As much of a run as this room needs, and what it says."""
+    said = []
+    cfg = SimpleNamespace(**vars(ServerFlags(judge_model="m", judge_workers=2)) | {
+        "judge": "http", "critic": "", "eval_batch": 4, "out": folder} | cfg)
+    guard = SimpleNamespace(rank=0, first=lambda action: json.loads(json.dumps(action())))
+    return SimpleNamespace(cfg=cfg, folder=folder, guard=guard, memory={},
+                           model=None, tokenizer=None, template=None, say=said.append), said
+
+
+def nonce_of(request):
+    return request["messages"][-1]["content"].split('"VERDICT ')[1][:8]
+
+
+def pleased(request, number):
+    """A server that finds everything right."""
+    word = "expected" if "kind of answer" in request["messages"][-1]["content"] else "correct"
+    return {"body": completion(f"VERDICT {nonce_of(request)}: {word}")}
+
+
+def strict(request, number):
+    """A server that finds nothing right."""
+    word = "expected" if "kind of answer" in request["messages"][-1]["content"] else "incorrect"
+    return {"body": completion(f"VERDICT {nonce_of(request)}: {word}")}
+
+
+ITEMS = [item("?", input=str(k)) for k in range(8)]
+
+
+@pytest.mark.parametrize("decide, warned", [(pleased, True), (strict, False)])
+def test_canaries_are_measured_and_warned_about(decide, warned, tmp_path):
+    with ChatServer(decide) as server:
+        run, said = make_run(tmp_path, judge_url=server.url)
+        judge = judges.server_judge(run.cfg, None, run)
+        judges.after_collecting(run, judge, lambda run: ITEMS)
+        asked = len(server.requests)
+        judges.after_collecting(run, judge, lambda run: ITEMS)  # they are there already
+        assert asked == len(server.requests) > 0
+    found, n = json.loads((tmp_path / "canaries.json").read_text()), 8 * 9
+    assert found == {"asked": n, "unread": 0, "passed": n * warned, "ci95": wilson(n * warned, n)}
+    assert any("warning: the judge called" in line for line in said) == warned
+    assert judge.name == "http m" and sum(line.startswith("judge m: ") for line in said) == 1
+    RUN.close(print)
+    assert RUN.clients == []
+
+
+def test_canaries_know_what_was_not_said(tmp_path):
+    """A judge without verdicts is not given a clean bill."""
+    run, said = make_run(tmp_path)
+    n = 8 * len(TEXTS["judge"]["canaries"])
+    unparsed, wrong = Verdict(None, None, None, "unparsed"), Verdict(True, False, 1, "judged")
+    judge = LocalJudge(None)
+    judge.judge = lambda items: ([unparsed] * (n - 10) + [Verdict(True, True, 2, "judged")]
+                                 + [wrong] * 9)
+    judges.after_collecting(run, judge, lambda run: ITEMS)
+    found = json.loads((tmp_path / "canaries.json").read_text())
+    assert (found["asked"], found["unread"], found["passed"]) == (n, n - 10, 1)
+    assert found["ci95"] == pytest.approx(wilson(1, 10))
+    assert f"no readable verdict on {n - 10} of {n}" in said[0] and "called 1 of 10" in said[1]
+    judge.judge = lambda items: [unparsed] * n
+    (tmp_path / "canaries.json").unlink()
+    judges.after_collecting(run, judge, lambda run: ITEMS)
+    assert json.loads((tmp_path / "canaries.json").read_text())["ci95"] is None
+
+
+def test_judges_of_plain_numbers_get_no_canaries(tmp_path):
+    run, _ = make_run(tmp_path)
+    judges.after_collecting(run, SimpleNamespace(), lambda run: ITEMS)
+    assert not (tmp_path / "canaries.json").exists()
+
+
+def test_a_critic_and_a_judge_of_eval(tmp_path):
+    def decide(request, number):
+        return {"body": completion(f"Wrong.\nVERDICT {nonce_of(request)}: flawed")}
+    with ChatServer(decide) as server:
+        run, _ = make_run(tmp_path, judge="rule", critic="http", judge_url=server.url)
+        assert judges.server_critic(run.cfg, run).critique([item("x")]) == ["Wrong."]
+    with ChatServer(pleased) as server:
+        run, _ = make_run(tmp_path / "eval", judge_url=server.url)
+        assert judges.server_judge(run.cfg).judge([item("x")])[0].reward == 2
+    assert (tmp_path / "eval/judge.jsonl").is_file()
+    RUN.close(print)
+
+
+def test_flags_for_argparse():
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    judges.add_flags(parser.add_argument)
+    given = vars(parser.parse_args(["--judge-workers", "3", "--budget", "1.5"]))
+    wanted = vars(ServerFlags(judge_workers=3, budget=1.5))
+    for name in ("judge_url", "judge_model"):  # eval.py has them itself
+        assert name not in given
+        del wanted[name]
+    assert given == wanted
+
+
+def test_revisions_and_labels_of_a_run(tmp_path):
+    def decide(request, number):
+        text = request["messages"][-1]["content"]
+        if "VERDICT" in text:
+            return {"body": completion(f"VERDICT {nonce_of(request)}: a")}
+        return {"body": completion("It is rude." if "Name the ways" in text else "polite")}
+    with ChatServer(decide) as server:
+        run, _ = make_run(tmp_path, judge_url=server.url, revisions=1, seed=0)
+        row, = judges.revise(run, [item("rude words")], [])
+        assert row["revision"] == "polite"
+        assert row["history"][0]["principle"] in TEXTS["writers"]["principles"]
+        pair = {"instruction": "i", "input": "x", "first": item("red"), "second": item("blue")}
+        assert judges.label_pairs(run, [pair]) == [0.5]
+        assert "<instruction " in server.texts()[-1] and "i\n\nx\n" in server.texts()[-1]
+        assert len(RUN.clients) == 1  # the client is made once
+    RUN.close(print)

@@ -1,0 +1,180 @@
+"""best_of, meta_evaluate and paraphrase: values by hand, and judges behind a server."""
+
+import itertools
+import json
+import random
+import re
+
+import pytest
+from chatserver import ChatServer, completion
+
+import data
+from tools import best_of, meta_evaluate, paraphrase
+from tools.best_of import best_of_n, best_of_table
+
+PAIR = {"input": "Say a colour.", "output_1": "red", "output_2": "a long sentence", "label": 1}
+HTTP = ("--judge", "http", "--judge-model", "m", "--judge-tries", "2", "--judge-workers", "2")
+
+
+def shown(text, name):
+    """What stands in a fence of a prompt."""
+    return re.search(rf"<{name} (\w+)>\n(.*)\n</{name} \1>", text, re.S)[2]
+
+
+def nonce(request):
+    return re.search(r"VERDICT (\w{8})", request["messages"][-1]["content"])[1]
+
+
+# ----- best_of -----
+
+def test_best_of_n_against_brute_force():
+    rewards = [0.2, 1.0, 0.7, -0.5]
+    found = [best_of_n(rewards, n, rewards) for n in (1, 2, 3, 4)]
+    assert found == pytest.approx([0.35, 0.7666666667, 0.925, 1.0])
+    rng = random.Random(0)
+    rewards, values = [rng.random() for _ in range(7)], [rng.random() for _ in range(7)]
+    for n in range(1, 8):
+        subsets = list(itertools.combinations(range(7), n))
+        chosen = [values[max(some, key=lambda i: rewards[i])] for some in subsets]
+        assert best_of_n(rewards, n, values) == pytest.approx(sum(chosen) / len(subsets))
+    assert best_of_n([1.0, 1.0], 2, [0.0, 1.0]) == 0.5  # ties are chosen alike
+
+
+def test_the_table_leaves_out_questions_without_a_reward(capsys):
+    rows = best_of_table([0.0, 1.0, 0.0, 2.0, None, 1.0], [1.0, 0.0, 0.0, 1.0, 1.0, 1.0], 2)
+    found = [(row["n"], row["reward"], row["truth"]) for row in rows]
+    assert found == [(1, 0.75, 0.5), (2, 1.5, 0.5)]
+    assert [row["kl"] for row in rows] == pytest.approx([0, 0.1931], abs=1e-4)
+    assert "1 left out: a sample got no reward" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="left a sample of every question without a reward"):
+        best_of_table([None, 1.0], [0.0, 0.0], 2)
+    assert [row["n"] for row in best_of_table([0.0] * 6, [0.0] * 6, 6)] == [1, 2, 4, 6]
+
+
+def test_best_of_by_rules_and_a_reward_model(questions, world, tmp_path, capsys):
+    import torch
+
+    import lora
+    from methods import heads
+    from model import load_model
+
+    folder = tmp_path / "reward"
+    model = lora.apply_lora(load_model(world / "model"), lora.LoraConfig(rank=2))
+    lora.save_adapter(model, folder)
+    from safetensors.torch import save_file
+    save_file({"weight": torch.randn(1, 32), "bias": torch.zeros(1)}, folder / heads.HEAD)
+    assert best_of.main([*questions, "--samples", "3", "--reward-model", str(folder), "--out",
+                         str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out/best_of.json").read_text())["model"]
+    assert list(found) == ["exact rules", "reward model"]
+    assert [row["n"] for row in found["reward model"]] == [1, 2, 3]
+    rewards = [row["reward"] for row in found["reward model"]]
+    assert rewards == sorted(rewards) and rewards[0] < rewards[-1]
+    assert "model, best of n by reward model:" in capsys.readouterr().out
+
+
+def test_best_of_by_a_judge_behind_a_server(questions, tmp_path, capsys):
+    def judge(request, number):
+        kind = "expected" if "kind of answer" in request["messages"][-1]["content"] else "correct"
+        return {"body": completion(f"VERDICT {nonce(request)}: {kind}")}
+    with ChatServer(judge) as server:
+        assert best_of.main([*questions, *HTTP, "--judge-url", server.url, "--samples", "2",
+                             "--out", str(tmp_path)]) == 0
+    assert list(json.loads((tmp_path / "best_of.json").read_text())["model"]) == ["http m"]
+    said = capsys.readouterr().out
+    assert "best of n by http m" in said and "judge m: " in said  # and what was asked
+
+
+# ----- meta_evaluate -----
+
+@pytest.fixture
+def pairs(tmp_path):
+    """A file of two labelled pairs."""
+    rows = [PAIR, {**PAIR, "input": "Another.", "label": 2}]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    return ["--data", str(tmp_path / "pairs.json"), "--out", str(tmp_path / "out")]
+
+
+def test_rules_as_controls(pairs, tmp_path, capsys):
+    assert meta_evaluate.main(pairs) == 0
+    found = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert found["judge"] == "rule" and list(found["evaluators"]) == ["longer", "shorter",
+                                                                      "overlap"]
+    assert "| longer | 50.0 / 100.0 | 50.0 / 100.0 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        meta_evaluate.main([*pairs, "--strategy", "rules"])
+    assert "unknown rule 'rules'" in capsys.readouterr().err
+
+
+def test_strategies_are_asked_anew_and_vote(pairs, tmp_path, capsys):
+    def judge(request, number):
+        return {"body": completion(f"VERDICT {nonce(request)}: {'ab'[number % 2]}")}
+    with ChatServer(judge) as server:
+        argv = [*pairs, "--judge", "http", "--judge-url", server.url, "--judge-model", "m",
+                "--repeats", "3", "--judge-workers", "1", "--strategy", "rules", "vanilla", "cot"]
+        assert meta_evaluate.main(argv) == 0
+        assert len(server.requests) == 3 * 3 * 4
+        assert meta_evaluate.main(argv) == 0  # from the file of answers
+        assert len(server.requests) == 3 * 3 * 4
+    found = json.loads((tmp_path / "out/metrics.json").read_text())["evaluators"]
+    assert list(found) == ["rules", "vanilla", "cot", "majority"]
+    assert found["rules"]["pairs"]["retest"]["n"] == 2
+    assert len(data.read_records(tmp_path / "out/verdicts.jsonl")) == 3 * 3 * 2 + 2
+
+
+def test_the_model_itself_and_an_unknown_strategy(pairs, world, tmp_path, capsys):
+    argv = [*pairs, "--judge", "self", "--model", str(world / "model"), "--instances", "1"]
+    assert meta_evaluate.main(argv) == 0
+    found = json.loads((tmp_path / "out/metrics.json").read_text())["evaluators"]
+    assert list(found) == ["rules"] and found["rules"]["pairs"]["n"] == 1
+    with pytest.raises(SystemExit):
+        meta_evaluate.main([*argv, "--strategy", "x"])
+    assert "unknown strategy 'x'" in capsys.readouterr().err
+
+
+def test_several_judges_have_a_line_each(pairs, tmp_path):
+    def judge(request, number):
+        letter = "a" if request["model"] == "one" else "b"
+        return {"body": completion(f"VERDICT {nonce(request)}: {letter}")}
+    with ChatServer(judge) as server:
+        assert meta_evaluate.main([*pairs, "--judge", "http", "--judge-url", server.url,
+                                   "--judge-model", "one, two"]) == 0
+    found = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert list(found["evaluators"]) == ["one rules", "two rules"] and len(found["usage"]) == 2
+
+
+# ----- paraphrase -----
+
+def test_wordings_that_paraphrases_reads(world, tmp_path, capsys):
+    def write(request, number):
+        text = request["messages"][-1]["content"]
+        if "VERDICT" in text:
+            return {"body": completion(f"VERDICT {nonce(request)}: same")}
+        return {"body": completion(f"please do {number}: {shown(text, 'instruction')}")}
+    with ChatServer(write) as server:
+        assert paraphrase.main(["--number", "6", "--tasks", str(world / "tasks"), "--judge-model",
+                                "m", "--judge-url", server.url, "--out", str(tmp_path)]) == 0
+    assert "12 wordings: 12 kept" in capsys.readouterr().out
+    tasks = data.read_tasks(world / "tasks")
+    data.add_paraphrases(tmp_path / "paraphrases.json", tasks)
+    assert all(sum(map(len, task.wordings.values())) == 6 for task in tasks)
+    rows = data.read_records(tmp_path / "paraphrases.jsonl")
+    assert len(rows) == 12
+    assert all(row["kept"] and row["model"] == "m" and row["original"] for row in rows)
+
+
+def test_the_folder_is_made_before_anything_is_paid(world, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    with ChatServer() as server, pytest.raises(SystemExit):
+        paraphrase.main(["--number", "1", "--tasks", str(world / "tasks"), "--judge-model", "m",
+                         "--judge-url", server.url, "--out", str(tmp_path / "file/out"),
+                         "--judge-cache", str(tmp_path / "cache.jsonl")])
+    assert server.requests == []
+
+
+def test_a_judge_that_stops_ends_with_status_1(world, tmp_path, capsys):
+    with ChatServer(lambda request, number: {"status": 401}) as server:
+        status = paraphrase.main(["--tasks", str(world / "tasks"), "--judge-model", "m",
+                                  "--judge-url", server.url, "--out", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert status == 1 and error.startswith("error: ") and error.count("\n") == 1

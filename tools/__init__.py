@@ -1,0 +1,61 @@
+"""Small programs, one job each: `python -m tools.NAME --help`. What they share is here.
+
+A program has a few flags of its own, and takes those of eval.py that say which model, which
+questions, which judge and which folder.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from eval import find_template, open_model, open_tokenizer
+from eval import parse_flags as parse_eval_flags
+from methods import merged_copy
+from methods.flags import fail, spelled
+
+
+def make_main(work: Callable, about: str, *, demo: bool = False, **own) -> Callable:
+    """main(argv=None) of a program: parse its flags, make the folder --out, work(settings).
+
+    about: its docstring. own: {name: (default, help)}; a default of None must be given, a tuple is
+    of choices. The exit status is 2 for a mistake, 1 if a judge cannot go on.
+    """
+    def main(argv: list[str] | None = None) -> int:
+        from extras.judges import RUN, JudgeStopped
+
+        parser = argparse.ArgumentParser(usage=about, allow_abbrev=False)
+        parser.epilog = "The other flags are those of eval.py, see python eval.py --help."
+        parser.error = fail
+        for name, (default, help) in own.items():
+            options = {"default": default, "type": type(default), "required": default is None}
+            if isinstance(default, tuple):
+                options = {"default": default[0], "choices": default}
+            elif default is None:
+                options["type"] = str
+            elif isinstance(default, list):
+                options |= {"type": str, "nargs": "+"}
+            parser.add_argument(spelled(name), help=help, metavar="", **options)
+        given, rest = parser.parse_known_args(argv)
+        cfg = parse_eval_flags(rest, demo)
+        vars(cfg).update(vars(given))
+        try:
+            Path(cfg.out).mkdir(parents=True, exist_ok=True)
+            work(cfg)
+        except JudgeStopped as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except (ValueError, OSError) as error:
+            fail(str(error))
+        finally:
+            RUN.close(print)  # what a server was asked, and what it cost
+        return 0
+    return main
+
+
+def open_models(cfg) -> Iterator[tuple]:
+    """(name, model, tokenizer, template) of the model, and of it with each adapter merged in."""
+    tokenizer = open_tokenizer(cfg)
+    for adapter in ["", *cfg.adapter]:
+        model = merged_copy(open_model(cfg, adapter))
+        yield adapter or Path(cfg.model).name, model, tokenizer, find_template(cfg, model, adapter)
