@@ -26,8 +26,8 @@ IGNORE_INDEX = -100
 class Tokenizer:
     """A sentencepiece model as LLaMA uses it: BOS before a prompt, EOS behind a response.
 
-    extras/formats has a subclass for all else that a checkpoint may bring: added tokens, control
-    tokens of chat templates, other files. Raises ValueError if the folder has no tokenizer.model.
+    extras/formats has a subclass that reads added tokens and other files. Raises ValueError if the
+    folder has no tokenizer.model.
     """
 
     def __init__(self, path):
@@ -75,16 +75,13 @@ class Tokenizer:
 # ----- Prompt templates -----
 @dataclass(frozen=True)
 class Template:
-    """How an instruction and an input become a prompt.
-
-    `separator` stands between prompt and response and is learnt with the response.
-    """
+    """How an instruction and an input become a prompt."""
 
     with_input: str
     without_input: str
     judged_with_input: str  # the same with a judgment that the response should match
     judged_without_input: str
-    separator: str = ""
+    separator: str = ""  # between prompt and response; learnt with the response
 
     @property
     def tail(self) -> str:
@@ -210,6 +207,8 @@ def read_tasks(path) -> list[Task]:
 def read_task(path: Path) -> Task:
     """One Super-NaturalInstructions file; its texts may be strings or lists of strings."""
     record, instances = read_json(path), []
+    if not {"Definition", "Instances"} <= record.keys():
+        raise ValueError(f"{path} lacks Definition or Instances; expected a file of Super-NI.")
     for number, row in enumerate(record["Instances"]):
         name = str(row.get("id", f"{path.stem}-{number}"))
         outputs = tuple(text.strip() for text in as_list(row["output"]))
@@ -219,9 +218,7 @@ def read_task(path: Path) -> Task:
 
 def as_list(value) -> list:
     """A list as it is, anything else as a list of one."""
-    if isinstance(value, list):
-        return value
-    return [value]
+    return value if isinstance(value, list) else [value]
 
 
 def hash_order(names: list[str], salt: str) -> list[str]:
@@ -231,12 +228,13 @@ def hash_order(names: list[str], salt: str) -> list[str]:
     return sorted(names, key=digest)
 
 
-def split_wordings(task: str, texts: list[str]) -> dict[str, list[Wording]]:
-    """A list of wordings in three splits by a hash of the text: dev and test a quarter each.
+def split_wordings(task: str, rows: list) -> dict[str, list[Wording]]:
+    """Strings or {"text", "style"} in three splits by a hash of the text: dev and test a quarter.
 
     Held-out splits have at least two wordings. Fewer than five in all are all for training.
     """
-    order = [Wording(text) for text in hash_order(list(dict.fromkeys(texts)), f"wordings/{task}")]
+    by_text = {wording.text: wording for wording in map(as_wording, rows)}
+    order = [by_text[text] for text in hash_order(list(by_text), f"wordings/{task}")]
     held = max(2, len(order) // 4) if len(order) >= 5 else 0
     return {"test": order[:held], "dev": order[held:2 * held], "train": order[2 * held:]}
 
@@ -244,8 +242,8 @@ def split_wordings(task: str, texts: list[str]) -> dict[str, list[Wording]]:
 def add_paraphrases(path, tasks: list[Task]) -> None:
     """Read {task: [wording, ...]} or {task: {split: [wording, ...]}} into tasks.
 
-    A wording is a string or {"text", "style"}. Lists are split by `split_wordings`. Wordings that
-    are said twice, or equal the definition, are dropped.
+    A wording is a string or {"text", "style"}. Lists are split by `split_wordings`. Duplicates, and
+    wordings equal to the definition, are dropped.
     """
     by_name = {task.name: task for task in tasks}
     for name, given in read_json(path).items():
@@ -254,9 +252,11 @@ def add_paraphrases(path, tasks: list[Task]) -> None:
                              f"{len(tasks)} tasks. Remove them, or add the task.")
         task = by_name[name]
         if isinstance(given, list):
-            texts = [as_wording(row).text for row in given]
-            task.wordings = split_wordings(name, [x for x in texts if x != task.definition])
+            others = [row for row in given if as_wording(row).text != task.definition]
+            task.wordings = split_wordings(name, others)
             continue
+        if given.keys() - {"train", "dev", "test"}:
+            raise ValueError(f"{path}, task {name}: expected the splits train, dev and test.")
         seen = {task.definition}
         for split in ("train", "dev", "test"):
             task.wordings[split] = []

@@ -45,10 +45,12 @@ def pick_device(cfg) -> tuple:
     elif device in ("auto", "cuda"):  # under torchrun every process has one of its own
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if device not in ["cpu"] + [f"cuda:{number}" for number in range(n)]:
-        raise ValueError(f"--device {cfg.device} is not one of cpu, cuda and this machine's {n} "
-                         "GPUs, cuda:N. Give another.")
-    if dtype == "auto":
-        dtype = {"cpu": "float32"}.get(device, "bfloat16")
+        raise ValueError(f"--device {cfg.device} is not here: this machine has {n} GPUs, and they "
+                         "count from cuda:0. Give another, or cpu.")
+    if dtype == "auto" and device == "cpu":
+        dtype = "float32"
+    elif dtype == "auto":
+        dtype = "bfloat16"
     return device, getattr(torch, dtype)
 
 
@@ -206,11 +208,11 @@ TABLE = {"cr": "CR", "mcr": "MCR", "rouge1": "R-1", "rougeL": "R-L", "exact_matc
 
 
 def bootstrap(values, *, resamples=1000, seed=0):
-    """{"mean", "ci95", "n"} of what is not None; the interval is that over questions alone."""
+    """{"mean", "ci95", "n"} of the values that are not None; the interval is over questions."""
     known = np.array([value for value in values if value is not None], dtype=float)  # (n,)
     n = len(known)
     if n < 2:
-        return {"mean": [*known.tolist(), None][0], "ci95": None, "n": n}
+        return {"mean": next(iter(known.tolist()), None), "ci95": None, "n": n}
     draws = np.random.default_rng(seed).integers(0, n, (resamples, n), dtype=np.int32)
     low, high = np.quantile(known[draws].mean(1), (0.025, 0.975))
     return {"mean": float(known.mean()), "ci95": [float(low), float(high)], "n": n}
@@ -231,8 +233,6 @@ def ask_pairs(questions, judge, symmetrize: str) -> list:
     verdicts = judge.similar_pairs(pairs)
     for said, (_, a, b), verdict in zip(owners, pairs, verdicts, strict=True):
         said[a, b] = verdict
-        if symmetrize == "first":
-            said[b, a] = verdict
     return found
 
 
@@ -241,7 +241,7 @@ def similarity(responses, said: dict, symmetrize: str):
     similar = np.eye(len(responses), dtype=bool)
     for i, a in enumerate(responses):
         for j, b in enumerate(responses):
-            similar[i, j] = a == b or said[a, b] is True
+            similar[i, j] = a == b or said.get((a, b), said.get((b, a))) is True
     return similar | similar.T if symmetrize == "or" else similar
 
 
@@ -257,8 +257,8 @@ def evaluate_question(question, similar):
     row["consistent_and_correct"] = consistency_rate(similar & both)
     # The number of each response's cluster, the largest cluster first.
     row["cluster"] = [0] * n
-    for number, group in enumerate(sorted(clusters(similar), key=lambda x: (-len(x), x))):
-        for member in group:
+    for number, members in enumerate(sorted(clusters(similar), key=lambda x: (-len(x), x))):
+        for member in members:
             row["cluster"][member] = number
     # ROUGE, the best over the targets, as means over the responses.
     rouge = [judging.rouge_scores(text, targets) for text in responses]
@@ -274,8 +274,8 @@ def evaluate_responses(questions, judge, *, symmetrize: str = "and", more=None) 
     questions; one with a single response has no CR and is left out there. `more` adds metrics of
     its own (extras/reports).
     """
-    rows, metrics = [], {"judge": judge.name, "symmetrize": symmetrize}
-    metrics["questions"] = len(questions)
+    rows = []
+    metrics = {"judge": judge.name, "symmetrize": symmetrize, "questions": len(questions)}
     for question, said in zip(questions, ask_pairs(questions, judge, symmetrize), strict=True):
         similar = similarity(question["responses"], said, symmetrize)
         row = evaluate_question(question, similar)

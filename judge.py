@@ -339,12 +339,12 @@ def ask_server(url: str, model: str, task: str, texts: dict[str, str],
     body = {"model": model, "messages": [message], "temperature": 0, "max_tokens": 512}
     address = url.rstrip("/") + "/chat/completions"
     answer = requests.post(address, json=body, headers=headers, timeout=60, allow_redirects=False)
-    if answer.status_code != 200:
-        raise ValueError(f"{address} answered with status {answer.status_code}, not 200.")
+    if answer.status_code != 200 or '"choices"' not in answer.text:
+        raise ValueError(f"{address} answered with status {answer.status_code} and no completion.")
     text = answer.json()["choices"][0]["message"]["content"] or ""
     last = [""] + text.strip().splitlines()
     found = re.fullmatch(rf"VERDICT {nonce}: ({'|'.join(choices)})\.?", last[-1].strip())
-    return found and found[1]
+    return found[1] if found else None
 
 
 @dataclass

@@ -60,7 +60,7 @@ class LoRALinear(Module):
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def merged(self) -> nn.Linear:
-        """The base with the weight W + (alpha / r) B A, summed in float32 and rounded once."""
+        """The base, its weight overwritten by W + (alpha / r) B A, summed in float32."""
         if not isinstance(self.base, nn.Linear):
             raise ValueError("the base is quantised, and merging would round the update away; load "
                              "the model in full precision, and merge the adapter into that.")
@@ -129,8 +129,9 @@ def disabled(model: Module) -> Iterator[None]:
 
 
 def merge_lora(model: Module, *, in_place: bool = False) -> Module:
-    """Fold the adapters into plain linears, in a copy or in place; raises ValueError over a
-    quantised base. Returns the merged model.
+    """Fold the adapters into plain linears, in a copy or in place. Returns the merged model.
+
+    Raises ValueError over a quantised base.
     """
     merged = model if in_place else copy.deepcopy(model)
     for name, module in lora_modules(merged).items():
@@ -157,15 +158,14 @@ def save_adapter(model: Module, path, base_model: str = "") -> None:
     (folder / "adapter_config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
 
-def load_adapter(model: Module, path, trainable: bool = False) -> Module:
+def load_adapter(model: Module, path, trainable=False):
     """Adapt the model, in place, as a folder of `save_adapter` says. Returns the model."""
-    # Adapters of other programs are read, and checked, by extras/formats/peft.py.
-    raw = json.loads((Path(path) / "adapter_config.json").read_text())
-    if raw.get("use_rslora") or raw.get("rank_pattern"):
-        raise ValueError(f"{path}: its scale is not alpha / rank; reading it takes extras/formats.")
+    folder = Path(path)
+    raw = json.loads((folder / "adapter_config.json").read_text())
+    if any(map(raw.get, ("use_rslora", "rank_pattern", "alpha_pattern"))):
+        raise ValueError(f"{path} is no plain LoRA adapter; reading it takes extras/formats.")
     config = LoraConfig(raw["r"], raw["lora_alpha"], raw["lora_dropout"], raw["target_modules"])
-    tensors = load_file(Path(path) / "adapter_model.safetensors")
-    return attach_adapter(model, config, tensors, trainable)
+    return attach_adapter(model, config, load_file(folder / "adapter_model.safetensors"), trainable)
 
 
 def attach_adapter(model: Module, config: LoraConfig, tensors: dict, trainable=False) -> Module:

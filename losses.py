@@ -11,7 +11,7 @@ The losses of the other methods stand in their files in `methods/`.
 Shapes: B batch, T length, V vocabulary, M labelled tokens of a batch, n responses, P pairs.
 
 A loss returns sums and counts: (sum, count), or {term: (sum, count)}. The training loop divides
-each term once, by its count over all micro-batches and processes. To use a loss elsewhere, call the
+a sum once, by the count of a whole step (TERMS of a method). To use a loss elsewhere, call the
 functions that end in `_from_logits`: they check padded batches and return the mean loss.
 """
 
@@ -180,16 +180,17 @@ def unlikelihood_loss(logprobs: Tensor, complements: Tensor, flagged: Tensor,
     return -torch.where(flagged, weights * complements, logprobs)
 
 
-def inappropriate_tokens(judged: Tensor, plain: Tensor, *, detect_lam: float = 1.1,
+def inappropriate_tokens(with_judgment: Tensor, without: Tensor, *, detect_lam: float = 1.1,
                          floor: float = 0.0) -> Tensor:
     """U = {t : p(y_t | x, j) > detect_lam * p(y_t | x)}   CUT, arXiv 2312.14591, Eq. 5.
 
-    These are the tokens that the judgment makes likelier. judged, plain (K,): log-probabilities of
-    the same tokens with and without the judgment -> bool (K,), without gradient. `floor` drops
-    tokens with p(y_t | x, j) at or below it, where the ratio is noise (DualCUT, arXiv 2412.20297).
+    These are the tokens that the judgment makes likelier. with_judgment, without (K,): the
+    log-probabilities of the same tokens with and without the judgment in the prompt. Returns a bool
+    tensor (K,). `floor` drops tokens with p(y_t | x, j) at or below it, where the ratio is noise
+    (DualCUT, arXiv 2412.20297).
     """
-    judged, plain = judged.detach(), plain.detach()
-    return (judged - plain > math.log(detect_lam)) & (judged.exp() > floor)
+    with_judgment, without = with_judgment.detach(), without.detach()
+    return (with_judgment - without > math.log(detect_lam)) & (with_judgment.exp() > floor)
 
 
 def cut_loss(logprobs: Tensor, complements: Tensor, sequence_ids: Tensor, roles: Tensor,
@@ -197,9 +198,9 @@ def cut_loss(logprobs: Tensor, complements: Tensor, sequence_ids: Tensor, roles:
              scale: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
     """L = L1 + L2 over judged responses   CUT, arXiv 2312.14591, Eq. 5-7.
 
-        ALIGN_P   x -> y     a satisfying response, plain prompt         likelihood (L2)
+        ALIGN_P   x -> y     a satisfying response                       likelihood (L2)
         ALIGN_N   x, j -> y  a bad one, the judgment in the prompt       likelihood (L2)
-        MISALIGN  x -> y     the same bad one, plain prompt              L1
+        MISALIGN  x -> y     the same bad one, without the judgment      L1
 
         L1 = -(1/N) [ sum_{t not in U} log p_t + sum_{t in U} alpha * (p-_t)^gamma * log(1 - p_t) ]
 
@@ -214,16 +215,16 @@ def cut_loss(logprobs: Tensor, complements: Tensor, sequence_ids: Tensor, roles:
     tokens are not as many as the ALIGN_N tokens (there may be no MISALIGN sequence at all).
     """
     role = roles[sequence_ids]  # (M,)
-    judged, plain = logprobs[role == ALIGN_N], logprobs[role == MISALIGN]  # (K,), (K,)
-    if len(plain) not in (0, len(judged)):
-        raise ValueError(f"{len(judged)} tokens with the judgment, {len(plain)} without; expected "
-                         "the same responses in the same order under both prompts.")
+    with_judgment, without = logprobs[role == ALIGN_N], logprobs[role == MISALIGN]  # (K,), (K,)
+    if len(without) not in (0, len(with_judgment)):
+        raise ValueError(f"{len(with_judgment)} tokens with the judgment, {len(without)} without; "
+                         "expected the same responses in the same order under both prompts.")
     if scale is None:
         lengths = sequence_logprobs(logprobs, sequence_ids, len(roles))[1]
         scale = 1 / lengths.clamp(min=1)  # (n,)
     scale = scale[sequence_ids]  # (n,) -> (M,)
-    weights = alpha * judged[: len(plain)].detach().exp() ** gamma  # (K,)
-    l1 = unlikelihood_loss(plain, complements, flagged, weights)  # (K,)
+    weights = alpha * with_judgment[: len(without)].detach().exp() ** gamma  # (K,)
+    l1 = unlikelihood_loss(without, complements, flagged, weights)  # (K,)
     l2 = -logprobs[role != MISALIGN]  # (M - K,)
     responses = (roles != MISALIGN).sum()
     return {"l1": ((scale[role == MISALIGN] * l1).sum(), responses),
@@ -248,7 +249,7 @@ def dpo_loss(h: Tensor, *, beta: float = 0.1,
 
     h (P,), see `preference_logits`. label_smoothing e, a number or (P,): the probability that a
     pair is in the wrong order (cDPO; soft labels of an AI judge). Returns the sum and P. RSO's, the
-    robust and the IPO form of this loss are in methods/dpo.py.
+    robust and the IPO form of this loss are in methods/preference.py.
     """
     right, wrong = F.logsigmoid(beta * h), F.logsigmoid(-beta * h)
     losses = -(1 - label_smoothing) * right - label_smoothing * wrong  # (P,)
@@ -262,16 +263,15 @@ def cat_loss_from_logits(logits: Tensor, labels: Tensor, pairs: list[tuple[int, 
     """The mean CAT loss of logits (B, T, V) and labels (B, T), -100 on prompts and padding.
 
     pairs: (better row, worse row); every better row is imitated. Give `rewards`, one per row, to
-    have the order of the pairs checked. Raises ValueError for shapes, rows or an order that cannot
-    be. See `cat_loss`.
+    have their order checked. Raises ValueError if shapes do not fit, a row has no response, or a
+    pair is in the wrong order.
     """
-    better, worse = _checked_pairs(pairs, labels, rewards)
-    logprobs, mask = _checked_logprobs(logits, labels)  # (B, T - 1) twice
-    scores = logprobs.sum(1) / mask.sum(1)  # (B,)
-    rank, n_pairs = pairwise_ranking_loss(scores, better, worse, margin=margin)
-    imitated = better.unique()
-    likelihood, n_tokens = cross_entropy(logprobs[imitated], mask[imitated])
-    return rank / n_pairs + lam * likelihood / n_tokens
+    better, worse = check_pairs(pairs, labels, rewards)
+    logprobs, mask = check_logprobs(logits, labels)  # (B, T - 1) twice
+    weights = logprobs.new_zeros(len(labels)).index_fill(0, better, 1.0)
+    rows = mask.nonzero()[:, 0]  # (M,): that of each token
+    terms = cat_loss(logprobs[mask], rows, better, worse, weights, lam=lam, margin=margin)
+    return sum(total / count for total, count in terms.values())
 
 
 def cut_loss_from_logits(logits: Tensor, labels: Tensor, pairs: list[tuple[int, int]], *,
@@ -282,22 +282,22 @@ def cut_loss_from_logits(logits: Tensor, labels: Tensor, pairs: list[tuple[int, 
     are satisfying responses. Raises ValueError if the responses of a pair differ, or if the first
     prompt is not the longer one, as happens when the two rows are swapped.
     """
-    _checked_pairs(pairs, labels)
-    logprobs, mask = _checked_logprobs(logits, labels)  # (B, T - 1) twice
+    check_pairs(pairs, labels)
+    logprobs, mask = check_logprobs(logits, labels)  # (B, T - 1) twice
     means = logprobs.sum(1) / mask.sum(1)  # (B,)
-    aligned = set(range(len(labels))) - {plain for _, plain in pairs}
+    aligned = set(range(len(labels))) - {second for _, second in pairs}
     total = -means[sorted(aligned)].sum()  # L2
-    for judged, plain in pairs:
-        targets = labels[plain, 1:][mask[plain]]  # (N,)
-        if not torch.equal(labels[judged, 1:][mask[judged]], targets):
-            raise ValueError(f"rows {judged} and {plain} are a pair, but their labels differ; "
-                             "expected the same response behind both prompts.")
-        if mask[judged].int().argmax() <= mask[plain].int().argmax():
-            raise ValueError(f"row {judged} should have the judgment in its prompt, but that is "
-                             f"not longer than row {plain}'s; swap them, and pad on the right.")
-        kept = logprobs[plain][mask[plain]]  # (N,)
-        complements = complement_logprobs(logits[plain, :-1][mask[plain]], targets)
-        flagged = inappropriate_tokens(logprobs[judged][mask[judged]], kept, detect_lam=detect_lam)
+    for first, second in pairs:
+        targets = labels[second, 1:][mask[second]]  # (N,)
+        if not torch.equal(labels[first, 1:][mask[first]], targets):
+            raise ValueError(f"rows {first} and {second} are a pair, but their labels differ; "
+                             "expected the same response in both.")
+        if mask[first].int().argmax() <= mask[second].int().argmax():
+            raise ValueError(f"row {first} should have the judgment in its prompt, but that is "
+                             f"not longer than row {second}'s; swap them, and pad on the right.")
+        judged, kept = logprobs[first][mask[first]], logprobs[second][mask[second]]
+        flagged = inappropriate_tokens(judged, kept, detect_lam=detect_lam)  # (N,)
+        complements = complement_logprobs(logits[second, :-1][mask[second]], targets)
         total = total + unlikelihood_loss(kept, complements, flagged, alpha).mean()  # L1
     return total / len(aligned)
 
@@ -308,16 +308,17 @@ def dpo_loss_from_logits(logits: Tensor, reference_logits: Tensor, labels: Tenso
     """The mean DPO loss of logits (B, T, V) of policy and reference; see `dpo_loss`.
 
     pairs: (chosen row, rejected row). Give `rewards`, one per row, to have the order of the pairs
-    checked. Raises ValueError for shapes, rows or an order that cannot be.
+    checked. Raises ValueError if shapes do not fit, a row has no response, or a pair is in the
+    wrong order.
     """
-    better, worse = _checked_pairs(pairs, labels, rewards)
-    scores = _checked_logprobs(logits, labels)[0].sum(1)  # (B,)
-    reference = _checked_logprobs(reference_logits, labels)[0].sum(1).detach()  # (B,)
+    better, worse = check_pairs(pairs, labels, rewards)
+    scores = check_logprobs(logits, labels)[0].sum(1)  # (B,)
+    reference = check_logprobs(reference_logits, labels)[0].sum(1).detach()  # (B,)
     total, count = dpo_loss(preference_logits(scores, reference, better, worse), beta=beta)
     return total / count
 
 
-def _checked_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def check_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """`token_logprobs` of a batch whose shapes fit and whose rows all hold a response."""
     if logits.shape[:2] != labels.shape:
         raise ValueError(f"logits are {tuple(logits.shape)} and labels {tuple(labels.shape)}; "
@@ -328,7 +329,7 @@ def _checked_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return logprobs, mask
 
 
-def _checked_pairs(pairs, labels: Tensor, rewards=None) -> tuple[Tensor, Tensor]:
+def check_pairs(pairs, labels: Tensor, rewards=None) -> tuple[Tensor, Tensor]:
     """Pairs of rows as two index tensors (P,), (P,)."""
     n = len(labels)
     if not pairs or rewards is not None and len(rewards) != n:

@@ -355,7 +355,7 @@ def sample(logits, draws, sampling: Sampling) -> list[int]:
     draws = torch.tensor(draws, dtype=torch.float64, device=cdf.device)  # (B,)
     points = draws[:, None] * cdf[:, -1:]  # (B, 1); the last sum is what top_p left
     ids = torch.searchsorted(cdf, points, right=True)  # (B, 1)
-    ids = ids.clamp(max=cdf.shape[-1] - 1)
+    ids = ids.clamp(max=cdf.shape[-1] - 1)  # rounding may point behind the last token
     if order is not None:
         ids = order.gather(1, ids)
     return ids.squeeze(1).tolist()

@@ -62,7 +62,8 @@ class Alone:
 
     def inspect(self, run, means, norm, items):  # refuse bad numbers; what else to log
         if not math.isfinite(sum(means.values()) + norm):
-            raise FloatingPointError(f"a loss or the gradient norm is not finite: {means}, {norm}.")
+            raise FloatingPointError(f"{run.cfg.stage}: a loss or the gradient norm is not finite: "
+                                     f"{means}, norm {norm}. Nothing was updated. Lower --lr.")
         return {}
 
     def after_step(self, run, optimizer, items, done):
@@ -98,8 +99,8 @@ def train(run: Run) -> None:
     cfg, guard, method = run.cfg, run.guard, run.method
     device = next(run.model.parameters()).device
     parameters = [p for p in run.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.98),
-                                  weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=cfg.weight_decay,
+                                  fused=True)  # its rate is set in every step
     torch.manual_seed(cfg.seed + guard.rank)  # dropout
     # A run that was stopped gets back its items, its optimizer and how far it came.
     items, done = guard.resume(run, optimizer, lambda: method.items(run))
@@ -122,8 +123,9 @@ def train(run: Run) -> None:
         means = backward(run, batches)
         norm = guard.clip(parameters, cfg.clip)
         noted = guard.inspect(run, means, norm, chosen)
+        rate = learning_rate(step, cfg)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
+            group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # What is known of the step; a checkpoint, if one is due.
@@ -131,7 +133,7 @@ def train(run: Run) -> None:
         done["tokens"] += int(guard.sum({"tokens": tokens})["tokens"])
         done["step"] = step + 1
         done["seconds"] = time.time() - started
-        log_step(run, step, means, norm, noted, done)
+        log_step(run, step, means, {"norm": round(norm, 4), "lr": rate}, noted, done)
         guard.after_step(run, optimizer, items, done)
     run.model.eval()
 
@@ -145,8 +147,8 @@ def check_items(run: Run, items: list[dict]) -> None:
     for item in items:
         truncated += sum(document["truncated"] for document in item["documents"])
     if truncated:
-        run.say(f"{cfg.stage}: the prompts of {truncated} documents are longer than --max-len "
-                f"{cfg.max_len} allows, and were truncated from the left.")
+        run.say(f"{cfg.stage}: {truncated} documents are longer than --max-len {cfg.max_len}, and "
+                "were truncated.")
 
 
 def backward(run: Run, batches: list[dict]) -> dict:
@@ -156,10 +158,10 @@ def backward(run: Run, batches: list[dict]) -> dict:
     target adds nothing: its sum and its count are 0.
     """
     cfg, method = run.cfg, run.method
-    totals, sums = Counter(), Counter()
+    totals, sums, counts = Counter(), Counter(), method.TERMS | method.METRICS
     # First count: the divisor of a term is known before its first gradient.
     for batch in batches:
-        for term, count in (method.TERMS | method.METRICS).items():
+        for term, count in counts.items():
             totals[term] += count_of(count, batch, cfg)
     totals = run.guard.sum(totals)
     prepare(run, batches)
@@ -167,6 +169,9 @@ def backward(run: Run, batches: list[dict]) -> dict:
     for batch, weight in run.guard.even(batches):
         with run.precision():
             terms = method.step(run.model, batch, cfg)
+        if terms.keys() != counts.keys():
+            raise ValueError(f"step of {cfg.stage} returns {list(terms)}; expected the names "
+                             "in TERMS and METRICS.")
         loss = 0.0
         for term in method.TERMS:
             loss = loss + terms[term] / max(1, totals[term])
@@ -193,19 +198,19 @@ def prepare(run: Run, batches: list[dict]) -> None:
     if not hasattr(run.method, "prepare"):
         return
     sums, found = Counter(), {}
-    for batch in batches:
+    for batch, weight in run.guard.even(batches):
         with torch.no_grad(), run.precision():
             found = run.method.prepare(run.model, batch, run.cfg)
         for name, (total, count) in found.items():
-            sums[name] += float(total)
-            sums[f"count of {name}"] += float(count)
+            sums[name] += weight * float(total)
+            sums[f"count of {name}"] += weight * float(count)
     sums = run.guard.sum(sums)
     means = {name: sums[name] / max(1, sums[f"count of {name}"]) for name in found}
     for batch in batches:
         batch["statistics"] = means
 
 
-def log_step(run: Run, step: int, means: dict, norm, noted: dict, done: dict) -> None:
+def log_step(run: Run, step: int, means: dict, update: dict, noted: dict, done: dict) -> None:
     """A row of log.jsonl for every step, a line on the screen for every tenth of the run."""
     from tqdm import tqdm
 
@@ -214,9 +219,7 @@ def log_step(run: Run, step: int, means: dict, norm, noted: dict, done: dict) ->
         return
     for name, value in means.items():
         row[name] = round(value, 6)
-    row |= {
-        "norm": round(norm, 4),
-        "lr": learning_rate(step, cfg),
+    row |= update | {
         "tokens": done["tokens"],
         "seconds": round(done["seconds"], 2),
     }
@@ -231,17 +234,17 @@ def log_step(run: Run, step: int, means: dict, norm, noted: dict, done: dict) ->
 def make_run(cfg, method, guard) -> Run:
     """Read everything that the flags name; what is wrong with it shows before any training."""
     formats, tasks = extra("formats", cfg.plain), []
-    doors = formats or data  # without extras/, our own forms only
+    readers = formats or data  # without extras/, our own forms only
     if getattr(cfg, "tasks", ""):
-        tasks = doors.read_tasks(cfg.tasks)
+        tasks = readers.read_tasks(cfg.tasks)
     if getattr(cfg, "paraphrases", ""):
-        doors.add_paraphrases(cfg.paraphrases, tasks)
+        readers.add_paraphrases(cfg.paraphrases, tasks)
     model, tokenizer = methods.open_model(cfg, trainable=True), methods.open_tokenizer(cfg)
     if cfg.max_len > model.config.context:
         raise ValueError(f"--max-len is {cfg.max_len}, but {cfg.model} takes "
                          f"{model.config.context} tokens. Lower it.")
     cfg = replace(cfg, template=cfg.template or model.config.prompt_template or "alpaca")
-    template = doors.find_template(cfg.template)
+    template = readers.find_template(cfg.template)
     run = Run(cfg, method, model, tokenizer, template, tasks, Path(cfg.out), guard)
     if formats:
         formats.check_inputs(run)
@@ -372,7 +375,7 @@ def report(run: Run, ladder: dict[str, Path | None]) -> None:
     for title, folder in ladder.items():
         model = methods.open_model(cfg) if folder is None else open_trained(cfg, folder)
         model, prefix = merged_copy(model), ""
-        if title.startswith(run.method.title):
+        if title.partition(", round ")[0] == run.method.title:
             prefix = run.prefix()
 
         def work(part, model=model, prefix=prefix):

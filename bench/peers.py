@@ -157,8 +157,10 @@ def sample(dtype, sort: bool):
 
 def sample_batch(dtype):
     """generate_batch of transformers 5: continuous batching over a paged cache."""
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, __version__
 
+    if int(__version__.partition(".")[0]) < 5:
+        raise RuntimeError(f"needs transformers 5, found {__version__}")
     model, (prompts, wanted) = peer_model(shape(), dtype), sample_work()
     settings = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, max_new_tokens=96,
                                 eos_token_id=-1, pad_token_id=0)

@@ -5,7 +5,7 @@ A method is a file in this folder (or anywhere: `--stage path/to/mine.py`) that 
     TERMS       {term of the loss: what it is divided by, counted over the whole step}: "tokens",
                 "items", "pairs", "documents", or a function (batch, cfg) -> number
     items(run)                  -> what it trains on, [item, ...]
-    step(model, batch, cfg)     -> {term: sum}; what is not in TERMS is logged only, see METRICS
+    step(model, batch, cfg)     -> {term: sum}, one for each name in TERMS and METRICS
 
 and may have, or get from the file that it names as its `base` (candidates or judged), or else has
 as in methods/common.py,

@@ -64,7 +64,7 @@ def policy_loss(logprobs, old, advantages, *, clip: float = 0.2):
 
 
 def value_loss(values, old, returns, *, clip: float = 0.2):
-    """1/2 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2)   as InstructGPT has it."""
+    """1/2 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2)   as AlpacaFarm has it."""
     clipped = torch.minimum(torch.maximum(values, old - clip), old + clip)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 

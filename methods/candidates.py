@@ -27,13 +27,13 @@ class SampleFlags(common.Flags):
 
     init: str = flag("", "run folder to continue from: its settings and finished stages", path=True)
     sft_steps: int = flag(200, "steps of the SFT stages on the way", at_least=1)
-    sft_lr: float = rare(2e-4, "their learning rate", above=0)
+    sft_lr: float = rare(2e-4, "learning rate of the SFT stages", above=0)
     compare: bool = flag(True, "also train and show the stages it is compared with")
     rounds: int = flag(1, "collect and train so many times (online)", at_least=1)
     pool_per_task: int = flag(20, "fresh instances per task to sample for", at_least=1)
     samples: int = flag(2, "answers per instance and wording", at_least=1)
     temperature: float = flag(1.0, "sampling temperature", at_least=0)
-    top_p: float = rare(1.0, "nucleus sampling", below=1.0001)
+    top_p: float = rare(1.0, "nucleus sampling", share=True)
 
 
 @dataclass
@@ -61,7 +61,7 @@ needs, beside = "sft-ia", ("sft",)
 
 # ----- Collecting -----
 def collect(run, *, judged=True) -> None:
-    """Sample answers and reward them, chunk by chunk; a stopped run goes on behind the last."""
+    """Sample answers and reward them, chunk by chunk; a stopped run continues after the last."""
     cfg, path = run.cfg, run.folder / "candidates.jsonl"
     if cfg.candidates or getattr(cfg, "preferences", ""):  # a file has them
         return

@@ -4,8 +4,11 @@
     L_rank = sum over pairs of max(0, margin - p_better + p_worse),   p = S(y) / N
     L_ce   = likelihood of the best answers
 
-Answers to one question under several wordings are rewarded 0, 1 or 2 (methods/candidates.py). The
-best ones, reward 2, are ranked above all others, and imitated.
+Answers to one question under several wordings are rewarded 0, 1 or 2 (methods/candidates.py). A
+best one, reward 2, is ranked above the others, and imitated.
+
+DEVIATION: the others are taken --max-worse at a time, each time with a best answer drawn at random;
+--pairs all adds the pairs among those.
 """
 
 from dataclasses import dataclass
@@ -25,7 +28,7 @@ class Flags(PairFlags):
 
     lam: float = flag(1.0, "weight of the cross-entropy term", at_least=0)
     margin: float = flag(0.0, "margin of the ranking term", at_least=0)
-    ce_target: Literal["best", "gold"] = flag("best", "imitate the best answer, or the reference")
+    ce_target: Literal["best", "gold"] = flag("best", "better answer: the best, or the reference")
     ranking: bool = flag(True, "use the ranking term; off: a control")
 
 
@@ -51,7 +54,7 @@ def weighted_tokens(batch):
 
 
 def cat_item(run, best: dict, worse: list[dict]) -> dict:
-    """An item with the weights of its documents: the best answers first, each 1 / their number."""
+    """An item whose documents have weights: the best answer 1, or n copies of it 1 / n each."""
     cfg, good = run.cfg, best["response"]
     if cfg.ce_target == "gold":
         good = best["target"]

@@ -27,11 +27,11 @@ class Flags(judged.Flags):
     detect_lam: float = flag(1.1, "flag tokens with p(token | judgment) > this * p(token)", above=0)
     detect_floor: float = rare(0.0, "and p(token | judgment) above this (DualCUT)", at_least=0)
     detect: Literal["ratio", "all"] = rare("ratio", "unlearn flagged tokens, or all of a response")
-    detector: Literal["live", "frozen"] = rare("live", "detect with the model as it is, or was")
+    detector: Literal["live", "frozen"] = rare("live", "detect with the current model, or first")
     unlike_alpha: float = flag(1.0, "weight of the unlikelihood of a token", at_least=0)
     unlike_gamma: float = rare(0.0, "exponent of p(token | judgment) in it", at_least=0)
-    judged_warmup: int = flag(0, "steps before L1 sets in", at_least=0)
-    positive: Literal["plain", "text"] = rare("plain", "satisfied condition: none, or praise")
+    judged_warmup: int = flag(0, "steps without L1 at the start", at_least=0)
+    positive: Literal["plain", "text"] = rare("plain", "satisfied prompt: no judgment, or praise")
     combine: Literal["sum", "half"] = rare("sum", "L1 + L2, or half of it as the authors' code")
     reduction: Literal["mean_per_sequence", "token"] = rare("mean_per_sequence", "1/N, or tokens")
     use_l1: bool = flag(True, "L1; off: an ablation")
@@ -87,7 +87,7 @@ def items(run) -> list[dict]:
 
 
 def add_frozen_mask(run, found: list[dict]) -> None:
-    """Values "flagged": what the model as it is now would unlearn."""
+    """Values "flagged": what the model would unlearn as it is now."""
     device = next(run.model.eval().parameters()).device
     for item in found:
         if losses.MISALIGN in item["values"]["roles"]:
@@ -104,9 +104,9 @@ def flagged_tokens(model, batch, cfg):
 def detect(logprobs, batch, cfg):
     """U from log-probabilities (M,) -> bool (K,)."""
     role = batch["roles"][batch["sequence_ids"]]  # (M,)
-    judged_ones, plain = logprobs[role == losses.ALIGN_N], logprobs[role == losses.MISALIGN]
-    return losses.inappropriate_tokens(judged_ones[:len(plain)], plain, detect_lam=cfg.detect_lam,
-                                       floor=cfg.detect_floor)
+    with_judgment, without = logprobs[role == losses.ALIGN_N], logprobs[role == losses.MISALIGN]
+    return losses.inappropriate_tokens(with_judgment[:len(without)], without,
+                                       detect_lam=cfg.detect_lam, floor=cfg.detect_floor)
 
 
 def step(model, batch, cfg) -> dict:
@@ -124,9 +124,9 @@ def step(model, batch, cfg) -> dict:
     terms = losses.cut_loss(logprobs, complements[twin], batch["sequence_ids"], batch["roles"],
                             flagged, alpha=cfg.unlike_alpha, gamma=cfg.unlike_gamma,
                             scale=sequence_scale(logprobs, batch, cfg))
-    heard = float(batch["step"] >= cfg.judged_warmup)
-    return {"l1": heard * terms["l1"][0], "l2": terms["l2"][0],
-            "flagged": heard * flagged.sum().to(logprobs)}
+    l1_weight = float(batch["step"] >= cfg.judged_warmup)
+    return {"l1": l1_weight * terms["l1"][0], "l2": terms["l2"][0],
+            "flagged": l1_weight * flagged.sum().to(logprobs)}
 
 
 def sequence_scale(logprobs, batch, cfg):

@@ -14,7 +14,7 @@ The reference is the model that the stage starts from; its log-probabilities are
 from dataclasses import dataclass
 
 from methods import candidates, preference
-from methods.pairing import PairFlags, pair_items, ranked_item
+from methods.pairing import PairFlags, pair_items
 from methods.preference import add_reference
 
 title = "SFT(IA)+DPO"
@@ -32,7 +32,5 @@ step, check = preference.preference_step, preference.check_preference
 
 
 def items(run) -> list[dict]:
-    """The items of CAT, with each document's log-probability under the starting model."""
-    def item(run, best, worse):
-        return ranked_item(run, best, worse, best["response"])[0]
-    return add_reference(run, pair_items(run, item))
+    """Pairs, with each document's log-probability under the starting model."""
+    return add_reference(run, pair_items(run))

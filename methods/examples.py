@@ -126,6 +126,9 @@ def keyword_logprobs(model, tokenizer, prefixes, suffixes, keywords, *, batch_si
         # A document for each keyword, encoded with what stands before it.
         for keyword in pair:
             ids = tokenizer.encode_continuation(suffix + keyword)
+            if limit - len(ids) < 2:
+                raise ValueError(f"--max-len {limit} leaves no room for a judge's prompt before an "
+                                 f"answer and its question, which take {len(ids)} tokens.")
             prompt = data.truncate_left(tokenizer.encode_prompt(prefix), limit - len(ids))
             hidden = len(prompt) + len(stem)  # the labels are the keyword alone
             labels = [data.IGNORE_INDEX] * hidden + ids[len(stem):]

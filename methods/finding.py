@@ -23,7 +23,12 @@ def find_method(name: str):
     else:
         raise ValueError(f'unknown stage "{name}". Stages: {", ".join(stages())}; or give the path '
                          "of a file like those in methods/.")
-    return inherit(module)
+    inherit(module)
+    for needed in ("__doc__", "TERMS", "items", "step", "Flags"):
+        if not getattr(module, needed, None):
+            raise ValueError(f"{name} is no method: it has no {needed}. methods/__init__.py says "
+                             "what a method has.")
+    return module
 
 
 def inherit(method):

@@ -8,7 +8,7 @@ import argparse
 import difflib
 import functools
 import textwrap
-from dataclasses import field, fields
+from dataclasses import MISSING, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -19,8 +19,8 @@ from eval import fail
 def flag(default, help: str, **limits):
     """A field that becomes a flag.
 
-    limits: at_least, above or below a number; path=True for what must exist; extras=True for what
-    only extras/ can do.
+    limits: at_least, above or below a number; share=True for 0 to 1; path=True for what must exist;
+    extras=True for what only extras/ can do.
     """
     if isinstance(default, list):
         return field(default_factory=list, metadata={"help": help, **limits})
@@ -42,9 +42,9 @@ def parse_flags(flags: type, argv: list[str] | None, title: str, defaults: dict)
     hints = get_type_hints(flags)
     for item in fields(flags):
         kind, name = hints[item.name], spelled(item.name)
-        about = f"{item.metadata['help']} ({defaults.get(item.name, item.default)})"
-        if about.endswith(("()", ">)")):  # no default worth showing
-            about = item.metadata["help"]
+        about, default = item.metadata["help"], defaults.get(item.name, item.default)
+        if default not in ("", MISSING):
+            about += f" ({default})"
         if get_origin(kind) is Literal:
             about = f"{'|'.join(get_args(kind))}: {about}"
         options = {"default": argparse.SUPPRESS, "help": about.replace("%", "%%"), "metavar": ""}
@@ -63,7 +63,6 @@ def parse_flags(flags: type, argv: list[str] | None, title: str, defaults: dict)
         parser.add_argument(name, **options)
     found, unknown = parser.parse_known_args(argv)
     if unknown:
-        # named without its value
         fail(unknown_flag(unknown, flags))
     found, plain = vars(found), "--plain" in argv or find_spec("extras") is None
     for item in fields(flags):
@@ -102,6 +101,8 @@ def check_flags(cfg) -> None:
         if "at_least" in limits and not value >= limits["at_least"]:
             wanted = f"{limits['at_least']} or more"
         if "below" in limits and not 0 <= value < limits["below"]:
+            wanted = f"at least 0, and less than {limits['below']}"
+        if "share" in limits and not 0 <= value <= 1:
             wanted = "a share between 0 and 1"
         if "above" in limits and not limits["above"] < value < float("inf"):
             wanted = "a positive number"

@@ -90,7 +90,7 @@ class ScoreJudge:
 
 
 def score_judge(run, folder: str) -> ScoreJudge:
-    """The reward model in `folder`, or for --judge length a control that reads nothing."""
+    """The reward model in `folder`, or for --judge length a control that counts words."""
     if run.cfg.judge == "length" and not folder:
         return ScoreJudge(length_scores)
     model = open_reward_model(run, folder)

@@ -49,7 +49,7 @@ def check(cfg) -> None:
 
 # ----- Collecting -----
 def collect(run) -> None:
-    """Sample answers and have them judged in words; a stopped run goes on behind the last."""
+    """Sample answers and have them judged in words; a stopped run continues after the last."""
     cfg, path, empty = run.cfg, run.folder / "judged.jsonl", 0
     if cfg.records:
         return
@@ -84,7 +84,8 @@ def make_critic(run):
     if cfg.judge == "rule":
         return RuleCritic()
     model = open_trained(cfg, Path(cfg.critic)) if cfg.critic else run.model
-    return LocalCritic(lambda prompts: write_texts(replace(run, model=merged_copy(model)), prompts))
+    run = replace(run, model=merged_copy(model))
+    return LocalCritic(lambda prompts: write_texts(run, prompts))
 
 
 def write_texts(run, asked: list[tuple[str, str]]) -> list[tuple[str, bool]]:

@@ -8,7 +8,7 @@
 z0 estimates the KL between policy and reference. It is one number for a whole step and has no
 gradient: see `prepare`. The reference is the model that the stage starts from.
 
-DEVIATION: y' is fixed when the items are made; the authors shift answers within each micro-batch.
+DEVIATION: y' is chosen when the items are made; the authors shift answers within a micro-batch.
 """
 
 import random
@@ -39,26 +39,34 @@ METRICS = {"kl": "items"}
 def items(run) -> list[dict]:
     """Each answer with its label: the best ones of a question are desirable, those below not.
 
-    A second document has the same prompt and the answer of another item.
+    A second document has the same prompt and an answer to another question.
     """
     labelled, found = [], []
     for group in grouped_candidates(run):
         best, worse = best_answers(group)
         labelled += [(record, 1.0) for record in distinct(best, "wording", "response")]
         labelled += [(record, 0.0) for record in distinct(worse, "wording", "response")]
-    if len(labelled) == 1:
-        raise ValueError("kto has one answer to train on, and its KL estimate needs two. Give more "
-                         "candidates.")
     random.Random(f"{run.cfg.seed}/kto").shuffle(labelled)
     for number, (record, desirable) in enumerate(labelled):
-        other, _ = labelled[number - 1]
-        mismatched = run.document(record["wording"], record["input"], other["response"])
+        other = other_answer(labelled, number)
+        mismatched = run.document(record["wording"], record["input"], other)
         found.append({"documents": [candidate_document(run, record), mismatched],
                       "indices": {"own": [0], "other": [1]},
                       "values": {"desirable": [desirable]}, "name": record_name(record)})
     n_desirable = sum(int(desirable) for _, desirable in labelled)
     run.say(f"kto: {n_desirable} desirable and {len(found) - n_desirable} undesirable answers.")
     return add_reference(run, found)
+
+
+def other_answer(labelled: list[tuple], number: int) -> str:
+    """The answer of the nearest item before this one, round the end, that has another question."""
+    record, _ = labelled[number]
+    for back in range(1, len(labelled)):
+        other, _ = labelled[number - back]
+        if (other["task"], other["id"]) != (record["task"], record["id"]):
+            return other["response"]
+    raise ValueError(f"all answers are to the question {record_name(record)}, and the KL estimate "
+                     "of kto needs two questions. Give more candidates.")
 
 
 def log_ratios(model, batch):

@@ -1,7 +1,7 @@
 """Odds ratio preference optimisation (ORPO): imitate the better answer, and raise its odds.
 
     L      = L_ce + lam * L_odds                                           arXiv 2403.07691, Eq. 6
-    L_ce   = -sum_t log p(y_t | x, y_<t) of the better answer, per token of answers
+    L_ce   = -sum_t log p(y_t | x, y_<t) of the better answer, per token of better answers
     L_odds = -log sigma(log odds(y_w) - log odds(y_l)),  odds(y) = P(y) / (1 - P(y))
     P(y)   = exp(S(y) / N), the geometric mean of the tokens' probabilities
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from methods import candidates, document_logprobs, torch
 from methods.flags import flag
-from methods.pairing import PairFlags, pair_items, ranked_item
+from methods.pairing import PairFlags, pair_items
 
 title = "SFT(IA)+ORPO"
 base = candidates
@@ -34,13 +34,7 @@ def count_tokens(batch, cfg) -> int:
 
 TERMS = {"ce": count_tokens, "odds": "pairs"}
 METRICS = {"accuracy": "pairs"}
-
-
-def items(run) -> list[dict]:
-    """The items of CAT."""
-    def item(run, best, worse):
-        return ranked_item(run, best, worse, best["response"])[0]
-    return pair_items(run, item)
+items = pair_items
 
 
 def step(model, batch, cfg) -> dict:

@@ -1,7 +1,7 @@
 """How the candidates of a question become pairs and rankings.
 
-cat, dpo and slic take a best answer and a few lower ones (`pair_items`); rrhf and pro a ranking of
-a few answers (`ranking_items`); reward takes comparisons of answers spread over the rewards.
+cat, dpo, orpo and slic take a best answer and a few lower ones (`pair_items`), rrhf and pro a
+ranking of a few answers (`ranking_items`), reward comparisons of answers spread over the rewards.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,15 @@ from methods.groups import best_answers, candidate_document, distinct, group_rng
 
 @dataclass
 class PairFlags(candidates.Flags):
-    """How the candidates of a question become pairs; cat, dpo and slic read these."""
+    """How the candidates of a question become pairs; cat, dpo, orpo and slic read these."""
 
     pairs: Literal["best", "all"] = flag("best", "rank the best over the rest, or every pair")
     condition: Literal["own", "original", "worse"] = flag("own", "the wording of the best answer")
 
 
-def pair_items(run, make_item) -> list[dict]:
+def pair_items(run, make_item=None) -> list[dict]:
     """For each question with a best and a lower answer, items of one best and a few lower ones."""
+    make_item = make_item or pair_item
     cfg, found, no_best, no_worse = run.cfg, [], 0, 0
     for group in grouped_candidates(run):
         best, worse = best_answers(group)
@@ -41,6 +42,11 @@ def pair_items(run, make_item) -> list[dict]:
     run.say(f"{cfg.stage}: {len(found)} items; skipped {no_best} questions without a best answer "
             f"and {no_worse} with nothing below the best.")
     return found
+
+
+def pair_item(run, best: dict, worse: list[dict]) -> dict:
+    """An item of the best answer and lower ones; see `ranked_item`."""
+    return ranked_item(run, best, worse, best["response"])[0]
 
 
 def ranked_item(run, best: dict, worse: list[dict], good: str) -> tuple[dict, int]:

@@ -45,8 +45,8 @@ class Flags(candidates.Flags):
     clip_ratio: float = rare(0.2, "clip of the probability ratio", above=0)
     clip_value: float = rare(0.2, "clip of the value's change", above=0)
     value_weight: float = rare(0.1, "weight of the value loss", at_least=0)
-    gamma: float = rare(1.0, "discount", below=1.0001)
-    gae_lambda: float = rare(1.0, "lambda of the advantage estimate", below=1.0001)
+    gamma: float = rare(1.0, "discount", share=True)
+    gae_lambda: float = rare(1.0, "lambda of the advantage estimate", share=True)
     whiten_rewards: bool = rare(True, "unit variance of a phase's rewards")
     unfinished_reward: float = rare(-1.0, "reward of an answer that does not end")
 

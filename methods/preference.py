@@ -56,7 +56,7 @@ def pair_metrics(h, beta: float) -> dict:
 
 
 def preference_loss(h, kind: str, beta: float, e: float):
-    """The sum of one of the losses above over preference logits h (P,)."""
+    """The sum over h (P,) of the loss that `kind` names; methods/dpo.py has the equations."""
     if kind == "sigmoid":
         return losses.dpo_loss(h, beta=beta, label_smoothing=e)[0]
     if kind == "ipo":

@@ -86,7 +86,7 @@ def items(run) -> list[dict]:
         if ends:
             segments = segments[:-1]
         document = data.encode_document(run.tokenizer, segments, max_len=run.cfg.max_len)
-        if ends:
+        if ends and len(document["input_ids"]) < run.cfg.max_len and not document["truncated"]:
             document["input_ids"].append(run.tokenizer.eos_id)
             document["labels"].append(run.tokenizer.eos_id)
         found.append({"documents": [document], "name": f"line {number}"})

@@ -39,8 +39,7 @@ def check(cfg) -> None:
     if cfg.judge == "reward":
         raise ValueError("--stage reward learns from another judge. Give --judge self or rule.")
     if cfg.rounds > 1:
-        raise ValueError("--stage reward has one round, since it samples nothing. Leave --rounds "
-                         "out.")
+        raise ValueError("--stage reward trains one model, in one round. Leave --rounds out.")
 
 
 def items(run) -> list[dict]:

@@ -282,11 +282,13 @@ def test_labels_are_for_tasks_with_few_repeated_short_outputs(outputs, labels):
 def test_paraphrases_by_list_and_by_split_without_overlap(tmp_path):
     tasks, texts = [Task("a", "do", []), Task("b", "make", [])], [f"wording {i}" for i in range(12)]
     data.add_paraphrases(write(tmp_path / "p.json", {
-        "a": [*texts, texts[0], "do", {"text": "wording 3"}],
+        "a": [*texts[1:], texts[1], "do", {"text": "wording 0", "style": "terse"}],
         "b": {"train": ["one", "make", "one"], "dev": [{"text": "two", "style": "terse"}],
               "test": ["one"]}}), tasks)
     parts = [{w.text for w in tasks[0].wordings[split]} for split in ("train", "dev", "test")]
     assert [len(part) for part in parts] == [6, 3, 3] and set.union(*parts) == set(texts)
+    assert [w.style for part in tasks[0].wordings.values() for w in part if w.text == texts[0]] == [
+        "terse"]
     assert tasks[1].wordings == {"train": [Wording("one")], "dev": [Wording("two", "terse")],
                                  "test": []}
 
@@ -295,6 +297,18 @@ def test_wordings_of_an_unknown_task_are_refused(tmp_path):
     path = write(tmp_path / "q.json", {"zzz": ["x"]})
     with pytest.raises(ValueError, match="q.json has wordings for task 'zzz', which is not among"):
         data.add_paraphrases(path, [Task("a", "do", [])])
+
+
+def test_wordings_of_an_unknown_split_are_refused(tmp_path):
+    path = write(tmp_path / "q.json", {"a": {"train": ["x"], "valid": ["y"]}})
+    with pytest.raises(ValueError, match="q.json, task a: expected the splits train, dev and test"):
+        data.add_paraphrases(path, [Task("a", "do", [])])
+
+
+def test_a_file_that_is_no_task_is_refused(tmp_path):
+    path = write(tmp_path / "q.json", {"Instances": []})
+    with pytest.raises(ValueError, match="q.json lacks Definition or Instances"):
+        data.read_tasks(path)
 
 
 @pytest.mark.parametrize("n, sizes", [(0, (0, 0, 0)), (4, (4, 0, 0)), (5, (1, 2, 2)),

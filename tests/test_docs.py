@@ -75,8 +75,9 @@ def test_links_lead_somewhere(page):
             assert anchor in slugs, f"{page.name}: {target}#{anchor}"
 
 
-def test_the_method_of_the_readme_trains(tmp_path, arguments, candidates):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "docs/family.md"])
+def test_the_method_of_the_page_trains(page, tmp_path, arguments, candidates):
+    text = (ROOT / page).read_text(encoding="utf-8")
     (tmp_path / "mine.py").write_text(re.findall(r"```python\n(.*?)```", text, re.S)[0])
     argv = ["--stage", str(tmp_path / "mine.py"), *arguments(tmp_path / "run"), "--plain",
             "--candidates", str(candidates), "--steps", "3", "--sft-steps", "2", "--batch-size",

@@ -332,7 +332,7 @@ def test_the_template_is_the_one_asked_for_then_the_adapters_then_the_models(wor
 def test_devices_that_are_not_there_are_refused(world):
     n = torch.cuda.device_count()
     assert evaluation.pick_device(settings(world, "--device", "cpu")) == ("cpu", torch.float32)
-    with pytest.raises(ValueError, match=f"--device cuda:{n} is not one of cpu, cuda and this ma"):
+    with pytest.raises(ValueError, match=f"--device cuda:{n} is not here: this machine has"):
         evaluation.pick_device(settings(world, "--device", f"cuda:{n}"))
 
 
@@ -583,7 +583,7 @@ def answer_to(argv, capsys):
     (["--tasks", "/no/such"], "no task files at /no/such"),
     (["--paraphrases", "/no/such"], "No such file or directory: '/no/such'"),
     (["--adapter", "/no/such"], "'/no/such/adapter_config.json'"),
-    (["--device", "cuda:99"], "--device cuda:99 is not one of cpu, cuda and this machine's"),
+    (["--device", "cuda:99"], "--device cuda:99 is not here: this machine has"),
     (["--template", "lama"], "unknown template 'lama'"),
     (["--max-new-tokens", "5000"], "--max-new-tokens 5000 leaves no room"),
     (["--no-such-flag"], "there is no flag --no-such-flag here; see --help."),

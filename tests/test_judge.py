@@ -488,7 +488,7 @@ def test_unparsed_types_and_verdicts_of_a_server(serve):
 def test_a_failing_server_is_an_error_that_names_its_status(serve, status):
     """train.py and eval.py answer it in one line; no redirect is followed."""
     server = serve(lambda text: (status, f"VERDICT {nonce(text)}: same"))
-    with pytest.raises(ValueError, match=f"/v1/chat/completions answered with status {status}, n"):
+    with pytest.raises(ValueError, match=f"/v1/chat/completions answered with status {status} and"):
         HttpJudge(server.url, "m").similar_pairs([({}, "a", "b")])
     assert len(server.requests) == 1
 

@@ -325,11 +325,12 @@ def test_weights_of_another_rank_are_refused(adapter, rank):
         lora.attach_adapter(llama(), config, tensors)
 
 
-@pytest.mark.parametrize("change", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}])
+@pytest.mark.parametrize("change", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}},
+                                    {"alpha_pattern": {"q_proj": 2}}])
 def test_adapters_with_another_scale_are_refused(change, adapter):
     file = adapter[0] / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(ValueError, match="its scale is not alpha / rank; reading it takes extras"):
+    with pytest.raises(ValueError, match="is no plain LoRA adapter; reading it takes extras"):
         lora.load_adapter(llama(), adapter[0])
 
 

@@ -163,7 +163,7 @@ def test_what_no_term_names_is_logged_and_not_learnt(make_run, method):
         def step(model, batch, cfg, extra=extra):
             terms = methods.token_step(model, batch, cfg)
             return terms | {"noted": extra * terms["ce"]}
-        run.method = method(step=step)
+        run.method = method(step=step, METRICS={"noted": "items"})
         run.model.zero_grad()
         means = train.backward(run, [collate(items, run.model, "cpu")])
         found.append([p.grad.clone() for p in run.model.parameters() if p.requires_grad])
@@ -353,7 +353,7 @@ def test_truncated_prompts_are_counted(start, tmp_path, capsys):
     start("sft", tmp_path / "run", "--max-len", "25", "--no-evaluate", "--judge-share", "0",
           "--steps", "1")
     said = capsys.readouterr().out
-    assert "sft: the prompts of 16 documents are longer than --max-len 25" in said
+    assert "sft: 16 documents are longer than --max-len 25, and were truncated." in said
 
 
 @pytest.mark.parametrize("flags, computes", [

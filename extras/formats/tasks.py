@@ -80,7 +80,9 @@ def add_paraphrases(path, tasks: list[Task]) -> None:
             given = given["paraphrases"]
         if isinstance(given, list):
             texts = [wording.text for wording in read_wordings(given, where)]
-            task.wordings = split_wordings(name, [x for x in texts if x != task.definition])
+            pairs = zip(given, texts, strict=True)
+            others = [row for row, text in pairs if text != task.definition]
+            task.wordings = split_wordings(name, others)
             continue
         refuse(not isinstance(given, dict) or given.keys() - set(SPLITS), f"{where} is "
                f"{show(given)}. Expected a list of wordings, or the lists train, dev and test.")

@@ -47,6 +47,8 @@ def write_report(folder: Path, results: dict, tables: dict, shown: int = 10) -> 
         rows[model] = {title: metrics[name] for name, title in TABLE.items()}
         counts[model] = {name: metrics[name] for name in (
             "questions", "responses", "unfinished", "unparsed", "judge", "cluster")}
+        if "kl" in metrics:  # --reference
+            counts[model]["KL, nats per answer"] = metrics["kl"]["mean"]
     parts = ["# Evaluation", table("model", rows),
              "Percent, with 95 % bootstrap intervals over questions."]
     for before, after in zip(names, names[1:], strict=False):

@@ -1,6 +1,7 @@
 """What train.py reports of a run beside its table: curves, error rates, masks, rewards, judges."""
 
 import json
+import shlex
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 
 import data
 import judge as judging
-from eval import answer_questions, evaluate_responses, open_model, write_results
+from eval import DEMO, answer_questions, evaluate_responses, open_model, write_results
 from extras.formats.records import read_judged
 from extras.judges.judges import confusion
 from extras.reports import masks, plots
@@ -90,11 +91,29 @@ def measure_masks(run, ladder: dict) -> None:
 # ----- Methods on scored candidates -----
 
 def report_run(run) -> None:
-    """Curves of each stage, and judge.json of the candidates. The first process calls this."""
+    """Curves of each stage, judge.json of the candidates, and what to do next, on the screen.
+
+    The first process calls this.
+    """
     for log in Path(run.cfg.out).rglob("log.jsonl"):
         report_training(log.parent)
     if run.method.collect is candidates.collect and not getattr(run.cfg, "preferences", ""):
         report_candidates(run)
+    if Path(run.cfg.out, "report.md").exists():
+        run.say(f"report: {run.cfg.out}/report.md\nnext: {next_command(run.cfg)}")
+
+
+def next_command(cfg) -> str:
+    """The final split of the tasks that a run reports on; without wordings a talk to the model."""
+    words = ["--model", cfg.model, "--adapter", cfg.out]
+    if not cfg.paraphrases or cfg.full:
+        return shlex.join(["python", "-m", "tools.chat", *words])
+    if Path(cfg.tasks) == DEMO / "tasks" and Path(cfg.model) == DEMO / "base":
+        words = words[2:]
+    else:
+        words += ["--tasks", cfg.tasks, "--paraphrases", cfg.paraphrases, "--max-new-tokens",
+                  str(cfg.max_new_tokens), "--rouge-threshold", str(cfg.rouge_threshold)]
+    return shlex.join(["python", "eval.py", *words, "--split", "test"])
 
 
 def report_candidates(run) -> None:

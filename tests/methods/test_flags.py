@@ -39,6 +39,9 @@ def test_every_limit_of_every_flag_is_held(stage):
         if "at_least" in limits:
             wrong += [limits["at_least"] - 1, math.nan]
             right.append(limits["at_least"])
+        if limits.get("share"):
+            wrong += [-0.1, 1.1, math.nan]
+            right += [0, 1]
         if "below" in limits:
             wrong += [limits["below"], -0.1, math.nan]
             right += [0, 0.999 * limits["below"]]

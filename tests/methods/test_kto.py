@@ -164,7 +164,7 @@ def response_of(document):
     return [label for label in document["labels"] if label != data.IGNORE_INDEX]
 
 
-def test_best_answers_are_desirable_and_answers_are_mismatched_by_turns(make_run, candidates,
+def test_best_answers_are_desirable_and_others_are_answers_to_another_question(make_run, candidates,
                                                                         monkeypatch):
     run = make_run("kto", "--candidates", str(candidates))
     monkeypatch.setattr(kto, "add_reference", lambda run, items: items)
@@ -177,14 +177,16 @@ def test_best_answers_are_desirable_and_answers_are_mismatched_by_turns(make_run
     for number, item in enumerate(found):
         own, other = item["documents"]
         assert prompt_of(own) == prompt_of(other)
-        assert response_of(other) == response_of(found[number - 1]["documents"][0])
+        back = [found[number - k] for k in range(1, len(found))]
+        nearest = next(x for x in back if x["name"] != item["name"])
+        assert response_of(other) == response_of(nearest["documents"][0])
 
 
-def test_one_answer_has_no_other_to_be_mismatched_with(make_run, candidates, tmp_path):
+def test_one_question_is_too_few(make_run, candidates, tmp_path):
     alone = tmp_path / "alone.jsonl"
-    alone.write_text(candidates.read_text().split("\n")[0] + "\n")
+    alone.write_text("\n".join(candidates.read_text().split("\n")[:3]) + "\n")
     run = make_run("kto", "--candidates", str(alone))
-    with pytest.raises(ValueError, match="one answer .* needs two"):
+    with pytest.raises(ValueError, match=r"all answers are to .*/.* needs two questions"):
         kto.items(run)
 
 

@@ -160,6 +160,6 @@ def test_it_learns_from_soft_labels_and_with_all_weights(command, candidates, tm
 
 
 def test_wrong_flags_are_refused(refused):
-    refused("has one round", "reward", "--rounds", "2")
+    refused("in one round", "reward", "--rounds", "2")
     refused("learns from another judge", "reward", "--judge", "reward", "--reward-model", ".")
     refused("--reward-model is for --judge reward", "reward", "--reward-model", ".")

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import data
+from eval import DEMO
 from extras.fast.quant import (
     QUANTIZERS,
     QuantLinear,
@@ -24,7 +26,7 @@ from lora import (
     lora_modules,
     merge_lora,
 )
-from model import Sampling, generate
+from model import Sampling, generate, load_model
 
 # Dettmers et al. 2023, Appendix E
 PUBLISHED = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -182,6 +184,23 @@ def test_adapters_over_codes_get_the_gradients_of_adapters_over_their_values(kin
         assert all(weight.grad is None for weight in others)
     assert len(slopes[0]) == 28 and all(slope.any() for slope in slopes[0])
     assert all(torch.allclose(*pair, atol=1e-4, rtol=1e-4) for pair in zip(*slopes, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, most, least", [("int8", 1e-3, 0.98), ("nf4", 0.05, 0.85)])
+def test_the_error_of_quantised_logits(kind, most, least, quantise):
+    """The KL divergence per token from the demo's base, and how often the top token stays."""
+    full, tokenizer = load_model(DEMO / "base"), data.Tokenizer(DEMO / "base")
+    model = quantise(load_model(DEMO / "base"), kind)
+    instances = data.read_tasks(DEMO / "tasks/purchase_colour.json")[0].instances[:60]
+    kl, same, n = 0.0, 0, 0
+    for instance in instances:
+        ids = torch.tensor(tokenizer.encode_prompt(instance.input))[None]  # (1, T)
+        p, q = full(ids).log_softmax(-1), model(ids).log_softmax(-1)  # (1, T, V)
+        kl += float((p.exp() * (p - q)).sum())
+        same, n = same + int((p.argmax(-1) == q.argmax(-1)).sum()), n + ids.numel()
+    print(f"{kind}: KL {kl / n:.2e} nats per token, top token the same in {same / n:.4f} of {n}")
+    assert 0 < kl / n < most and same / n > least
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)

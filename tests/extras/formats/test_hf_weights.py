@@ -271,7 +271,7 @@ whole = open_model(sys.argv[1])
 total = sum(p.numel() for p in whole.parameters())
 same = all(torch.equal(p.full_tensor(), q) for p, q in
            zip(held.parameters(), whole.parameters(), strict=True))
-os.write(1, f"share {local / total} {read / total} {same}\n".encode())  # whole lines
+os.write(1, f"share {local / total} {read / total} {same}\\n".encode())  # whole lines
 dist.destroy_process_group()
 """
 

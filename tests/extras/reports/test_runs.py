@@ -1,12 +1,14 @@
 """What is reported of a run: error rates, masks, rewards against judges and rules."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 import data
+from eval import DEMO
 from extras.reports import report_judged, report_rewards, report_run
-from extras.reports.runs import compare_rewards, correlation, report_candidates
+from extras.reports.runs import compare_rewards, correlation, next_command, report_candidates
 from methods import heads
 
 
@@ -60,6 +62,18 @@ def test_a_run_gets_curves_of_all_its_stages_and_a_page_on_its_judge(
     assert {str(path.relative_to(run.folder)) for path in run.folder.rglob("*.png")} == {
         "plots/training.png", "sft-ia/plots/training.png"}
     assert (run.folder / "judge.json").exists() == judged_too
+
+
+@pytest.mark.parametrize("more, wanted", [
+    ({"model": f"{DEMO}/base", "tasks": f"{DEMO}/tasks"},
+     "python eval.py --adapter 'runs/a b' --split test"),
+    ({}, "python eval.py --model m --adapter 'runs/a b' --tasks t --paraphrases p "
+         "--max-new-tokens 9 --rouge-threshold 0.7 --split test"),
+    ({"paraphrases": ""}, "python -m tools.chat --model m --adapter 'runs/a b'")])
+def test_the_next_command(more, wanted):
+    settings = {"model": "m", "tasks": "t", "paraphrases": "p", "out": "runs/a b", "full": False,
+                "max_new_tokens": 9, "rouge_threshold": 0.7}
+    assert next_command(SimpleNamespace(**settings | more)) == wanted
 
 
 def test_soft_labels_have_no_rewards_to_compare(make_run, tmp_path):
