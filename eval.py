@@ -10,7 +10,6 @@ agree.
 """
 
 import argparse
-import importlib
 import importlib.util
 import json
 import os
@@ -87,7 +86,7 @@ def find_template(cfg, model, adapter=""):
     """The template that was asked for, or that the adapter or the model was trained with."""
     name, settings = cfg.template, Path(adapter, "config.json")
     if not name and adapter and settings.is_file():
-        name = data.read_json(settings).get("template")
+        name = dict(data.read_json(settings)).get("template")
     formats = extra("formats", cfg.plain) or data
     return formats.find_template(name or model.config.prompt_template or "alpaca")
 
@@ -112,7 +111,6 @@ def complete(model, tokenizer, prompts, sampling, *, seeds=None, batch_size=64,
     from tqdm import tqdm
 
     from model import generate
-
     limit = min(max_len or model.config.context, model.config.context)
     room = limit - sampling.max_new_tokens
     if room < 2:
@@ -153,7 +151,7 @@ def consistency_rate(similar):
     n = len(similar)
     if n < 2:
         return None
-    return float(np.triu(similar & similar.T, 1).sum() / (n * (n - 1) / 2))
+    return float((similar & similar.T)[np.triu_indices(n, 1)].mean())
 
 
 def max_consistency_rate(similar):
@@ -390,7 +388,6 @@ def evaluate(cfg) -> None:
     more = reports and reports.MoreMetrics(cfg.use_stemmer, cfg.cluster)
     import lora  # and with it torch, which takes a second; mistakes have shown by now
     from model import Sampling
-
     for adapter in ["", *cfg.adapter]:
         name, model = adapter or Path(cfg.model).name, open_model(cfg, adapter)
         template = find_template(cfg, model, adapter)
@@ -409,6 +406,9 @@ def evaluate(cfg) -> None:
 def main(argv=None) -> int:
     """Run `evaluate`; the exit status is 2 for a mistake in what was given."""
     cfg = parse_flags(sys.argv[1:] if argv is None else argv, demo=True)
+    runtime = extra("runtime", cfg.plain)
+    if runtime:
+        return runtime.run_program(evaluate, cfg)
     try:
         evaluate(cfg)
     except (ValueError, OSError) as error:

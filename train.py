@@ -253,21 +253,21 @@ def make_run(cfg, method, guard) -> Run:
 
 def run_stage(run: Run, name: str) -> Path:
     """Train a stage unless its folder holds it already; returns the folder of its adapter."""
-    own = name == run.cfg.stage
+    own, init = name == run.cfg.stage, getattr(run.cfg, "init", "")
     method, cfg, rounds = run.method, run.cfg, getattr(run.cfg, "rounds", 1)
     if not own:
         method, cfg, rounds = find_method(name), settings.stage_config(run.cfg, name), 1
     # It may be there already, in this run's folder or in that of --init.
     places = [Path(cfg.out)]
-    if getattr(run.cfg, "init", "") and not own:
-        places = [Path(run.cfg.init) / name, Path(run.cfg.init), *places]
+    if init and not own:
+        places = [Path(init) / name, Path(init), *places]
     for place in places:
         if settings.saved_settings(place).get("stage") == name and settings.is_finished(place, cfg):
             run.say(f"{name}: found in {place}.")
             return place
     # The stage that it continues comes first, trained by the same rule.
     before = None
-    if method.needs and run.tasks:
+    if method.needs and (run.tasks or init):
         before = run_stage(run, method.needs)
     # Each round goes on from the last; the last round's folder is the run's own.
     for number in range(rounds):
@@ -375,7 +375,7 @@ def report(run: Run, ladder: dict[str, Path | None]) -> None:
     for title, folder in ladder.items():
         model = methods.open_model(cfg) if folder is None else open_trained(cfg, folder)
         model, prefix = merged_copy(model), ""
-        if title.partition(", round ")[0] == run.method.title:
+        if title.startswith(run.method.title):
             prefix = run.prefix()
 
         def work(part, model=model, prefix=prefix):

@@ -86,7 +86,7 @@ ROWS = [
     ("samplers at their limits", "6*model::test_sample_at_its_edges model::test_non_finite "
      "model::test_an_empty_prompt"),
     # Many processes
-    ("records and metrics of 1, 2, 3 and 4 processes, weights of two",
+    ("records and metrics of 1, 2, 3 and 4 processes",
      "many::test_processes_share many::test_two_processes_of_torchrun"),
     ("shards over 2 and 3 processes: losses and weights as with one",
      "shards::test_shards_train shards::test_each_process hf_weights::test_each_process"),

@@ -7,8 +7,8 @@ A method is a file in this folder (or anywhere: `--stage path/to/mine.py`) that 
     items(run)                  -> what it trains on, [item, ...]
     step(model, batch, cfg)     -> {term: sum}, one for each name in TERMS and METRICS
 
-and may have, or get from the file that it names as its `base` (candidates or judged), or else has
-as in methods/common.py,
+and may have what follows. What it leaves out it gets from the file that it names as its `base`
+(candidates or judged), or else from methods/common.py.
 
     Flags       a dataclass of the flags that it reads beside the common ones
     DEFAULTS    {flag: value} where its default differs from the common one
@@ -22,6 +22,10 @@ as in methods/common.py,
     prepare(model, batch, cfg)  -> {name: (sum, count)}: statistics of the whole step, which the
                                 loop totals and hands to `step` as batch["statistics"][name]
     report(run, ladder)         evaluates the finished models
+
+A `batch` is what `collate` makes of items, and "step", the number of the step. Import torch, losses
+and lora from here: they are loaded when they are first used, so that `--help` and a wrong flag are
+answered at once.
 
 An item is {"documents": [...], "name": ..., "indices": {name: [number of one of its documents]},
 "values": {name: [number]}}. `collate` lays the documents of a batch end to end and joins the rest

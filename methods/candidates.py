@@ -11,6 +11,7 @@ Every method that imports this file trains on the same lines, so only the method
 
 import random
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import data
@@ -214,5 +215,8 @@ def check(cfg) -> None:
     if cfg.reward_model and cfg.judge != "reward":
         raise ValueError(f"--reward-model is for --judge reward, not {cfg.judge}. Add that, or "
                          "leave it out.")
+    if cfg.reward_model and not Path(cfg.reward_model, "value_head.safetensors").exists():
+        raise ValueError(f"--reward-model {cfg.reward_model} has no value_head.safetensors. Give a "
+                         "run folder of --stage reward.")
     if cfg.judge == "reward" and not cfg.reward_model:
         raise ValueError("--judge reward needs --reward-model DIR, a run folder of --stage reward.")

@@ -1,7 +1,7 @@
 """The flags that every stage reads, and those of every stage that tunes a model on tasks.
 
-What is `rare` is named in the last paragraph of --help only. `Flags`, and all names behind it, are
-what a method has that does not say otherwise.
+What is `rare` is named in the last paragraph of --help only. `Flags` and all names below it are
+what a method gets that does not define them itself.
 """
 
 from dataclasses import dataclass

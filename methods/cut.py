@@ -2,7 +2,7 @@
 
 Each judged response becomes up to two examples   (arXiv 2312.14591):
     ALIGN_P   instruction -> a satisfying response                likelihood
-    ALIGN_N   instruction, judgment -> the bad response           likelihood: together they fit
+    ALIGN_N   instruction, judgment -> the bad response           likelihood: it fits the judgment
     MISALIGN  instruction -> the same bad response                unlikelihood of its wrong tokens
 
 A token is wrong where the judgment makes it likelier: p(token | judgment) > lambda * p(token).

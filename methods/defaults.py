@@ -1,4 +1,4 @@
-"""What is taken where a command does not say it: the demo's model, tasks, and their settings."""
+"""What a command leaves out: the demo's model, its tasks, and their settings."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,7 @@ MODEL = str(DEMO / "base")
 
 
 def demo_settings(method, given: dict, before: dict) -> dict:
-    """What demo/settings.json says, as far as the demo's model and tasks are what is used."""
+    """The demo's settings, those of its model and of its tasks where these are used."""
     settings, found = data.read_json(DEMO / "settings.json"), {}
     name, kind = method.__name__.rpartition(".")[2], method.kind
     if not kind:

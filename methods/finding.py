@@ -9,6 +9,8 @@ from methods import common
 
 INHERITED = ("Flags", "DEFAULTS", "kind", "needs", "beside", "check", "inspect", "collect",
              "report")
+DIVISORS = ("tokens", "items", "pairs", "documents")  # of a term of the loss
+KINDS = ("", "sft", "candidates", "judged")  # of the demo's settings
 
 
 def find_method(name: str):
@@ -17,18 +19,38 @@ def find_method(name: str):
     if path.suffix == ".py" and path.is_file():
         spec = importlib.util.spec_from_file_location(f"own.{path.stem}", path)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except (SyntaxError, ImportError, NameError, AttributeError) as error:
+            raise ValueError(f"{name} cannot be loaded: {error!r}.") from error
     elif name in stages():
         module = importlib.import_module("methods." + name.replace("-", "_"))
     else:
         raise ValueError(f'unknown stage "{name}". Stages: {", ".join(stages())}; or give the path '
                          "of a file like those in methods/.")
-    inherit(module)
-    for needed in ("__doc__", "TERMS", "items", "step", "Flags"):
-        if not getattr(module, needed, None):
-            raise ValueError(f"{name} is no method: it has no {needed}. methods/__init__.py says "
-                             "what a method has.")
+    check_method(name, inherit(module))
     return module
+
+
+def check_method(name: str, method) -> None:
+    """Raise ValueError if a method lacks what it must have, or has it in another form."""
+    wanted = {"__doc__": str, "title": str, "TERMS": dict, "METRICS": dict, "DEFAULTS": dict,
+              "beside": tuple, "Flags": type}
+    for part, kind in wanted.items():
+        if not isinstance(getattr(method, part, None), kind):
+            raise ValueError(f"{name} has no {part} that is a {kind.__name__}. methods/__init__.py "
+                             "says what a method has.")
+    for part in ("items", "step"):
+        if not hasattr(method, part):
+            raise ValueError(f"{name} has no function {part}. methods/__init__.py says what a "
+                             "method has.")
+    for term, count in (method.TERMS | method.METRICS).items():
+        if not callable(count) and count not in DIVISORS:
+            raise ValueError(f"{name} divides {term} by {count!r}. Expected one of "
+                             f"{', '.join(DIVISORS)}, or a function.")
+    if method.kind not in KINDS:
+        raise ValueError(f"{name} has the kind {method.kind!r}. Expected sft, candidates or "
+                         "judged.")
 
 
 def inherit(method):

@@ -85,13 +85,16 @@ def unknown_flag(words: list[str], flags: type) -> str:
     """A sentence about words that no flag reads."""
     names = [word.partition("=")[0] for word in words if word.startswith("-")]
     if not names:  # the words themselves are not repeated: one may be a secret
-        return f"{len(words)} words belong to no flag. --help lists the flags."
+        return f"words that belong to no flag: {len(words)}. --help lists the flags."
     if "key" in names[0] or "token" in names[0]:
         return (f"there is no {names[0]}: keys are not accepted on the command line. Put the key "
                 "into the environment variable JUDGE_API_KEY, or one that --judge-key-env names.")
     known = [spelled(item.name) for item in fields(flags)]
-    near = difflib.get_close_matches(names[0], known, 1) or ["--help, which lists what it reads"]
-    return f"this stage does not read {names[0]}. Did you mean {near[0]}?"
+    near = difflib.get_close_matches(names[0], known, 1, cutoff=0.8)
+    hint = f"Did you mean {near[0]}?" if near else "--help lists what it reads."
+    if names[0].startswith("--judge-"):
+        hint = "Flags of a server need --judge http."
+    return f"this stage does not read {names[0]}. {hint}"
 
 
 def check_flags(cfg) -> None:

@@ -23,7 +23,7 @@ def grouped_candidates(run) -> list[list[dict]]:
 def best_answers(group) -> tuple[list, list]:
     """The best answers to one question, and those below.
 
-    Of verdicts only the reward 2 is best; of other rewards (a reward model's) the highest.
+    Among verdicts, the reward 2 is best; among other rewards (a reward model's), the highest.
     """
     known = [record for record in group if record["reward"] is not None]
     top, best, below = 2, [], []

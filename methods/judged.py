@@ -17,6 +17,7 @@ from methods import candidates, merged_copy, open_trained, record_name
 from methods.candidates import SampleFlags, answered, not_kept, unanswered
 from methods.critics import FAILED, LocalCritic, RuleCritic, critic_prompt
 from methods.flags import flag
+from methods.settings import has_result
 
 
 @dataclass
@@ -42,6 +43,12 @@ def check(cfg) -> None:
     if cfg.critic not in ("", "http") and cfg.judge != "self":
         raise ValueError("--critic writes judgments only with --judge self. Add that, or leave "
                          "--critic out.")
+    if cfg.critic not in ("", "http") and not has_result(Path(cfg.critic)):
+        raise ValueError(f"--critic {cfg.critic} holds no finished run. Give one of --stage "
+                         "critic.")
+    if "http" in (cfg.judge, cfg.critic) and not extra("judges", cfg.plain):
+        raise ValueError("judgments by a server need extras/judges. Leave out --plain, or give "
+                         "--judge rule.")
     if cfg.model and not cfg.tasks and not cfg.records:
         raise ValueError(f"--stage {cfg.stage} with --model needs --tasks DIR to sample answers "
                          "to, or --records FILE of judged responses.")
@@ -76,11 +83,7 @@ def make_critic(run):
     """Who writes judgments: rules, a server, or the model (with the adapter of --critic)."""
     cfg = run.cfg
     if "http" in (cfg.judge, cfg.critic):
-        judges = extra("judges", cfg.plain)
-        if not judges:
-            raise ValueError("judgments by a server need extras/judges. Leave out --plain, or "
-                             "give --judge rule.")
-        return judges.server_critic(cfg, run)
+        return extra("judges", cfg.plain).server_critic(cfg, run)
     if cfg.judge == "rule":
         return RuleCritic()
     model = open_trained(cfg, Path(cfg.critic)) if cfg.critic else run.model
@@ -154,3 +157,6 @@ def report(run, ladder: dict) -> None:
     reports = extra("reports", run.cfg.plain)
     if reports and run.cfg.evaluate and run.tasks:
         reports.report_judged(run, ladder)
+    else:
+        run.say(f"{run.cfg.stage}: nothing is evaluated (error rates are in extras/reports). The "
+                f"adapter is in {run.cfg.out}.")

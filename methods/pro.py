@@ -43,7 +43,7 @@ def step(model, batch, cfg) -> dict:
 def pro_loss(scores, rewards=None):
     """The first term for one question. scores, rewards (n,) in falling order of reward.
 
-    Raises ValueError for a rise, which would turn the loss round.
+    Raises ValueError if rewards increase, which would reverse the loss.
     """
     if rewards is not None and (rewards[1:] > rewards[:-1]).any():
         raise ValueError("PRO takes a question's answers best first; sort them by reward.")

@@ -35,11 +35,11 @@ attach, detach = heads.attach, heads.detach
 
 def check(cfg) -> None:
     """Raises ValueError for flags that do not fit together."""
-    candidates.check(cfg)
     if cfg.judge == "reward":
         raise ValueError("--stage reward learns from another judge. Give --judge self or rule.")
     if cfg.rounds > 1:
         raise ValueError("--stage reward trains one model, in one round. Leave --rounds out.")
+    candidates.check(cfg)
 
 
 def items(run) -> list[dict]:

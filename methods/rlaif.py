@@ -123,7 +123,7 @@ def items(run) -> list[dict]:
 
 
 def step(model, batch, cfg) -> dict:
-    """DPO with soft labels; a pair counts as right if the likelier order is the judge's."""
+    """DPO with soft labels; a pair counts as right if the policy prefers what the judge prefers."""
     h, q = preference.pair_logits(model, batch, cfg), batch["probability"]  # (P,), (P,)
     total, _ = losses.dpo_loss(h, beta=cfg.beta, label_smoothing=1 - q.to(h))
     right = torch.where(q < 0.5, -h, h).detach()

@@ -16,7 +16,7 @@ from methods.defaults import demo_settings, fill_paths
 from methods.finding import find_method
 from methods.flags import check_flags, parse_flags, spelled
 
-# A run that goes on may differ in these; they change no result.
+# A continued run may differ in these, and in how a server is asked; they change no result.
 FREE = {"out", "init", "device", "evaluate", "compare", "split", "micro_tokens", "checkpointing",
         "shard", "save_every", "plain", "eval_per_task", "eval_wordings", "eval_batch"}
 
@@ -29,13 +29,17 @@ def config_class(method, *, plain: bool = False, server: bool = False) -> type:
     return dataclass(type("Config", bases, {}))
 
 
+def flag_names(flags: type) -> set[str]:
+    """The names of the fields of a dataclass."""
+    return {item.name for item in fields(flags)}
+
+
 def parse_config(argv: list[str]):
     """Command line -> (settings, method). Raises ValueError for a mistake."""
     words = []
     for word in argv:
-        # --flag=value is --flag value
         if word.startswith("--"):
-            words += word.split("=", 1)
+            words += word.split("=", 1)  # --flag=value is --flag value
         else:
             words.append(word)
     follows = dict(zip(words, words[1:], strict=False))
@@ -50,7 +54,7 @@ def parse_config(argv: list[str]):
     given = parse_flags(flags, words, title, method.DEFAULTS) | {"out": out}
     # Each of these goes before the ones to its left.
     values = method.DEFAULTS | demo_settings(method, given, before) | before | given
-    known = {item.name for item in fields(flags)}  # the demo has settings for several stages
+    known = flag_names(flags)  # the demo has settings for several stages
     cfg = flags(**{name: value for name, value in values.items() if name in known})
     cfg = fill_paths(cfg, method)
     check_flags(cfg)
@@ -61,28 +65,47 @@ def parse_config(argv: list[str]):
 
 
 def continued_settings(method, stage: str, out: Path, init: str) -> dict:
-    """The settings of the run that is gone on with: the one in --out, or the stage in --init."""
+    """The settings of the run that is continued: the one in --out, or a stage in --init.
+
+    Raises ValueError if --init holds no finished run of the stage that this one continues.
+    """
     saved, needs = saved_settings(out), method.needs
     if saved.get("stage") == stage:
         return saved
     if not init:
         return {}
+    before = {}
     for folder in (Path(init), Path(init) / needs):
-        saved = saved_settings(folder)
-        if saved.get("stage") == needs:
-            # That stage's own steps and rate go on as --sft-steps and --sft-lr.
-            own = FREE | {"stage", "steps", "lr", "batch_size"}
-            found = {name: value for name, value in saved.items() if name not in own}
-            return found | {"sft_steps": saved["steps"], "sft_lr": saved["lr"]}
-    return {}
+        found = saved_settings(folder)
+        if found.get("stage") == needs and has_result(folder):
+            before = found
+    if not before:
+        raise ValueError(f"--init {init} holds no finished run of stage {needs}. Give another "
+                         "folder, or leave --init out and the stage is trained.")
+    saved = saved_settings(Path(init))
+    if saved.get("stage") == stage:  # another run of the same stage
+        return {name: value for name, value in saved.items() if name not in FREE}
+    # The earlier stage's own steps and rate are --sft-steps and --sft-lr here.
+    names = flag_names(config_class(find_method(needs)))
+    names -= FREE | {"stage", "steps", "lr", "batch_size"}
+    found = {name: value for name, value in before.items() if name in names}
+    return found | {"sft_steps": before["steps"], "sft_lr": before["lr"]}
+
+
+def has_result(folder: Path) -> bool:
+    """Whether a folder holds what a finished stage leaves."""
+    return any((folder / name).exists() for name in ("adapter_config.json", "model/config.json"))
 
 
 def saved_settings(folder: Path) -> dict:
-    """The config.json of a run folder; {} where there is none."""
+    """The config.json of a run folder; {} where there is none. Raises ValueError for damage."""
     path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    return data.read_json(path)
+    saved = data.read_json(path) if path.is_file() else {}
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} holds no settings. Give another run folder, or delete it.")
+    if "gae_lam" in saved:  # its name until November 2026
+        saved["gae_lambda"] = saved.pop("gae_lam")
+    return saved
 
 
 def save_settings(cfg, folder: Path) -> None:
@@ -93,7 +116,7 @@ def save_settings(cfg, folder: Path) -> None:
 
 
 def stage_config(cfg, name: str):
-    """This run's settings for a stage on the way: as given, but its own steps, rate and batch."""
+    """This run's settings for an earlier stage: as given, but its own steps, rate and batch."""
     method, values, asker = find_method(name), {}, find_method(cfg.stage)
     server = hasattr(cfg, "judge_url") and hasattr(method.Flags, "judge")
     flags = config_class(method, plain=cfg.plain, server=server)
@@ -112,11 +135,16 @@ def is_finished(folder: Path, cfg) -> bool:
 
     Raises ValueError if it holds a run, finished or not, with other settings.
     """
-    saved = saved_settings(folder)
+    finished = has_result(folder)
+    if not (finished or any(folder.glob("*.jsonl")) or (folder / "checkpoints").exists()):
+        return False  # a mistake stopped it before it had begun
+    # How often a server is asked, and what it may cost, is free, too.
+    server = flag_names((extra("judges", cfg.plain) or judging).ServerFlags)
+    saved, free = saved_settings(folder), FREE | server - {"judge_url", "judge_model"}
     for item in fields(cfg):
         name, value = item.name, getattr(cfg, item.name)
-        if name in saved and name not in FREE and saved[name] != value:
+        if name in saved and name not in free and saved[name] != value:
             raise ValueError(f"{folder} holds another run: {spelled(name)} was "
                              f"{str(saved[name])[:200]}, now {value}. Use another --out, or leave "
                              f"{spelled(name)} out.")
-    return any((folder / name).exists() for name in ("adapter_config.json", "model/config.json"))
+    return finished

@@ -1,11 +1,12 @@
 """Unlikelihood training without a detector: likelihood of some tokens, unlikelihood of others.
 
-    response   of all tokens of bad responses
-    token      of the tokens said before, as the paper has it for its training texts:
+    response   all tokens of bad responses are made unlikely
+    token      tokens that occurred before are, as in the paper:
                -log p(y_t) - alpha * sum over c in C_t of log(1 - p(c))
-    sequence   of 4-grams said before, in any response
+    sequence   repeated 4-grams are, in any response
 
-(arXiv 1908.04319, Eq. 4-5 and section 4.2). All behind the plain prompt, each a mean over tokens.
+(arXiv 1908.04319, Eq. 4-5 and section 4.2). No prompt has a judgment; the loss of a response is a
+mean over its tokens.
 """
 
 from dataclasses import dataclass

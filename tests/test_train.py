@@ -680,7 +680,7 @@ LINES = [
     (["--stage", "sft", "--steps"], "argument --steps: expected one argument"),
     (["--stage", "sft", "--model", "nowhere"], "--model nowhere does not exist."),
     (["--stage", "sft", "--lam", "1"], "this stage does not read --lam"),
-    (["--stage", "sft", "more"], "1 words belong to no flag. --help lists the flags."),
+    (["--stage", "sft", "more"], "words that belong to no flag: 1. --help lists the flags."),
     (["--stage", "sft", "--max-l", "9"], "does not read --max-l. Did you mean --max-len?"),
     (["--stage", "sft", "--model", "x\ny"], "--model x\\ny does not exist."),
     (["--stage", "nowhere/mine.py"], 'unknown stage "nowhere/mine.py"'),

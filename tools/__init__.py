@@ -5,7 +5,6 @@ questions, which judge and which folder.
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ def make_main(work: Callable, about: str, *, demo: bool = False, **own) -> Calla
     of choices. The exit status is 2 for a mistake, 1 if a judge cannot go on.
     """
     def main(argv: list[str] | None = None) -> int:
-        from extras.judges import RUN, JudgeStopped
+        from extras.runtime import run_program
 
         parser = argparse.ArgumentParser(usage=about, allow_abbrev=False)
         parser.epilog = "The other flags are those of eval.py, see python eval.py --help."
@@ -39,17 +38,15 @@ def make_main(work: Callable, about: str, *, demo: bool = False, **own) -> Calla
         given, rest = parser.parse_known_args(argv)
         cfg = parse_eval_flags(rest, demo)
         vars(cfg).update(vars(given))
-        try:
+        for name, (default, _) in own.items():
+            least = min(default, 1) if type(default) is int else None
+            if least is not None and getattr(cfg, name) < least:
+                fail(f"{spelled(name)} is {getattr(cfg, name)}. Expected {least} or more.")
+
+        def start(cfg):
             Path(cfg.out).mkdir(parents=True, exist_ok=True)
             work(cfg)
-        except JudgeStopped as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        except (ValueError, OSError) as error:
-            fail(str(error))
-        finally:
-            RUN.close(print)  # what a server was asked, and what it cost
-        return 0
+        return run_program(start, cfg)
     return main
 
 

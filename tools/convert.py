@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from eval import fail
 from extras.formats import weights
 from extras.formats.checks import read_object, read_value, reading, refuse
 from extras.formats.config import BOUNDS, HFConfig, read_config
@@ -221,8 +222,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="folder of a model or of an adapter")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--to", choices=("hf", "meta"), default="hf", help="layout to write")
+    parser.error = fail
     args = parser.parse_args(argv)
     try:
+        if args.out.resolve() == args.folder.resolve():
+            raise ValueError(f"--out {args.out} is the folder that is read. Give another.")
         convert(args.folder, args.out, args.to)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

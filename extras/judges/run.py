@@ -1,6 +1,5 @@
 """How train.py, eval.py and methods use this room. In a run, only one process asks a server."""
 
-import atexit
 import json
 from collections.abc import Callable
 from dataclasses import astuple, fields
@@ -52,7 +51,6 @@ def server_judge(cfg, config: JudgeConfig | None = None, run=None) -> HttpJudge:
         ask = make_backend(run)
     else:
         ask = client_from_flags(cfg, cfg.out).ask
-        atexit.register(RUN.close, print)
     return HttpJudge(ask, config, max_unparsed=cfg.max_unparsed, name=f"http {cfg.judge_model}")
 
 

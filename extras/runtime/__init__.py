@@ -1,4 +1,4 @@
 """What makes a run last and spread: resumed bit for bit after any stop, shared by processes."""
 
 from extras.runtime.ranks import spread  # noqa: F401
-from extras.runtime.supervise import supervise  # noqa: F401
+from extras.runtime.supervise import run_program, supervise  # noqa: F401

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import data
-from eval import pick_device
+from eval import fail, pick_device
 from extras.judges import RUN, JudgeStopped
 from extras.runtime import ranks
 from extras.runtime.guard import Guard, Stopped, remove_leftovers
@@ -50,6 +50,26 @@ def supervise(cfg, method, run_method) -> int:
         sys.stdout.flush()
         os._exit(status)
     return status
+
+
+def run_program(work, cfg) -> int:
+    """Call work(cfg) and return the exit status, for programs that need nothing of a run.
+
+    2: a mistake in what was given; 1: a judge cannot go on; 130: Ctrl-C. Raises what is a bug.
+    """
+    try:
+        work(cfg)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    except JudgeStopped as error:
+        complain(str(error), 0)
+        return 1
+    except KeyboardInterrupt:
+        complain("stopped by Ctrl-C.", 0)
+        return 130
+    finally:
+        RUN.close(lambda message: print(message, flush=True))  # what a server was asked
+    return 0
 
 
 def summarise(cfg, seconds: float) -> None:

@@ -1,5 +1,6 @@
 """finding.py: a method by its name or path, and what it takes from its base and common.py."""
 
+import re
 from types import ModuleType
 
 import pytest
@@ -53,3 +54,35 @@ def test_a_methods_own_words_go_before_its_bases_and_those_before_common():
     assert own.DEFAULTS is candidates.DEFAULTS and own.Flags is candidates.Flags
     assert own.begin is common.begin
     assert not hasattr(own, "candidate_key")  # no more than the contract says
+
+
+WORKING = '''"""A stage."""
+from methods import sequence_step as step
+TERMS = {"ce": "items"}
+
+
+def items(run):
+    return []
+'''
+
+
+@pytest.mark.parametrize("old, new, wanted", [
+    ("", "", None), ('"""A stage."""', "", "has no __doc__ that is a str"),
+    ('TERMS = {"ce": "items"}', "", "has no TERMS that is a dict"),
+    ('{"ce": "items"}', '["ce"]', "has no TERMS that is a dict"),
+    ('"items"', '"words"', "divides ce by 'words'. Expected one of tokens, items, pairs"),
+    ("def items", "def some", "has no function items"),
+    ("sequence_step as step", "sequence_step", "has no function step"),
+    ("TERMS", "beside = 'sft'\nTERMS", "has no beside that is a tuple"),
+    ("TERMS", "kind = 'judge'\nTERMS", "has the kind 'judge'. Expected sft, candidates or judged"),
+    ("TERMS", "x = y\nTERMS", "cannot be loaded: NameError"),
+    ("TERMS", "x =\nTERMS", "cannot be loaded: SyntaxError"),
+    ("sequence_step", "no_step", "cannot be loaded: ImportError")])
+def test_a_broken_method_is_refused_before_anything_runs(old, new, wanted, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(WORKING.replace(old, new, 1) if old else WORKING)
+    if wanted is None:
+        assert finding.find_method(str(path)).TERMS == {"ce": "items"}
+        return
+    with pytest.raises(ValueError, match=f"mine.py {re.escape(wanted)}"):
+        finding.find_method(str(path))

@@ -88,9 +88,9 @@ def test_flags_become_fields_of_their_types():
 
 
 @pytest.mark.parametrize("words, said", [
-    (("--num", "3"), "this stage does not read --num. Did you mean --number?"),  # no abbreviations
-    (("--colour", "3"), "this stage does not read --colour. Did you mean --help, which lists"),
-    (("a", "b"), "2 words belong to no flag. --help lists the flags."),
+    (("--numbe", "3"), "this stage does not read --numbe. Did you mean --number?"),  # in full
+    (("--colour", "3"), "this stage does not read --colour. --help lists what it reads."),
+    (("a", "b"), "words that belong to no flag: 2. --help lists the flags."),
     (("--number", "x"), "argument --number: invalid int value: 'x'")])
 def test_what_no_flag_reads_is_one_line(words, said, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -15,9 +15,10 @@ IGNORE = data.IGNORE_INDEX
 def test_who_writes_judgments(make_run, judged_stage):
     assert judged.make_critic(make_run(judged_stage)).name == "rule"
     assert judged.make_critic(make_run(judged_stage, "--judge", "self")).name == "self"
-    run = make_run(judged_stage, "--judge", "http", "--judge-model", "m")
     with pytest.raises(ValueError, match="judgments by a server need extras/judges"):
-        judged.make_critic(run)
+        make_run(judged_stage, "--judge", "http", "--judge-model", "m")
+    with pytest.raises(ValueError, match="--critic . holds no finished run"):
+        make_run(judged_stage, "--judge", "self", "--critic", ".")
 
 
 def test_collected_responses_carry_their_judgment(make_run, judged_stage):

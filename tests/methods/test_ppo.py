@@ -274,8 +274,11 @@ def test_the_reward_model_on_the_way_is_not_compared(command, candidates):
 @pytest.mark.parametrize("more, needed", [
     (("--judge", "rule"), {"reward": {"steps": 100, "lr": 1e-4}}),
     (("--judge", "rule", "--no-fit-reward"), {}),
-    (("--judge", "reward", "--reward-model", "."), {})])
-def test_a_reward_model_is_needed_unless_the_judges_rewards_are_taken(more, needed, make_run):
+    (("--judge", "reward", "--reward-model", "FOLDER"), {})])
+def test_a_reward_model_is_needed_unless_the_judges_rewards_are_taken(
+        more, needed, make_run, tmp_path):
+    (tmp_path / "value_head.safetensors").touch()
+    more = [str(tmp_path) if word == "FOLDER" else word for word in more]
     assert ppo.also_needs(make_run("ppo", *more).cfg) == needed
 
 

@@ -163,3 +163,4 @@ def test_wrong_flags_are_refused(refused):
     refused("in one round", "reward", "--rounds", "2")
     refused("learns from another judge", "reward", "--judge", "reward", "--reward-model", ".")
     refused("--reward-model is for --judge reward", "reward", "--reward-model", ".")
+    refused("has no value_head.safetensors", "cat", "--judge", "reward", "--reward-model", ".")

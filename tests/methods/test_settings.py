@@ -61,6 +61,7 @@ def test_settings_of_a_continued_run_come_before_the_demos(scored_stage, tmp_pat
              "tasks": str(DEMO / "tasks"), "max_new_tokens": 5}
     (tmp_path / "ia").mkdir()
     (tmp_path / "ia/config.json").write_text(json.dumps(saved))
+    (tmp_path / "ia/adapter_config.json").touch()
     argv = ["--stage", scored_stage, "--init", str(tmp_path / "ia")]
     cfg = parsed(*argv)
     assert (cfg.per_task, cfg.max_new_tokens, cfg.sft_steps, cfg.sft_lr) == (7, 5, 9, 0.25)
@@ -72,6 +73,57 @@ def test_settings_of_a_continued_run_come_before_the_demos(scored_stage, tmp_pat
     (tmp_path / "ia/config.json").write_text(json.dumps(saved))
     cfg = parsed(*argv)
     assert (cfg.lr, cfg.model, cfg.tasks) == (1e-4, str(tmp_path), str(tmp_path))
+
+
+def test_only_what_the_earlier_stage_reads_is_taken_from_it(scored_stage, tmp_path):
+    """Older versions wrote the flags of all stages into every config.json."""
+    saved = {"stage": "sft-ia", "steps": 9, "lr": 0.25, "per_task": 7, "beta": 5.0, "samples": 9}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    (tmp_path / "adapter_config.json").touch()
+    cfg, bare = parsed("--stage", scored_stage, "--init", str(tmp_path)), parsed(
+        "--stage", scored_stage)
+    assert cfg.per_task == 7 and (cfg.beta, cfg.samples) == (bare.beta, bare.samples)
+
+
+def test_another_run_of_the_same_stage_gives_all_of_its_settings(scored_stage, tmp_path):
+    for folder, saved in (("", {"stage": scored_stage, "steps": 9, "beta": 5.0, "out": "x"}),
+                          ("sft-ia", {"stage": "sft-ia", "steps": 3, "lr": 0.5})):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "config.json").write_text(json.dumps(saved))
+    (tmp_path / "sft-ia/adapter_config.json").touch()
+    cfg = parsed("--stage", scored_stage, "--init", str(tmp_path), "--out", "y", "--lr", "0.125")
+    assert (cfg.steps, cfg.beta, cfg.out, cfg.lr) == (9, 5.0, "y", 0.125)
+
+
+@pytest.mark.parametrize("saved, finished", [({"stage": "sft-ia"}, False), ({"stage": "x"}, True),
+                                             ({}, True)])
+def test_init_without_the_earlier_stage_is_refused(saved, finished, scored_stage, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    if finished:
+        (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(ValueError, match="--init .* holds no finished run of stage sft-ia"):
+        parsed("--stage", scored_stage, "--init", str(tmp_path))
+
+
+def test_settings_that_are_no_object_are_refused_and_an_old_name_is_read(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json holds no settings"):
+        saved_settings(tmp_path)
+    (tmp_path / "config.json").write_text('{"gae_lam": 0.9}')
+    assert saved_settings(tmp_path) == {"gae_lambda": 0.9}
+
+
+def test_limits_of_a_server_may_differ(scored_stage, folder):
+    pytest.importorskip("extras.judges")
+    path, _ = folder
+    (path / "log.jsonl").touch()
+    (path / "config.json").unlink()
+    cfg, _ = parse_config(["--stage", scored_stage, "--judge", "http", "--judge-model", "m",
+                           "--max-requests", "12", "--out", str(path)])
+    save_settings(cfg, path)
+    assert not is_finished(path, dataclasses.replace(cfg, max_requests=99, judge_workers=3))
+    with pytest.raises(ValueError, match="--judge-model was m, now n"):
+        is_finished(path, dataclasses.replace(cfg, judge_model="n"))
 
 
 def test_a_run_folder_has_the_name_of_its_stage_by_default(scored_stage):
@@ -166,6 +218,8 @@ def test_a_folder_with_an_adapter_or_a_model_is_a_finished_run(name, folder):
 def test_a_folder_with_other_settings_is_another_run(name, value, flag, folder):
     path, cfg = folder
     before, other = getattr(cfg, name), dataclasses.replace(cfg, **{name: value})
+    assert not is_finished(path, other)  # nothing has begun
+    (path / "log.jsonl").touch()
     with pytest.raises(ValueError) as stop:
         is_finished(path, other)
     assert str(stop.value) == (f"{path} holds another run: {flag} was {before}, now {value}. Use "

@@ -196,3 +196,13 @@ def test_marks_by_hand():
     assert mark(texts, [False] * 5 + [True]) == "name : anna ;[</s>]"
     assert mark(texts, [True] * 6) == "[name : anna ;</s>]" and mark([], []) == ""
     assert mark([b" a", b"\n", b"b", b"\xc3", b"\xa9"], [False] * 2 + [True] * 3) == "a\n[bé]"
+
+
+@pytest.mark.parametrize("program, flag, words", [
+    ("best_of", "--samples", []), ("paraphrase", "--number", []),
+    ("meta_evaluate", "--repeats", ["--data", "x"])])
+def test_numbers_below_one_are_refused(program, flag, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"tools.{program}").main([flag, "0", *words])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {flag} is 0. Expected 1 or more.\n"

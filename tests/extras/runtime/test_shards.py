@@ -29,7 +29,7 @@ SHARDED = {
 class PlainSGD(torch.optim.SGD):
     """In place of AdamW, whose first steps have full size even where a gradient is rounding."""
 
-    def __init__(self, weights, lr, **rest):
+    def __init__(self, weights, lr=0.0, **rest):
         super().__init__(weights, lr=lr, momentum=0.9)
 
 
