@@ -25,7 +25,7 @@ from eval import (
     max_consistency_rate,
     write_results,
 )
-from judge import RuleJudge
+from judge import RuleJudge, rouge_scores
 from model import Sampling, generate, load_model
 
 ROOT = Path(__file__).parent.parent
@@ -130,6 +130,14 @@ def test_bootstrap_of_no_one_and_equal_values():
     assert bootstrap([0.5, None]) == {"mean": 0.5, "ci95": None, "n": 1}
     assert bootstrap([1.0] * 5) == {"mean": 1.0, "ci95": [1.0, 1.0], "n": 5}
     assert bootstrap([0, None, 1]) == bootstrap([0, 1])
+
+
+@pytest.mark.parametrize("prediction, references", [
+    ("", ["x"]), ("x", [""]), ("", [""]), ("x", [])])
+def test_rouge_of_nothing_is_a_number(prediction, references):
+    scores = rouge_scores(prediction, references)
+    assert set(scores.values()) == {0.0}
+    json.dumps(scores, allow_nan=False)
 
 
 def test_bootstrap_follows_its_seed():

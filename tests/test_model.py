@@ -412,6 +412,27 @@ def test_sample_at_its_edges():
     assert sample(logits.half() * 1e4, [0.5], Sampling(1, 1.0)) == [1]
 
 
+PARTLY = [torch.tensor([[2.0, 1.0, 0.5, -1.0]]), torch.tensor([[2.0, *[-torch.inf] * 3]]),
+          torch.tensor([[-torch.inf, -torch.inf, 0.5, -torch.inf]])]  # some ids are impossible
+ODD = [torch.full((1, 4), value) for value in (torch.nan, torch.inf, -torch.inf)]
+ODD += [torch.tensor([[value, 1.0]]) for value in (torch.nan, torch.inf)]
+AT_LIMITS = [(logits, how) for logits in PARTLY for how in (
+    (0.0, 1.0), (1.0, 1.0), (1e-6, 1.0), (1e30, 1.0), (1e30, 0.9), (1.0, 1e-9), (1e-6, 0.5))]
+AT_LIMITS += [(logits, how) for logits in ODD for how in ((0.0, 1.0), (1.0, 0.9))]
+AT_LIMITS += [(torch.tensor([[3.0]]), (1.0, 0.1)), (torch.tensor([[3e38, -3e38]]), (1.0, 1.0))]
+
+
+@pytest.mark.parametrize("logits, how", AT_LIMITS)
+def test_sample_gives_a_possible_id_or_a_sentence(logits, how):
+    for draw in (0.0, 0.5, 1 - 2**-53):
+        if logits.logsumexp(-1).isfinite().all():
+            chosen, = sample(logits, [draw], Sampling(1, *how))
+            assert logits[0, chosen] > -torch.inf
+        else:
+            with pytest.raises(ValueError, match="non-finite logits"):
+                sample(logits, [draw], Sampling(1, *how))
+
+
 def test_top_p_equals_transformers():
     transformers = pytest.importorskip("transformers")
     logits, n = torch.randn(20, 40) * 3, 500

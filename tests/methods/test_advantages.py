@@ -108,6 +108,26 @@ def test_ratios_at_their_limits_are_finite(new, old, advantage):
     assert loss.isfinite().all() and logprob.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("new, old, wanted", [(-1e4, 0.0, 1e4), (1e4, -1e4, 0.0), (0.0, 0.0, 0.0)])
+def test_values_at_their_limits_are_finite(new, old, wanted):
+    value = torch.tensor([new], requires_grad=True)
+    loss = value_loss(value, torch.tensor([old]), torch.tensor([wanted]))
+    loss.sum().backward()
+    assert loss.isfinite().all() and value.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_advantages_at_their_limits_are_finite(n):
+    """Of no token and of one."""
+    found = gae(torch.ones(n), torch.full((n,), 3.0), torch.zeros(n, dtype=torch.long))
+    assert [x.tolist() for x in found] == [[-2.0] * n, [1.0] * n]
+
+
+@pytest.mark.parametrize("kl", [0.0, -1e9, 1e9])
+def test_the_coefficient_at_its_limits_is_finite(kl):
+    assert 0.097 < adapted_beta(0.1, kl, 1e-9) < 0.103
+
+
 def test_whitening():
     values = torch.randn(50, dtype=torch.float64) * 3 + 5
     white = whiten(values)

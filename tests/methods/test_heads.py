@@ -60,6 +60,21 @@ def test_a_folder_without_a_fitting_head_is_refused(ready, scored_stage, tmp_pat
         heads.open_reward_model(run, tmp_path / "x")
 
 
+@pytest.mark.xfail(strict=True, reason="heads.open_reward_model lets SafetensorError through")
+@pytest.mark.parametrize("how", ["a pickle", "half of it", "empty"])
+def test_a_damaged_head_is_refused_by_name_and_code_in_it_is_not_run(
+        how, ready, scored_stage, tmp_path):
+    run, file, marker = ready(scored_stage), tmp_path / heads.HEAD, tmp_path / "marker"
+    lora.save_adapter(run.model, tmp_path)
+    save_file({"weight": torch.zeros(1, 32), "bias": torch.zeros(1)}, file)
+    code = f"cos\nsystem\n(S'touch {marker}'\ntR.".encode()  # what a pickle is made of
+    blob = {"a pickle": code, "half of it": file.read_bytes()[:70], "empty": b""}[how]
+    file.write_bytes(blob)
+    with pytest.raises(ValueError, match="value_head.safetensors"):
+        heads.open_reward_model(run, tmp_path)
+    assert not marker.exists()
+
+
 def test_equal_items_are_scored_once():
     asked = []
 

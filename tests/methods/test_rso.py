@@ -35,6 +35,14 @@ def test_the_first_pass_accepts_at_the_published_rates():
         assert abs(count / trials - wanted) <= 4 * math.sqrt(wanted * (1 - wanted) / trials)
 
 
+@pytest.mark.parametrize("rewards, wanted", [
+    ([1.0] * 4, [0, 1]), ([1e9, 0.0], [0, 1]), ([0.0, 1e9, 0.0], [1]), ([5.0], [0]), ([], [])])
+def test_rejection_sampling_at_its_limits(rewards, wanted):
+    """Equal rewards, rewards far apart, one answer and none; a beta of almost 0 never waits."""
+    found = rso.rejection_sample(rewards, 2, beta=1e-9, rng=random.Random(0))
+    assert found[:len(wanted)] == wanted and len(found) == min(2, len(rewards))
+
+
 def test_temperatures_between_the_best_and_the_first():
     rewards, rng = [0.1, 0.9, 0.5, 0.7, 0.3], random.Random(0)
     assert sorted(rso.rejection_sample(rewards, 2, beta=1e-6, rng=rng)) == [1, 3]

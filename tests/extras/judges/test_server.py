@@ -7,6 +7,7 @@ import pytest
 import requests
 from chatserver import ChatServer, completion, make_client, say
 
+from extras.judges.client import ServerFlags, client_from_flags
 from extras.judges.questions import JudgeStopped, Reply
 from extras.judges.server import chat_address, read_key, read_response, redact, retry_after
 
@@ -117,6 +118,14 @@ def test_no_key_to_a_proxy_that_reads_along(monkeypatch):
         read_key("JUDGE_API_KEY", local, proxy)
     assert read_key("JUDGE_API_KEY", local, "http://127.0.0.1:3128") == KEY
     assert read_key("JUDGE_API_KEY", "https://host.example/v1", proxy) == KEY  # a tunnel
+
+
+@pytest.mark.parametrize("proxy", [
+    f"http://user:{KEY}@host:1", f"user:{KEY}@host:1", f"socks5://{KEY}:1", "host:1"])
+def test_a_proxy_that_is_no_address_is_not_repeated(proxy, tmp_path):
+    with pytest.raises(ValueError, match="--judge-proxy should read") as found:
+        client_from_flags(ServerFlags(judge_model="m", judge_proxy=proxy), tmp_path)
+    assert not leaks(str(found.value))
 
 
 @pytest.mark.parametrize("key", [KEY + "\n", " " + KEY, "“" + KEY, "sk a" + KEY, KEY + "\x7f"])

@@ -1,10 +1,12 @@
 """Markdown pages and plots: what outsiders write stays text, and nothing fails on empty input."""
 
 import json
+import random
 import sys
 
 import pytest
 
+import data
 from eval import write_results
 from extras.reports import plots, write_report
 from extras.reports.judges import confusion_section, judge_table, write_judge_report
@@ -32,6 +34,20 @@ def test_the_report_neutralises_what_a_model_says(tmp_path, two_models):
     rows = [line for line in text.splitlines() if line.startswith("| wording 0")]
     assert rows and all(line.replace("\\|", "").count("|") == 4 for line in rows)
     assert "| sft\\|x - base | 83.3 [" in text and "A ✓ red" in text
+
+
+def test_hostile_texts_survive_in_records_and_do_nothing_on_the_screen(tmp_path):
+    """One line of a file each; what is shown of them has no character that controls anything."""
+    rng, bits = random.Random(0), [
+        "\ud800", "\u2028", "\u2029", "\x85", "\x1e", "\x00", "\x1b[31m", "\r", "\n", "\u202e",
+        "\u200b", "é", "日", "🙂", "\\", '"', "<b>", "|", "`", "[x](http://y)", "9" * 400, "x"]
+    texts = ["".join(rng.choices(bits, k=rng.randrange(1, 40))) for _ in range(298)]
+    texts += ["y" * 10**6, "\ud800" * 10**4]
+    path = tmp_path / "r.jsonl"
+    data.append_records(path, [{"id": k, "text": text} for k, text in enumerate(texts)])
+    assert [record["text"] for record in data.read_records(path)] == texts
+    assert path.read_bytes().count(b"\n") == len(path.read_text().splitlines()) == 300
+    assert all(show(text).isprintable() for text in texts for show in (printable, markdown))
 
 
 def test_a_report_of_no_question(tmp_path, evaluate):

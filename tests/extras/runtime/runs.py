@@ -1,5 +1,7 @@
 """What the tests of a run share: commands, children, and what a run leaves behind."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -100,6 +102,20 @@ def survive(argv: list[str], delays, limit: float = 240) -> tuple[int, int]:
             return kills, status
         kill(child)
     raise AssertionError(f"{argv} did not end within {limit} s")
+
+
+def call(program, argv: list[str]) -> tuple[int, str]:
+    """main(argv) of a program: its status, or 70 for an exception, and what it writes to stderr."""
+    error = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error):
+        try:
+            status = program.main(argv)
+        except SystemExit as stop:
+            status = stop.code
+        except BaseException:
+            traceback.print_exc()
+            status = 70
+    return status, error.getvalue()
 
 
 def run_together(argv: list[str], size: int, strike=lambda: 0) -> list[int]:

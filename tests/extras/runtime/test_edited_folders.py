@@ -3,13 +3,10 @@
 Each trial damages one file, by a value or by bytes, and gives the same command again in a child.
 """
 
-import contextlib
-import io
 import json
 import os
 import random
 import shutil
-import traceback
 from types import SimpleNamespace
 
 import pytest
@@ -73,23 +70,10 @@ def damaged(file, number):
     return b"\n".join(lines) + b"\n"
 
 
-def call(program, argv):
-    """main(argv): the exit status, or 70 for an exception, and what stands on stderr."""
-    error = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error):
-        try:
-            status = program.main(argv)
-        except SystemExit as stop:
-            status = stop.code
-        except BaseException:
-            traceback.print_exc()
-            status = 70
-    return status, error.getvalue()
-
-
 def list_files(folder, leave_out):
     """The files under a folder, outside of some folders in it."""
-    return {str(path) for path in folder.rglob("*") if not leave_out & set(path.parents)}
+    return {str(path) for path in folder.rglob("*")
+            if not leave_out & {path, *path.parents}}
 
 
 @pytest.mark.parametrize("state, name, trials", [
@@ -111,7 +95,7 @@ def test_an_edited_run_folder_ends_as_before_or_names_the_file(state, name, tria
         blob = damaged(original / name, number)
         (run / name).write_bytes(blob)
         before = list_files(home, {out})
-        status, error = call(*((evaluation, edited.evaluate) if evaluating
+        status, error = runs.call(*((evaluation, edited.evaluate) if evaluating
                                else (train, edited.train)))
         lines = [line for line in error.splitlines() if line.startswith("error: ")]
         if list_files(home, {out}) != before:

@@ -135,15 +135,27 @@ def test_what_one_process_alone_finds_or_dies_of_is_one_line(command, tmp_path, 
     assert runs.saved_steps(tmp_path / "b") == [2, 3]
 
 
+ONCE_EACH = pytest.mark.xfail(strict=True, reason="eval.fail speaks once for each process")
+
+
 @pytest.mark.parametrize("change, words", [
     (["--max-len", "100000"], "--max-len is 100000, but"),
     (["--batch-size", "2"], "--batch-size 2 is less than 3 processes"),
-    pytest.param(["--template", "nobody"], "nobody", marks=FAULTS)])
+    (["--shard", "--quantize", "int8"], "It needs several, no --quantize, and a stage without"),
+    *(pytest.param(*row, marks=FAULTS) for row in [
+        (["--template", "nobody"], "unknown template 'nobody'"),
+        (["--model", "/tmp"], "no model at /tmp (no config.json)"),
+        (["--template", "chatml"], "template chatml ends responses with"),
+        (["--tasks", str(ROOT / "demo/base")], "config.json: field \"Definition\" is missing")]),
+    *(pytest.param(*row, marks=[FAULTS, ONCE_EACH]) for row in [
+        (["--stepz", "3"], "does not read --stepz"), (["--stage", "sfft"], "unknown stage"),
+        (["--tasks", "/nowhere"], "--tasks /nowhere does not exist")])])
 def test_a_mistake_that_all_find_is_one_line(change, words, command, tmp_path, capfd):
     capfd.readouterr()
     assert set(runs.run_together([*command("sft", tmp_path), *change], 3)) <= {1, 2}
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1 and words in error
+    error = capfd.readouterr().err  # in which torch may say that a peer has gone
+    line, = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert words in line and "extras/runtime" not in error  # no traceback
 
 
 def test_where_the_first_process_fails_alone_it_alone_speaks(command, tmp_path, monkeypatch, capfd):
@@ -194,11 +206,17 @@ def test_a_server_is_asked_by_the_first_process_alone(taught_command, chatserver
 
 
 @FAULTS
-@pytest.mark.parametrize("status, text, words", [
-    (401, "", "no API key"), (402, "", "out of credit"), (200, "hm", "had no readable verdict")])
+@pytest.mark.parametrize("reply, words", [
+    ({"status": 401}, "no API key"), ({"status": 402}, "out of credit"),
+    ({"status": 404}, "has no chat completions"), ({}, "had no readable verdict"),
+    ({"status": 307, "headers": {"Location": "http://127.0.0.1:1"}}, "redirects"),
+    ({"status": 429, "headers": {"Retry-After": "600"}}, "longer than 120 s"),
+    ({"status": 429, "body": {"error": {"code": "insufficient_quota"}}}, "out of credit"),
+    ({"status": 400, "body": {"error": {"message": "no"}}}, "10 requests in a row failed"),
+    ({"headers": {"Content-Type": "text/event-stream"}}, "streams its answers")])
 def test_a_server_that_fails_the_first_process_stops_all_with_one_line(
-        status, text, words, taught_command, chatserver, tmp_path, capfd):
-    reply = {"status": status, "body": chatserver.completion(text)}
+        reply, words, taught_command, chatserver, tmp_path, capfd):
+    reply = {"body": chatserver.completion("hm")} | reply
     with chatserver.ChatServer(lambda request, number: reply) as server:
         argv = serve(taught_command, tmp_path, server, "--pool-per-task", "30")
         capfd.readouterr()
