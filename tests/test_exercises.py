@@ -59,11 +59,12 @@ def test_an_answer_follows_the_code(monkeypatch):
     assert exercises.main(["8", "1", "148.41", "1"]) == 0
 
 
-def test_what_the_page_prints_is_true():
+def test_what_the_page_prints_is_true(monkeypatch):
     code = re.search(r"```python\n(.*?)```", PAGE, re.S).group(1)
     wanted = re.search(r"It prints `(.*?)` and `(.*?)`", PAGE).groups()
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.chdir(ROOT):
+    monkeypatch.chdir(ROOT)
+    with contextlib.redirect_stdout(said):
         exec(compile(code, "docs/reading.md", "exec"), {})
     assert tuple(said.getvalue().splitlines()) == wanted
 

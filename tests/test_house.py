@@ -22,7 +22,20 @@ MAY_IMPORT = {
     "tools": FIRST | {"eval", "methods", "extras", "train", "tools"},
 }
 RUNTIME = {"torch", "sentencepiece", "safetensors", "numpy", "rouge_score", "requests", "urllib3",
-           "tqdm", "matplotlib"}
+           "tqdm", "matplotlib", "tomli", "tomllib"}
+# What Python 3.10 lacks; `extras` has tomllib for all versions.
+LATER = {
+    "tomllib", "annotationlib", "compression", "asyncio.Barrier", "asyncio.Runner",
+    "asyncio.TaskGroup", "asyncio.timeout", "contextlib.chdir", "copy.replace", "datetime.UTC",
+    "enum.StrEnum", "enum.member", "enum.verify", "glob.translate", "hashlib.file_digest",
+    "itertools.batched", "math.cbrt", "math.exp2", "math.fma", "math.sumprod", "operator.call",
+    "os.process_cpu_count", "random.binomialvariate", "sys.exception", "typing.LiteralString",
+    "typing.Never", "typing.NotRequired", "typing.Required", "typing.Self", "typing.TypeVarTuple",
+    "typing.Unpack", "typing.assert_never", "typing.assert_type", "typing.override",
+    "typing.reveal_type", "warnings.deprecated"}
+LATER_NAMES = {"BaseExceptionGroup", "ExceptionGroup", "PythonFinalizationError"}
+LATER_METHODS = {"add_note", "is_junction"}
+LATER_KEYWORDS = {"case_sensitive", "delete_on_close", "onexc", "recurse_symlinks", "walk_up"}
 
 
 def files():
@@ -31,6 +44,12 @@ def files():
     for room in ("methods", "extras", "tools"):
         found += sorted((ROOT / room).rglob("*.py"))
     return [path for path in found if path.exists()]
+
+
+def tracked():
+    """All files of the repository that git knows and that are there."""
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    return [path for path in map(ROOT.joinpath, names.splitlines()) if path.is_file()]
 
 
 def room(path):
@@ -114,6 +133,51 @@ def test_the_house_is_small():
     assert everything <= 8500, f"{everything} lines of code outside tests, bench and demo"
 
 
+def later(tree):
+    """(line, what) of everything in a file that Python 3.10 lacks."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found = {alias.name.split(".")[0] for alias in node.names} & LATER
+        elif isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+            found = names & LATER
+        elif isinstance(node, ast.Attribute):
+            found = {ast.unparse(node)} & LATER | {node.attr} & LATER_METHODS
+        elif isinstance(node, ast.Name):
+            found = {node.id} & LATER_NAMES
+        elif isinstance(node, ast.keyword):
+            found = {node.arg} & LATER_KEYWORDS
+        else:
+            continue
+        for what in found:
+            yield node.lineno, what
+
+
+def test_later_sees_what_it_should():
+    """Syntax, too: ast.parse refuses it."""
+    code = ("import tomllib\nfrom typing import Self\nhashlib.file_digest(x, y)\nExceptionGroup\n"
+            "error.add_note('x')\nshutil.rmtree(x, onexc=f)\nfrom extras import tomllib\n")
+    assert sorted(later(ast.parse(code))) == [
+        (1, "tomllib"), (2, "typing.Self"), (3, "hashlib.file_digest"), (4, "ExceptionGroup"),
+        (5, "add_note"), (6, "onexc")]
+    for code in ("try:\n    pass\nexcept* ValueError:\n    pass\n", "type x = int\n",
+                 "def f[T](x: T): pass\n"):
+        with pytest.raises(SyntaxError):
+            ast.parse(code, feature_version=(3, 10))
+
+
+def test_python_3_10_has_all_that_is_used():
+    """CI runs 3.10 itself; this finds the same sooner, and names the line."""
+    found = []
+    for path in tracked():
+        if path.suffix == ".py":
+            tree = ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 10))
+            found += [f"{path.relative_to(ROOT)}:{line} {what}" for line, what in later(tree)]
+    found = [what for what in found if not what.startswith("extras/__init__.py:")]
+    assert found == []
+    assert 'requires-python = ">=3.10"' in (ROOT / "pyproject.toml").read_text()
+
+
 def test_no_file_of_the_course_names_a_method():
     methods = {path.stem.replace("_", "-") for path in (ROOT / "methods").glob("*.py")
                if "\nTERMS = " in path.read_text()}
@@ -125,13 +189,11 @@ def test_no_file_of_the_course_names_a_method():
 
 
 def test_nothing_points_out_of_the_repository():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
-    for name in tracked.split():
-        path = ROOT / name
-        if path.suffix in {".py", ".md", ".toml", ".txt", ".yml", ".json", ""} and path.is_file():
+    for path in tracked():
+        if path.suffix in {".py", ".md", ".toml", ".txt", ".yml", ".json", ""}:
             text = path.read_text(encoding="utf-8", errors="replace")
-            assert not re.search(r"(?<![\w.:/])/(home|root|work|mnt|opt)/\w", text), name
-            assert "(spec" + " " not in text, name
+            assert not re.search(r"(?<![\w.:/])/(home|root|work|mnt|opt)/\w", text), path
+            assert "(spec" + " " not in text, path
 
 
 def test_the_readme_fits_and_its_line_counts_are_true():

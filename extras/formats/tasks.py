@@ -1,10 +1,10 @@
 """Tasks and wordings in other people's layouts, with errors that name the file and the record."""
 
 import difflib
-import tomllib
 from pathlib import Path
 
 from data import Instance, Task, Wording, as_list, read_json, split_wordings
+from extras import tomllib
 from extras.formats.checks import FILLED, TEXT, check, read_object, reading, refuse, show
 
 TEXTS = "a string or a list of strings", lambda value: value != [] and all(

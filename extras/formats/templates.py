@@ -1,12 +1,12 @@
 """Chat templates: prompts that know who says what in them, and conversations as documents."""
 
 import re
-import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import data
 from data import IGNORE_INDEX, truncate_left
+from extras import tomllib
 from extras.formats.checks import read_object, reading, refuse, show
 
 

@@ -11,12 +11,13 @@ ChatClient.ask is one, a server; LocalChat.ask another, the model itself.
 import hashlib
 import json
 import re
-import tomllib
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from extras import tomllib
 
 TEXTS = tomllib.loads(Path(__file__).with_name("texts.toml").read_text(encoding="utf-8"))
 PROMPT_VERSION = "1"  # of how prompts are put together; part of the keys of kept answers

@@ -143,5 +143,8 @@ def fingerprint(items: list[dict]) -> str:
 
 def checksum(file: Path) -> str:
     """sha256 of a file."""
+    digest = hashlib.sha256()
     with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
