@@ -49,7 +49,7 @@ class Flags:
     paraphrases: str = flag("", "JSON file of wordings per task", path=True)
     per_task: int = flag(100, "training instances per task", at_least=1)
     judge_share: float = rare(0.0, "share of examples that teach judging", below=1)
-    rouge_threshold: float = rare(0.7, "ROUGE-L from which rules accept a free answer")
+    rouge_threshold: float = rare(0.7, "ROUGE-L from which rules accept an answer", share=True)
     max_new_tokens: int = flag(128, "longest response in tokens", at_least=1)
     # The evaluation at the end.
     evaluate: bool = flag(True, "answer held-out questions before and after")

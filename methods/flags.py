@@ -35,6 +35,17 @@ def spelled(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def flag_names(flags: type) -> set[str]:
+    """The names of the fields of a dataclass."""
+    return {item.name for item in fields(flags)}
+
+
+def same(one, other) -> bool:
+    """Whether two values of a setting are the same; a method's file has many spellings."""
+    own = str(one).endswith(".py") and str(other).endswith(".py")
+    return one == other or own and Path(one).resolve() == Path(other).resolve()
+
+
 def parse_flags(flags: type, argv: list[str] | None, title: str, defaults: dict) -> dict:
     """{field: value} of the flags that were given. A mistake prints one sentence and exits."""
     parser = argparse.ArgumentParser(usage=title, allow_abbrev=False, epilog="Rarely needed:")
@@ -99,6 +110,9 @@ def unknown_flag(words: list[str], flags: type) -> str:
 
 def check_flags(cfg) -> None:
     """Raise ValueError for a value outside the limits of its flag, or a path that is not there."""
+    place = Path(cfg.out)
+    if any(part.is_file() for part in (place, *place.parents)):
+        raise ValueError(f"--out {cfg.out} is a file, or lies below one. Give a folder.")
     for item in fields(cfg):
         value, limits, wanted = getattr(cfg, item.name), item.metadata, ""
         if "at_least" in limits and not value >= limits["at_least"]:

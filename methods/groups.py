@@ -14,10 +14,24 @@ def grouped_candidates(run) -> list[list[dict]]:
     if formats:
         records = formats.usable_candidates(path, run)
     else:
-        records = data.read_records(path)
+        records = read_fields(path, "task id wording input response reward how")
     for record in records:
         groups.setdefault((record["task"], record["id"]), []).append(record)
     return list(groups.values())
+
+
+def read_fields(path, names: str) -> list[dict]:
+    """The records of a file. Raises ValueError for one that lacks a field, or a text."""
+    records = data.read_records(path)
+    for number, record in enumerate(records, 1):
+        for name in names.split():
+            if not isinstance(record, dict) or name not in record:
+                raise ValueError(f'{path}, line {number}, has no field "{name}". Expected an '
+                                 f"object with {names.replace(' ', ', ')}.")
+            if name in ("wording", "instruction", "input", "response"):
+                if not isinstance(record[name], str):
+                    raise ValueError(f'{path}, line {number}: "{name}" is no text. Fix that line.')
+    return records
 
 
 def best_answers(group) -> tuple[list, list]:

@@ -17,6 +17,7 @@ from methods import candidates, merged_copy, open_trained, record_name
 from methods.candidates import SampleFlags, answered, not_kept, unanswered
 from methods.critics import FAILED, LocalCritic, RuleCritic, critic_prompt
 from methods.flags import flag
+from methods.groups import read_fields
 from methods.settings import has_result
 
 
@@ -113,7 +114,10 @@ def judged_records(run) -> list[dict]:
     """
     cfg, formats = run.cfg, extra("formats", run.cfg.plain)
     path = cfg.records or run.folder / "judged.jsonl"
-    records = formats.read_judged(path) if formats else data.read_records(path)
+    if formats:
+        records = formats.read_judged(path)
+    else:
+        records = read_fields(path, "instruction input response judgment")
     negative = [record for record in records if record["judgment"] is not None]
     kept = positive = [record for record in records if record["judgment"] is None]
     room = int(cfg.downsample * len(negative))

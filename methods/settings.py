@@ -14,7 +14,7 @@ from eval import extra
 from methods.common import CommonFlags
 from methods.defaults import demo_settings, fill_paths
 from methods.finding import find_method
-from methods.flags import check_flags, parse_flags, spelled
+from methods.flags import check_flags, flag_names, parse_flags, same, spelled
 
 # A continued run may differ in these, and in how a server is asked; they change no result.
 FREE = {"out", "init", "device", "evaluate", "compare", "split", "micro_tokens", "checkpointing",
@@ -27,11 +27,6 @@ def config_class(method, *, plain: bool = False, server: bool = False) -> type:
     if server:
         bases = (*bases, (extra("judges", plain) or judging).ServerFlags)
     return dataclass(type("Config", bases, {}))
-
-
-def flag_names(flags: type) -> set[str]:
-    """The names of the fields of a dataclass."""
-    return {item.name for item in fields(flags)}
 
 
 def parse_config(argv: list[str]):
@@ -70,7 +65,7 @@ def continued_settings(method, stage: str, out: Path, init: str) -> dict:
     Raises ValueError if --init holds no finished run of the stage that this one continues.
     """
     saved, needs = saved_settings(out), method.needs
-    if saved.get("stage") == stage:
+    if same(saved.get("stage"), stage):
         return saved
     if not init:
         return {}
@@ -83,7 +78,7 @@ def continued_settings(method, stage: str, out: Path, init: str) -> dict:
         raise ValueError(f"--init {init} holds no finished run of stage {needs}. Give another "
                          "folder, or leave --init out and the stage is trained.")
     saved = saved_settings(Path(init))
-    if saved.get("stage") == stage:  # another run of the same stage
+    if same(saved.get("stage"), stage):  # another run of the same stage
         return {name: value for name, value in saved.items() if name not in FREE}
     # The earlier stage's own steps and rate are --sft-steps and --sft-lr here.
     names = flag_names(config_class(find_method(needs)))
@@ -127,7 +122,9 @@ def stage_config(cfg, name: str):
     if hasattr(cfg, "sft_steps"):
         values |= {"steps": cfg.sft_steps, "lr": cfg.sft_lr}
     values |= asker.also_needs(cfg).get(name, {})
-    return flags(**values | {"stage": name, "out": str(Path(cfg.out) / name)})
+    made = flags(**values | {"stage": name, "out": str(Path(cfg.out) / name)})
+    made.asked_as = {"steps": "sft_steps", "lr": "sft_lr"}  # by the flags of this run
+    return made
 
 
 def is_finished(folder: Path, cfg) -> bool:
@@ -143,8 +140,8 @@ def is_finished(folder: Path, cfg) -> bool:
     saved, free = saved_settings(folder), FREE | server - {"judge_url", "judge_model"}
     for item in fields(cfg):
         name, value = item.name, getattr(cfg, item.name)
-        if name in saved and name not in free and saved[name] != value:
-            raise ValueError(f"{folder} holds another run: {spelled(name)} was "
-                             f"{str(saved[name])[:200]}, now {value}. Use another --out, or leave "
-                             f"{spelled(name)} out.")
+        if name in saved and name not in free and not same(saved[name], value):
+            shown = spelled(getattr(cfg, "asked_as", {}).get(name, name))
+            raise ValueError(f"{folder} holds another run: {shown} was {str(saved[name])[:200]}, "
+                             f"now {value}. Use another --out, or leave {shown} out.")
     return finished

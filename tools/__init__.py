@@ -39,14 +39,12 @@ def make_main(work: Callable, about: str, *, demo: bool = False, **own) -> Calla
         cfg = parse_eval_flags(rest, demo)
         vars(cfg).update(vars(given))
         for name, (default, _) in own.items():
-            least = min(default, 1) if type(default) is int else None
-            if least is not None and getattr(cfg, name) < least:
-                fail(f"{spelled(name)} is {getattr(cfg, name)}. Expected {least} or more.")
-
-        def start(cfg):
-            Path(cfg.out).mkdir(parents=True, exist_ok=True)
-            work(cfg)
-        return run_program(start, cfg)
+            value, least = getattr(cfg, name), 0
+            if type(default) is int:
+                least = min(default, 1)
+            if type(default) in (int, float) and not least <= value < float("inf"):
+                fail(f"{spelled(name)} is {value}. Expected {least} or more.")
+        return run_program(work, cfg)
     return main
 
 

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 from extras.formats import read_config
+from extras.runtime import run_program
 from methods import torch
-from methods.flags import fail
+from methods.finding import find_method
 from methods.pretrain import PRESETS
 from methods.settings import parse_config, stage_config
 
@@ -27,13 +28,18 @@ def read_flags(argv: list[str]) -> tuple:
     """Settings and method of the run, and the config of its model."""
     from model import ModelConfig
 
-    name = dict(zip(argv, argv[1:], strict=False)).get("--model", "")
+    words = [part for word in argv for part in word.split("=", word.startswith("--"))]
+    given = dict(zip(words, words[1:], strict=False))
+    name = given.get("--model", "")
     if name in SHAPES:
-        argv = [*argv, "--model", "."]  # the last one counts, and "." is a path that exists
+        words += ["--model", "."]  # the last one counts, and "." is a path that exists
     elif name and not Path(name).exists():
         raise ValueError(f"--model {name} is no folder, no config.json and no known shape. Shapes: "
                          f"{', '.join(SHAPES)}.")
-    cfg, method = parse_config(argv)
+    judged = find_method(given.get("--stage", "cat")).kind == "judged"
+    if judged and name and not {"--tasks", "--records"} & given.keys():
+        words += ["--tasks", "."]  # answers are not read, so none need be given
+    cfg, method = parse_config(words)
     name = name or cfg.model or cfg.preset  # pretrain makes a model of a preset's shape
     return cfg, method, ModelConfig(**SHAPES[name]) if name in SHAPES else read_config(name)
 
@@ -98,19 +104,15 @@ def estimate_memory(cfg, config, per_item: int) -> dict[str, tuple]:
             "sampling": (weights + merged + cache, "weights, a merged copy, the cache")}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print the estimate; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+def estimate(argv: list[str]) -> None:
+    """Print the estimate."""
     if not argv or "--help" in argv:
         print(__doc__)
-        return 0
-    try:
-        cfg, method, config = read_flags(argv)
-        per_item = documents_per_item(cfg)
-        for what, (size, remark) in estimate_memory(cfg, config, per_item).items():
-            print(f"{what:20} {size / 1e9:>14,.2f} GB   {remark}")
-    except (ValueError, OSError) as error:
-        fail(str(error))
+        return
+    cfg, method, config = read_flags(argv)
+    per_item = documents_per_item(cfg)
+    for what, (size, remark) in estimate_memory(cfg, config, per_item).items():
+        print(f"{what:20} {size / 1e9:>14,.2f} GB   {remark}")
     stages = {cfg.stage: cfg.steps * cfg.batch_size * per_item}  # documents
     if method.needs and cfg.tasks:
         before = stage_config(cfg, method.needs)
@@ -120,7 +122,11 @@ def main(argv: list[str] | None = None) -> int:
         operations = (6 if cfg.full else 4) * count_parameters(cfg, config)[0] * tokens
         print(f"{stage:20} {tokens:>10,} tokens   {operations:.1e} operations, "
               f"{operations / 4e14 / 3600:.2g} hours at 400 TFLOP/s (arithmetic, not measured)")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `estimate`; returns the exit status."""
+    return run_program(estimate, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

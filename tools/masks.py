@@ -20,6 +20,8 @@ from tools import make_main, open_models
 
 def show_masks(cfg) -> None:
     """Print the responses with their masks, model by model."""
+    if not cfg.detect_lam:
+        raise ValueError("--detect-lam is 0. Expected a positive number.")
     records = [x for x in read_judged(cfg.records) if x["judgment"] not in (None, FAILED)]
     if not records:
         raise ValueError(f"{cfg.records} holds no unsatisfying response: nothing to flag.")

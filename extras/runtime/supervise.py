@@ -55,10 +55,22 @@ def supervise(cfg, method, run_method) -> int:
 def run_program(work, cfg) -> int:
     """Call work(cfg) and return the exit status, for programs that need nothing of a run.
 
-    2: a mistake in what was given; 1: a judge cannot go on; 130: Ctrl-C. Raises what is a bug.
+    2: a mistake in what was given; 1: a judge cannot go on; 130: Ctrl-C; 141: nobody reads on, as
+    behind `| head -1`. Raises what is a bug.
     """
+    if sys.stderr is None:  # closed, as by 2>&-
+        sys.stderr = open(os.devnull, "w")
     try:
-        work(cfg)
+        if hasattr(cfg, "adapter"):
+            check_program(cfg)
+        try:
+            work(cfg)
+        finally:
+            RUN.close(lambda message: print(message, flush=True))  # what a server was asked
+        print(end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout once more
+        return 141
     except (ValueError, OSError) as error:
         fail(str(error))
     except JudgeStopped as error:
@@ -67,9 +79,25 @@ def run_program(work, cfg) -> int:
     except KeyboardInterrupt:
         complain("stopped by Ctrl-C.", 0)
         return 130
-    finally:
-        RUN.close(lambda message: print(message, flush=True))  # what a server was asked
     return 0
+
+
+def check_program(cfg) -> None:
+    """Make the folder --out. Raises ValueError for flags of eval.py that would fail late."""
+    for adapter in cfg.adapter:
+        if not Path(adapter, "adapter_config.json").is_file():
+            raise ValueError(f"no adapter at {adapter} (no adapter_config.json). Give a folder in "
+                             "PEFT's format.")
+    if cfg.max_len is not None and cfg.max_len < 1:
+        raise ValueError(f"--max-len is {cfg.max_len}. Expected 1 or more.")
+    if not 0 <= cfg.rouge_threshold <= 1:
+        raise ValueError(f"--rouge-threshold is {cfg.rouge_threshold}. Expected a share between 0 "
+                         "and 1.")
+    try:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {cfg.out} cannot be made ({error.strerror}). Give another "
+                         "folder.") from None
 
 
 def summarise(cfg, seconds: float) -> None:
@@ -97,8 +125,11 @@ def explain(error: BaseException, guard: Guard) -> tuple[int, str]:
         return 128 + number, (f"stopped by {signal.Signals(number).name}{where}. The same command "
                               "goes on from there.")
     if isinstance(error, OSError):
-        return 1, (f"{error.filename or guard.cfg.out}: {error.strerror or text}. {KEPT}; give "
-                   "another --out, or make room, and run the same command again.")
+        text = f"{error.filename or guard.cfg.out}: {error.strerror or text}. "
+        if not Path(guard.cfg.out).is_dir():
+            return 2, text + "Nothing was started. Give another path, or make this one usable."
+        return 1, (f"{text}{KEPT}; give another --out, or make room, and run the same command "
+                   "again.")
     if isinstance(error, (ValueError, JudgeStopped, FloatingPointError)):
         return 2 if isinstance(error, ValueError) else 1, str(error)
     if isinstance(error, MemoryError) or "allocate" in text:  # torch raises RuntimeError
