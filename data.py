@@ -207,7 +207,7 @@ def read_tasks(path) -> list[Task]:
 def read_task(path: Path) -> Task:
     """One Super-NaturalInstructions file; its texts may be strings or lists of strings."""
     record, instances = read_json(path), []
-    if not {"Definition", "Instances"} <= record.keys():
+    if not isinstance(record, dict) or not {"Definition", "Instances"} <= record.keys():
         raise ValueError(f"{path} lacks Definition or Instances; expected a file of Super-NI.")
     for number, row in enumerate(record["Instances"]):
         name = str(row.get("id", f"{path.stem}-{number}"))

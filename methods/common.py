@@ -16,7 +16,7 @@ class CommonFlags:
 
     stage: str = flag("cat", "what to train: a name of methods/, or the path of a file like those")
     model: str = flag("", "Hugging Face folder of the base model (default: the demo's)", path=True)
-    out: str = flag("", "run folder (default: runs/STAGE)")
+    out: str = flag("", "run folder (default: runs/STAGE)", folder=True)
     steps: int = flag(200, "optimiser steps", at_least=1)
     batch_size: int = flag(24, "items per step", at_least=1)
     lr: float = flag(2e-4, "peak learning rate", above=0)

@@ -19,8 +19,8 @@ from eval import fail
 def flag(default, help: str, **limits):
     """A field that becomes a flag.
 
-    limits: at_least, above or below a number; share=True for 0 to 1; path=True for what must exist;
-    extras=True for what only extras/ can do.
+    limits: at_least, above or below a number; share=True for 0 to 1; path=True for what must exist,
+    folder=True for what is made; extras=True for what only extras/ can do.
     """
     if isinstance(default, list):
         return field(default_factory=list, metadata={"help": help, **limits})
@@ -42,8 +42,9 @@ def flag_names(flags: type) -> set[str]:
 
 def same(one, other) -> bool:
     """Whether two values of a setting are the same; a method's file has many spellings."""
-    own = str(one).endswith(".py") and str(other).endswith(".py")
-    return one == other or own and Path(one).resolve() == Path(other).resolve()
+    if str(one).endswith(".py") and str(other).endswith(".py"):
+        return Path(one).resolve() == Path(other).resolve()
+    return one == other
 
 
 def parse_flags(flags: type, argv: list[str] | None, title: str, defaults: dict) -> dict:
@@ -110,9 +111,6 @@ def unknown_flag(words: list[str], flags: type) -> str:
 
 def check_flags(cfg) -> None:
     """Raise ValueError for a value outside the limits of its flag, or a path that is not there."""
-    place = Path(cfg.out)
-    if any(part.is_file() for part in (place, *place.parents)):
-        raise ValueError(f"--out {cfg.out} is a file, or lies below one. Give a folder.")
     for item in fields(cfg):
         value, limits, wanted = getattr(cfg, item.name), item.metadata, ""
         if "at_least" in limits and not value >= limits["at_least"]:
@@ -127,3 +125,12 @@ def check_flags(cfg) -> None:
             raise ValueError(f"{spelled(item.name)} is {value}. Expected {wanted}.")
         if limits.get("path") and value and not Path(value).exists():
             raise ValueError(f"{spelled(item.name)} {value} does not exist. Give a path that does.")
+        if limits.get("folder"):
+            check_folder(item.name, Path(value))
+
+
+def check_folder(name: str, path: Path) -> None:
+    """Raise ValueError if a file is in the way of a folder."""
+    for place in (path, *path.parents):
+        if place.is_file():
+            raise ValueError(f"{spelled(name)} {path}: {place} is a file. Give another folder.")

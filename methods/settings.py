@@ -138,10 +138,13 @@ def is_finished(folder: Path, cfg) -> bool:
     # How often a server is asked, and what it may cost, is free, too.
     server = flag_names((extra("judges", cfg.plain) or judging).ServerFlags)
     saved, free = saved_settings(folder), FREE | server - {"judge_url", "judge_model"}
+    asked_as = getattr(cfg, "asked_as", {})
+    if asked_as:  # a stage on the way, whose batch this command cannot set
+        free = free | {"batch_size"}
     for item in fields(cfg):
         name, value = item.name, getattr(cfg, item.name)
         if name in saved and name not in free and not same(saved[name], value):
-            shown = spelled(getattr(cfg, "asked_as", {}).get(name, name))
+            shown = spelled(asked_as.get(name, name))
             raise ValueError(f"{folder} holds another run: {shown} was {str(saved[name])[:200]}, "
                              f"now {value}. Use another --out, or leave {shown} out.")
     return finished

@@ -51,6 +51,9 @@ def test_every_limit_of_every_flag_is_held(stage):
         if limits.get("path"):
             wrong.append("no/such/place")
             right += ["", str(DEMO)]
+        if limits.get("folder"):
+            wrong += [__file__, f"{__file__}/below"]
+            right += ["no/such/place", str(DEMO)]
         for value in wrong:
             with pytest.raises(ValueError, match=f"^{spelled(item.name)} .*"):
                 check_flags(dataclasses.replace(cfg, **{item.name: value}))

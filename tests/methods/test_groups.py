@@ -1,5 +1,9 @@
 """groups.py: candidates by question, the best of them, and those that are told apart."""
 
+import json
+
+import pytest
+
 import data
 from methods import groups
 
@@ -48,3 +52,20 @@ def test_random_numbers_of_a_question_do_not_depend_on_the_others(make_run, scor
     draws = [groups.group_rng(run, x).random()
              for x in (group, group + group, [{"task": "t", "id": "2"}])]
     assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"reward": ...}, 'line 2, has no field "reward". Expected an object with task, id'),
+    ({"input": 3}, 'line 2: "input" is no text'), (None, 'line 2, has no field "task"'),
+    ({"wording": None}, 'line 2: "wording" is no text')])
+def test_without_extras_a_record_that_lacks_something_is_named(change, said, make_run, scored_stage,
+                                                               candidates):
+    records = data.read_records(candidates)
+    if change is None:
+        records[1] = []
+    else:
+        changed = records[1] | change
+        records[1] = {name: value for name, value in changed.items() if value is not ...}
+    candidates.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(ValueError, match=said):
+        groups.grouped_candidates(make_run(scored_stage, "--candidates", str(candidates)))

@@ -119,3 +119,10 @@ def test_written_texts_are_greedy_and_say_whether_they_ended(make_run, judged_st
     wanted = [complete(run.model, run.tokenizer, [prompt], Sampling(5),
                        max_len=run.cfg.max_len)[0] for prompt in prompts]
     assert found == [(x.text, x.finished) for x in wanted] and found[0] == found[2]
+
+
+def test_without_extras_a_record_without_a_judgment_is_named(make_run, judged_stage, tmp_path):
+    data.append_records(tmp_path / "r.jsonl", [{"instruction": "a", "input": "", "response": "b"}])
+    run = make_run(judged_stage, "--records", str(tmp_path / "r.jsonl"))
+    with pytest.raises(ValueError, match='r.jsonl, line 1, has no field "judgment". Expected an'):
+        judged_records(run)

@@ -226,6 +226,39 @@ def test_a_folder_with_other_settings_is_another_run(name, value, flag, folder):
                                f"another --out, or leave {flag} out.")
 
 
+def test_a_stage_on_the_way_is_named_by_the_flags_of_this_run(scored_stage, tmp_path):
+    """--steps belongs to the run's own stage, and leaving it out would change nothing."""
+    cfg = parsed("--stage", scored_stage, "--out", str(tmp_path), "--sft-steps", "7")
+    before = stage_config(cfg, "sft-ia")
+    folder = tmp_path / "sft-ia"
+    folder.mkdir()
+    save_settings(dataclasses.replace(before, batch_size=5), folder)
+    (folder / "log.jsonl").touch()
+    assert not is_finished(folder, before)  # no flag of this command sets that batch
+    save_settings(dataclasses.replace(before, steps=3), folder)
+    with pytest.raises(ValueError, match="--sft-steps was 3, now 7. .*leave --sft-steps out"):
+        is_finished(folder, before)
+    save_settings(dataclasses.replace(before, lr=0.5), folder)
+    with pytest.raises(ValueError, match="--sft-lr was 0.5, now .*leave --sft-lr out"):
+        is_finished(folder, before)
+
+
+def test_a_stage_of_ones_own_is_the_same_by_any_path(tmp_path, monkeypatch, scored_stage):
+    (tmp_path / "mine.py").write_text('"""Mine."""\nfrom methods import sft as base\n'
+                                      "from methods.sft import items, step, TERMS\n")
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    cfg = parsed("--stage", str(tmp_path / "mine.py"), "--out", "run", "--steps", "3")
+    (tmp_path / "sub/run").mkdir()
+    save_settings(cfg, tmp_path / "sub/run")
+    (tmp_path / "sub/run/log.jsonl").touch()
+    again = parsed("--stage", "../mine.py", "--out", "run")
+    assert again.steps == 3 and not is_finished(tmp_path / "sub/run", again)
+    (tmp_path / "other.py").write_text((tmp_path / "mine.py").read_text())
+    with pytest.raises(ValueError, match="holds another run: --stage was"):
+        is_finished(tmp_path / "sub/run", parsed("--stage", "../other.py", "--out", "run"))
+
+
 def test_what_changes_no_result_may_differ(folder):
     path, cfg = folder
     assert settings.FREE <= {item.name for item in dataclasses.fields(cfg)}

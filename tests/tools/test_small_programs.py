@@ -36,17 +36,19 @@ def test_help_fits_one_screen(name, capsys):
     (["outputs", "--instructions", "gone.json"], "gone.json"),
     (["masks", "--records", "gone.jsonl"], "gone.jsonl"),
     (["merge", "--model", "WORLD", "--out", "WORLD"], "another folder than the model's"),
-    (["merge", "--adapter", "a", "b"], "one adapter at most"),
+    (["merge", "--adapter", "ADAPTER", "ADAPTER"], "one adapter at most"),
+    (["merge", "--adapter", "a", "b"], "no adapter at a"),
     (["meta_evaluate", "--data", "gone"], "gone"),
     (["meta_evaluate", "--data", "x", "--judge", "people"], "invalid choice"),
     (["best_of", "--samples", "many"], "invalid int value"),
     (["paraphrase", "--number", "1"], "--judge-model"),
     (["chat", "--template", "nobody"], "unknown template 'nobody'"),
 ])
-def test_mistakes_are_one_sentence(line, said, world, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_one_sentence(line, said, world, adapter, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = [] if "--model" in line else ["--model", world / "model"]
-    line = [world / "model" if word == "WORLD" else word for word in line]
+    places = {"WORLD": world / "model", "ADAPTER": adapter}
+    line = [places.get(word, word) for word in line]
     with pytest.raises(SystemExit) as stop:
         run(*line, *model)
     error = capsys.readouterr().err

@@ -239,8 +239,8 @@ SLOW = [  # those of a server, and those that train first
     (2, finish_another_run, "{out} holds another run: --lr was 1e-05, now 2e-05. Use another "
      "--out, or leave --lr out."),
     (1, lambda s: s.sft("--lr", "1e30", "--steps", "9", "--save-every", "1"), "step <n> of sft "
-     "gave a non-finite loss or gradient norm (<*>; records <*>); nothing was updated. Last checkpoint: "
-     "step <n>. Try a lower --lr with another --out, or look at those records."),
+     "gave a non-finite loss or gradient norm (<*>; records <*>); nothing was updated. Last "
+     "checkpoint: step <n>. Try a lower --lr with another --out, or look at those records."),
     (1, lambda s: s.cat(key=KEY, status=307, headers={"Location": "http://127.0.0.1:1/v1"}),
      f"the judge at {CHAT} redirects. Redirects are not followed, since they would carry your "
      f"prompts elsewhere. If that is right, set --judge-url to the new address.{SAVED}"),

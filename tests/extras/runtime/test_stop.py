@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import runs
@@ -101,9 +102,11 @@ def test_a_finished_command_says_and_keeps_what_it_took(command, tmp_path, capsy
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9"), 1,
      "DefaultCPUAllocator: can't allocate memory: you tried 9. What was finished is kept; lower"),
     (KeyError("x"), 1, "")])
-def test_every_error_has_its_status_and_its_sentence(error, status, words):
+def test_every_error_has_its_status_and_its_sentence(error, status, words, tmp_path, monkeypatch):
     class Flags:
         out = "runs/x"
+    monkeypatch.chdir(tmp_path)
+    Path("runs/x").mkdir(parents=True)
     found = explain(error, Guard(Flags))
     assert found[0] == status and words in found[1] and bool(words) == bool(found[1])
 
