@@ -490,8 +490,7 @@ def test_init_takes_the_settings_of_the_run_that_it_continues(
         with pytest.raises(SystemExit):
             train.main([*argv, "--out", out, name, value])
         error = capsys.readouterr().err
-        told = "--lr" if name == "--sft-lr" else name
-        assert f"{ia} holds another run: {told} was" in error and error.count("\n") == 1
+        assert f"{ia} holds another run: {name} was" in error and error.count("\n") == 1
 
 
 def test_init_may_be_a_whole_run_folder(simpo, start, tmp_path, candidates, capsys):

@@ -26,6 +26,7 @@ def supervise(cfg, method, run_method) -> int:
 
     2: a mistake in what was given; 1: failed; 143 or 130: told to stop. Raises what is a bug.
     """
+    open_stderr()
     started, guard, status = time.time(), Guard(cfg), 0
     for number in SIGNALS:
         signal.signal(number, guard.hear)
@@ -58,8 +59,7 @@ def run_program(work, cfg) -> int:
     2: a mistake in what was given; 1: a judge cannot go on; 130: Ctrl-C; 141: nobody reads on, as
     behind `| head -1`. Raises what is a bug.
     """
-    if sys.stderr is None:  # closed, as by 2>&-
-        sys.stderr = open(os.devnull, "w")
+    open_stderr()
     try:
         if hasattr(cfg, "adapter"):
             check_program(cfg)
@@ -80,6 +80,12 @@ def run_program(work, cfg) -> int:
         complain("stopped by Ctrl-C.", 0)
         return 130
     return 0
+
+
+def open_stderr() -> None:
+    """Give a process whose stderr is closed, as by 2>&-, one that nobody reads."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
 
 
 def check_program(cfg) -> None:
