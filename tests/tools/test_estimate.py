@@ -93,6 +93,13 @@ def test_known_shapes_and_files_without_weights(tmp_path, capsys):
     assert "no known shape. Shapes: " + ", ".join(SHAPES) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("stage", [["cut"], ["hindsight"], ["cut", "--records", "README.md"]])
+def test_judged_responses_are_not_needed(stage, monkeypatch, capsys):
+    monkeypatch.chdir(DEMO.parent)
+    assert main(["--stage", *stage, "--model=llama2-13b"]) == 0
+    assert "13,015,864,320 parameters" in capsys.readouterr().out
+
+
 def test_a_base_in_four_bits_is_smaller():
     cfg, _, config = read_flags(["--stage", "sft", "--model", "llama2-7b", "--dtype", "bfloat16"])
     sizes = [estimate_memory(replace(cfg, quantize=kind), config, 1)["weights"][0]
