@@ -28,7 +28,7 @@ STATUSES = [*range(200, 209), *range(300, 309), *range(400, 432), 451, *range(50
 
 @pytest.mark.parametrize("status", STATUSES)
 def test_every_status(status):
-    body = b'{"error": {"message": "m", "code": 7}}'
+    body = b'{"error": {"message": "Unknown model: x", "code": 7}}'
     kind, value, pause = read_response(status, {}, body, sent=[])
     if status < 300:  # success without a completion in it
         assert (kind, value) == ("retry", "no chat completion")
@@ -37,7 +37,7 @@ def test_every_status(status):
     elif status in (408, 409, 429) or status >= 500:
         assert (kind, value, pause) == ("retry", f"http {status}", None)
     else:
-        assert (kind, value) == ("fail", f"http {status}: m")
+        assert (kind, value) == ("fail", f"http {status}: ... unknown model ...")
 
 
 @pytest.mark.parametrize("value, seconds", [
@@ -54,12 +54,16 @@ def test_a_long_wait_stops():
 
 
 @pytest.mark.parametrize("body, message", [
-    ({"error": {"message": "m", "code": 7}}, "m"), ({"error": "m", "error_type": "t"}, "m"),
-    ({"detail": "m"}, "m"), ({"detail": [{"loc": 1}]}, "[{'loc': 1}]"), ("m", "m"),
-    ("\x1b[31mm\n\nm", " [31mm m"), ([], "[]"), ("", "")])
+    ({"error": {"message": "Too long.", "code": 7}}, ": ... too long"),
+    ({"error": "Too long", "error_type": "t"}, ": ... too long"),
+    ({"detail": "too long"}, ": too long"), ({"detail": [{"msg": "too long"}]}, ": ... too long"),
+    ({"message": "too (long)"}, ": too long"), ("too\n\n long", ": too long"),
+    ("\x1b[31mm too", ": ... too"), ([], ""), ("", ""), ("4096", ""),
+    ({"error": {"message": "prompt is 5000 tokens", "type": "invalid_request_error", "code": None}},
+     ": invalid_request_error prompt is ... tokens")])
 def test_every_shape_of_error(body, message):
     data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-    assert read_response(418, {}, data, sent=[]) == ("fail", f"http 418: {message}", None)
+    assert read_response(418, {}, data, sent=[]) == ("fail", f"http 418{message}", None)
 
 
 # ----- Addresses -----
