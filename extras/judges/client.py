@@ -170,11 +170,13 @@ class ChatClient:
     def _work(self, work: Iterator[tuple], done: queue.SimpleQueue) -> None:
         """Answer requests until there are none left. After an error, none is sent any more."""
         for key, request, nonce in work:
-            try:
-                reply = self._answer(key, request, nonce)
-            except BaseException as error:
-                self._halt(error)
-                reply = error
+            reply = self.stopped
+            if not reply:
+                try:
+                    reply = self._answer(key, request, nonce)
+                except BaseException as error:
+                    self._halt(error)
+                    reply = error
             done.put((key, reply))
 
     def _finish(self, workers: list[threading.Thread], error: BaseException) -> None:

@@ -283,7 +283,7 @@ class Server:
         watchdog.start()
         try:
             kind, value, pause = self.connect(connection, until) or self.post(
-                connection, json.dumps(body).encode(), optional, left)
+                connection, json.dumps(body).encode(), optional, until)
         except TimeoutError:
             return "retry", "no answer in time", None
         except (http.client.HTTPException, OSError, ValueError, zlib.error):
@@ -335,8 +335,11 @@ class Server:
             return "retry", "no server", None
         return None
 
-    def post(self, connection, payload: bytes, optional: list[str], left: float) -> tuple:
+    def post(self, connection, payload: bytes, optional: list[str], until: float) -> tuple:
         """`exchange` over an open connection, but a stop is a name, and a broken one raises."""
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
         connection.opened = connection.sock  # http.client may forget it before the body is read
         connection.sock.settimeout(min(self.flags.judge_timeout, left))
         headers = {"Content-Type": "application/json", "User-Agent": "judge", "Connection": "close"}
@@ -350,4 +353,6 @@ class Server:
         body = read_body(response)
         if body is None:
             return "retry", "answer too long", None
+        if time.monotonic() >= until and parse_json(body) is None:  # a body without a length
+            raise TimeoutError
         return read_response(response.status, response.headers, body, sent=optional)
