@@ -76,7 +76,7 @@ def main() -> int:
         for workers in args.workers:
             flags = ServerFlags(judge_url=url, judge_workers=workers)
             client = ChatClient(flags, "m", Path(folder, f"{workers}.jsonl"))
-            ask(client, [f"warm up {k}" for k in range(workers)])  # connections, threads
+            ask(client, [f"warm up {k}" for k in range(workers)])  # so that all is loaded
             n = workers * (10 if args.quick else 100)
             seconds = ask(client, [f"{k} " + "word " * 100 for k in range(n)])
             share = n / seconds / (workers / LATENCY)

@@ -27,8 +27,8 @@ def response(text, *, head="HTTP/1.1 200 OK", **headers):
 class RawServer:
     """Calls talk(send, number) for each request for "say NUMBER"; connections stay open."""
 
-    def __init__(self, talk):
-        self.talk, self.requests, self.connections = talk, [], []
+    def __init__(self, talk, context=None):
+        self.talk, self.context, self.requests, self.connections = talk, context, [], []
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
 
@@ -58,6 +58,9 @@ class RawServer:
 
     def serve(self, connection):
         try:
+            if self.context:
+                connection = self.context.wrap_socket(connection, server_side=True)
+                self.connections.append(connection)
             with connection, connection.makefile("rb") as reader:
                 while line := reader.readline():
                     size = 0
