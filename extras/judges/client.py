@@ -24,6 +24,7 @@ from extras.judges.server import OPTIONAL, TOO_LONG, Server, chat_address, read_
 from methods.flags import check_flags as check_limits
 from methods.flags import flag, spelled
 
+WATCH_SECONDS = 0.1  # between two looks at the deadlines of what is under way
 PROXY = re.compile(r"http://(\[[\da-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?/?")
 FAILURES_IN_A_ROW = 10  # requests that fail for good, with none answered between them
 
@@ -153,7 +154,7 @@ class ChatClient:
             for worker in workers:
                 worker.start()
             for _ in todo:
-                key, reply = done.get()
+                key, reply = self._next(done)
                 if isinstance(reply, BaseException):
                     raise reply
                 replies[key] = reply
@@ -166,6 +167,15 @@ class ChatClient:
         finally:
             self.answers.sync()
         return [replies[key] for key in keys]
+
+    def _next(self, done: queue.SimpleQueue) -> tuple:
+        """The next result of a worker. The deadlines of all of them are kept meanwhile."""
+        while True:
+            self.server.end_late()
+            try:
+                return done.get(timeout=WATCH_SECONDS)
+            except queue.Empty:
+                continue
 
     def _work(self, work: Iterator[tuple], done: queue.SimpleQueue) -> None:
         """Answer requests until there are none left. After an error, none is sent any more."""
@@ -188,7 +198,9 @@ class ChatClient:
             print(describe_problem("finishing", seconds=self.flags.judge_deadline),
                   file=sys.stderr, flush=True)
         for worker in workers:
-            worker.join()
+            while worker.is_alive():
+                self.server.end_late()
+                worker.join(WATCH_SECONDS)
 
     def request(self, question: Question, temperature: float, sample: int) -> tuple[str, dict]:
         """(key of the answer, all that the key covers)."""

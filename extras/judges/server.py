@@ -242,7 +242,7 @@ def trust(path: str) -> ssl.SSLContext:
 
 
 def shut_down(connection: http.client.HTTPConnection) -> None:
-    """End what waits for a connection, in whatever part of an exchange. The thread closes it."""
+    """End what waits for a connection, in whatever part of an exchange. Its thread closes it."""
     opened = getattr(connection, "opened", None) or connection.sock
     with contextlib.suppress(OSError, AttributeError):  # closed, or not yet there
         socket.socket.shutdown(opened, socket.SHUT_RDWR)
@@ -263,12 +263,21 @@ def read_body(response: http.client.HTTPResponse) -> bytes | None:
 
 
 class Server:
-    """An address and its key."""
+    """An address and its key. While exchanges are under way, `end_late` has to be called."""
 
     def __init__(self, flags):
         self.flags, self.address = flags, chat_address(flags.judge_url)
         self.key = read_key(flags.judge_key_env, self.address, flags.judge_proxy)
         self.context = trust(flags.judge_ca) if self.address.startswith("https:") else None
+        self.until, self.lock = {}, threading.Lock()  # {connection: when its exchange has to end}
+
+    def end_late(self) -> None:
+        """End the exchanges whose time is up. Timeouts end silence, but not bytes that drip in."""
+        now = time.monotonic()
+        with self.lock:
+            late = [connection for connection, until in self.until.items() if now >= until]
+        for connection in late:
+            shut_down(connection)
 
     def exchange(self, body: dict, optional: list[str], left: float) -> tuple:
         """Send a request; (kind, value, pause) as read_response has them, within `left` seconds.
@@ -278,9 +287,8 @@ class Server:
         """
         until = time.monotonic() + left
         connection = self.make_connection(min(CONNECT_SECONDS, left))
-        watchdog = threading.Timer(left, shut_down, [connection])  # timeouts end silence alone
-        watchdog.daemon = True
-        watchdog.start()
+        with self.lock:
+            self.until[connection] = until
         try:
             kind, value, pause = self.connect(connection, until) or self.post(
                 connection, json.dumps(body).encode(), optional, until)
@@ -290,7 +298,8 @@ class Server:
             in_time = time.monotonic() < until
             return "retry", "connection lost" if in_time else "no answer in time", None
         finally:
-            watchdog.cancel()
+            with self.lock:
+                del self.until[connection]
             connection.close()
         if kind == "stop":
             if value == "wrong_key" and not self.key:
