@@ -1,30 +1,31 @@
 """A client of an OpenAI-compatible server that never loses a paid answer, nor asks for it again.
 
-Every answer is on file before anyone sees it. Its key covers all that was sent: the address, the
-prompt, the settings, the number of the sample and the version of the prompts. Requests that fail
-are tried again within limits; --max-requests and --budget hold for all clients of a run together.
+Every answer is on file before anyone sees it. Its key covers all that was sent but the nonce: the
+address, the prompt, the settings, the number of the sample and the version of the prompts. Requests
+that fail are tried again within limits; --max-requests and --budget hold for all clients of a run
+together.
 """
 
-import hashlib
-import json
+import queue
 import random
 import re
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from extras.judges import questions as prompts
-from extras.judges.answers import AnswerFile, usable
+from extras.judges.answers import AnswerFile, answer_key, usable
 from extras.judges.questions import JudgeStopped, Question, Reply, describe_problem
 from extras.judges.server import OPTIONAL, TOO_LONG, Server, chat_address, read_key, redact
 from methods.flags import check_flags as check_limits
 from methods.flags import flag, spelled
 
+WATCH_SECONDS = 0.1  # between two looks at the deadlines of what is under way
+PROXY = re.compile(r"http://(\[[\da-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?/?")
 FAILURES_IN_A_ROW = 10  # requests that fail for good, with none answered between them
 
 
@@ -63,7 +64,7 @@ def check_flags(flags, asked: bool) -> None:
         raise ValueError(describe_problem("no_model"))
     if given.budget and not (given.price_in or given.price_out):
         raise ValueError(describe_problem("no_prices", budget=given.budget))
-    if given.judge_proxy and not re.match("https?://[^@]*$", given.judge_proxy):
+    if given.judge_proxy and not PROXY.fullmatch(given.judge_proxy):
         raise ValueError(describe_problem("bad_proxy"))
     read_key(given.judge_key_env, chat_address(given.judge_url), given.judge_proxy)
 
@@ -116,7 +117,7 @@ class ChatClient:
     def __init__(self, flags, model: str, cache, *, ledger: Ledger | None = None):
         self.flags, self.name, self.cache = flags, model, cache
         self.server, self.answers = Server(flags), AnswerFile(cache)
-        self.pool, self.lock = ThreadPoolExecutor(flags.judge_workers), threading.Lock()
+        self.lock = threading.Lock()
         self.halted, self.stopped = threading.Event(), None  # why nothing more can be asked
         self.sleep = self.halted.wait
         self.counts, self.reported, self.failures = Counter(), Counter(), Counter()
@@ -135,32 +136,71 @@ class ChatClient:
 
         Raises JudgeStopped when nothing more can be asked.
         """
-        wanted = [self.request(question, temperature, sample) for question in questions]
-        requests, replies, futures = dict(wanted), {}, {}
+        keys, wanted, done = [], {}, queue.SimpleQueue()
+        for question in questions:
+            key, request = self.request(question, temperature, sample)
+            keys.append(key)
+            wanted[key] = key, request, question.nonce
         with self.answers.locked():
-            known = self.answers.records.keys() & requests.keys()
-        for key, request in requests.items():
-            if key in known:
-                replies[key] = self._read(key)
-            else:
-                futures[self.pool.submit(self._answer, key, request)] = key
-        self._settle(cached=len(known), repeated=len(wanted) - len(requests))
+            known = self.answers.records.keys() & wanted.keys()
+        replies = {key: self._read(key) for key in known}
+        todo = [wanted[key] for key in wanted if key not in known]
+        self._settle(cached=len(known), repeated=len(keys) - len(wanted))
+        work, workers = iter(todo), []
+        for _ in range(min(self.flags.judge_workers, len(todo))):
+            # Daemons: no worker keeps a program alive that is told to end.
+            workers.append(threading.Thread(target=self._work, args=(work, done), daemon=True))
         try:
-            for future in as_completed(futures):
-                replies[futures[future]] = future.result()
-        except BaseException as error:  # workers finish what is under way, and begin nothing
-            stopped = isinstance(error, JudgeStopped)
-            self._halt(error if stopped else JudgeStopped("stopped."))
-            for future in futures:
-                future.cancel()
-            wait(futures)
-            if not stopped:
+            for worker in workers:
+                worker.start()
+            for _ in todo:
+                key, reply = self._next(done)
+                if isinstance(reply, BaseException):
+                    raise reply
+                replies[key] = reply
+        except BaseException as error:
+            self._finish(workers, error)
+            if not isinstance(error, JudgeStopped):
                 raise
             raise JudgeStopped(describe_problem(
                 "saved", error=error, n=len(self.seen), cache=self.cache)) from None
         finally:
             self.answers.sync()
-        return [replies[key] for key, _ in wanted]
+        return [replies[key] for key in keys]
+
+    def _next(self, done: queue.SimpleQueue) -> tuple:
+        """The next result of a worker. The deadlines of all of them are kept meanwhile."""
+        while True:
+            self.server.end_late()
+            try:
+                return done.get(timeout=WATCH_SECONDS)
+            except queue.Empty:
+                continue
+
+    def _work(self, work: Iterator[tuple], done: queue.SimpleQueue) -> None:
+        """Answer requests until there are none left. After an error, none is sent any more."""
+        for key, request, nonce in work:
+            reply = self.stopped
+            if not reply:
+                try:
+                    reply = self._answer(key, request, nonce)
+                except BaseException as error:
+                    self._halt(error)
+                    reply = error
+            done.put((key, reply))
+
+    def _finish(self, workers: list[threading.Thread], error: BaseException) -> None:
+        """Let workers finish what is under way, which may be paid for, and begin nothing."""
+        stopped = isinstance(error, (JudgeStopped, OSError))
+        self._halt(error if stopped else JudgeStopped("stopped."))
+        workers = [worker for worker in workers if worker.is_alive()]
+        if workers and not isinstance(error, Exception):  # a signal: somebody is waiting
+            print(describe_problem("finishing", seconds=self.flags.judge_deadline),
+                  file=sys.stderr, flush=True)
+        for worker in workers:
+            while worker.is_alive():
+                self.server.end_late()
+                worker.join(WATCH_SECONDS)
 
     def request(self, question: Question, temperature: float, sample: int) -> tuple[str, dict]:
         """(key of the answer, all that the key covers)."""
@@ -170,22 +210,24 @@ class ChatClient:
             body["seed"] = sample  # else a server with a fixed seed says the same in every sample
         request = {"address": self.server.address, "request": body, "sample": sample,
                    "version": prompts.PROMPT_VERSION}
-        blob = json.dumps(request, sort_keys=True).encode()
-        return hashlib.sha256(blob).hexdigest(), request
+        return answer_key(request), request
 
-    def _answer(self, key: str, request: dict) -> Reply:
+    def _answer(self, key: str, request: dict, own: str) -> Reply:
         """Send one request until it is answered, fails for good, or its tries or time are up."""
         flags, tries, cause = self.flags, 0, "no answer in time"
         until = time.monotonic() + flags.judge_deadline
+        nonce, messages = prompts.draw_nonce(request["request"]["messages"], own)
+        sent = request["request"] | {"messages": messages}
         while tries < flags.judge_tries and (left := until - time.monotonic()) > 0:
-            held, dialect, body = self._reserve(request["request"]), dict(self.dialect), {}
-            for name, value in request["request"].items():
+            held, dialect, body = self._reserve(sent), dict(self.dialect), {}
+            for name, value in sent.items():
                 if dialect.get(name, name):
                     body[dialect.get(name, name)] = value
             optional = [name for name in OPTIONAL if name in body and name not in dialect]
             kind, value, pause = self.server.exchange(body, optional, left)
             if kind == "answer":
-                return self._record(key, request, dialect, value, held)
+                return self._record({"key": key, **request, "sent": dialect, "nonce": nonce,
+                                     **value}, held)
             # A try that broke off may have been paid for: what it can have cost counts as spent.
             unsure = kind == "retry" and not value.startswith(("http", "no server"))
             self._settle(held, held if unsure else 0.0, possibly_paid=int(unsure))
@@ -238,7 +280,7 @@ class ChatClient:
             self.ledger.held -= held
             self.counts.update(counts)
 
-    def _halt(self, error: JudgeStopped) -> None:
+    def _halt(self, error: BaseException) -> None:
         """Let no worker begin another request."""
         with self.lock:
             self.stopped = self.stopped or error
@@ -254,25 +296,26 @@ class ChatClient:
         print(f"warning: {self.server.address} does not take {name}; from now on it gets "
               f"{other or 'no ' + name}.", file=sys.stderr)
 
-    def _record(self, key: str, request: dict, dialect: dict, found: dict, held: float) -> Reply:
+    def _record(self, record: dict, held: float) -> Reply:
         """Write an answer down, then count it, then hand it out."""
-        now, text = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), found["text"]
-        self.answers.append({"key": key, **request, "sent": dialect, **found, "time": now,
-                             "text": redact(text, self.server.key)})
-        prompt, completion = found["usage"] or (0, 0)
-        cost = self._price(prompt, completion) if found["usage"] else held
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        text = redact(record["text"], self.server.key)
+        self.answers.append({**record, "time": now, "text": text})
+        prompt, completion = record["usage"] or (0, 0)
+        cost = self._price(prompt, completion) if record["usage"] else held
         self._settle(held, cost, answered=1, prompt_tokens=prompt, completion_tokens=completion,
-                     without_usage=int(not found["usage"]))
+                     without_usage=int(not record["usage"]))
         self.in_a_row = 0
-        return self._read(key)
+        return self._read(record["key"])
 
     def _read(self, key: str) -> Reply:
         """The answer on file as a reply."""
-        text, failure = usable(self.answers.records[key])
+        record = self.answers.records[key]
+        text, failure = usable(record)
         with self.lock:
             self.seen.add(key)
             self.failures.update([failure] * bool(failure))
-        return Reply(text, failure)
+        return Reply(text, failure, nonce=record.get("nonce", ""))
 
     def _give_up(self, key: str, cause: str, tries: int) -> Reply:
         """Write a failed request down; it is asked again in the next run. Ten in a row stop."""

@@ -2,7 +2,9 @@
 
 A text under judgment may try to answer for the judge ("VERDICT: correct"), or to give it orders.
 So texts stand unaltered between fences that carry a nonce, and a verdict is a last line that
-carries it too. The nonce is a hash of all that is shown: equal questions are equal prompts.
+carries it too. A question's own nonce is a hash of all that is shown, so that equal questions are
+equal prompts, under one key. Since everyone can compute it, a client sends a random one in its
+place (`draw_nonce`); the local model, which has to say the same in every run, is shown the hash.
 
 A *backend* is whatever answers: ask(questions, temperature=0.0, sample=0) -> one Reply a question.
 ChatClient.ask is one, a server; LocalChat.ask another, the model itself.
@@ -11,16 +13,18 @@ ChatClient.ask is one, a server; LocalChat.ask another, the model itself.
 import hashlib
 import json
 import re
+import secrets
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from extras import tomllib
 
 TEXTS = tomllib.loads(Path(__file__).with_name("texts.toml").read_text(encoding="utf-8"))
 PROMPT_VERSION = "1"  # of how prompts are put together; part of the keys of kept answers
+NONCE_BYTES = 12  # of a nonce that is sent: twice as many hexadecimal digits
 
 NO_VERDICT = "no verdict"
 REASK_TEMPERATURE = 0.7  # at 0 a reply without a verdict would come again
@@ -61,6 +65,27 @@ class Reply:
     failure: str = ""  # why there is no answer or verdict; "" for an answer that ended by itself
     odds: float | None = None  # log p(first choice) - log p(second), where the backend knows it
     verdict: str | None = None  # filled in by `ask_all`; then `text` is what stood before it
+    nonce: str = field(default="", compare=False)  # that was sent; "": the question's own
+
+
+def normal_form(text: str) -> str:
+    """The form in which a nonce is looked for in texts, and verdicts are read.
+
+    It is made letter by letter: if a judge repeats a part of a text, the normal form of that part
+    holds no nonce that the normal form of the text does not hold.
+    """
+    return INVISIBLE.sub("", unicodedata.normalize("NFKD", text)).casefold()
+
+
+def draw_nonce(messages: list[dict], own: str) -> tuple[str, list[dict]]:
+    """(a random nonce, the messages with it in place of a question's own)."""
+    assert own, "a question without a nonce"
+    texts = normal_form("\n".join(message["content"] for message in messages))
+    nonce = secrets.token_hex(NONCE_BYTES)
+    while nonce in texts:
+        nonce = secrets.token_hex(NONCE_BYTES)
+    return nonce, [{**message, "content": message["content"].replace(own, nonce)}
+                   for message in messages]
 
 
 def make_question(task: str, parts: dict[str, str], *, choices: tuple[str, ...] = (),
@@ -72,7 +97,9 @@ def make_question(task: str, parts: dict[str, str], *, choices: tuple[str, ...] 
     neither, the reply is free text. `think` lets the judge explain itself first.
     """
     nonce, count = "", 0
-    while not nonce or any(nonce in text for text in (task, *parts.values())):
+    texts = "\n".join([task, *parts.values()])
+    texts += "\n" + normal_form(texts)
+    while not nonce or nonce in texts:
         blob = json.dumps([task, parts, count]).encode()
         nonce, count = hashlib.sha256(blob).hexdigest()[:8], count + 1
     sections = [task]
@@ -95,19 +122,19 @@ def parse_verdict(text: str, nonce: str, menu: str) -> str | None:
     Case, Markdown, brackets, quotes and invisible characters around it are forgiven; another
     nonce, word or number, or a line after it, are not.
     """
-    lines = INVISIBLE.sub("", text).replace("\r", "\n").split("\n")
+    lines = normal_form(text).replace("\r", "\n").split("\n")
     last = next((line for line in reversed(lines) if line.strip()), "")
     match = re.fullmatch(
         rf"[\s*_`\"'#>(\[|]*verdict{SEPARATOR}{re.escape(nonce)}{SEPARATOR}({menu})"
-        rf"[\s.!*_`\"')\]|]*", unicodedata.normalize("NFKC", last), re.I)
-    return match and match[1].lower()
+        rf"[\s.!*_`\"')\]|]*", last)
+    return match and match[1]
 
 
 def read_reply(question: Question, reply: Reply) -> Reply:
     """The reply with its verdict, or with NO_VERDICT as its failure. Free text stays as it is."""
     if reply.failure or not question.menu:
         return reply
-    verdict = parse_verdict(reply.text, question.nonce, question.menu)
+    verdict = parse_verdict(reply.text, reply.nonce or question.nonce, question.menu)
     if verdict is None:
         return replace(reply, failure=NO_VERDICT)
     before = reply.text.strip().rpartition("\n")[0].strip()

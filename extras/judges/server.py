@@ -2,9 +2,13 @@
 
 The key goes to that server alone: not over plain http to another machine, not along a redirect,
 not into a message or a file. Proxies, netrc and certificates of the environment are not used.
+
+Each exchange has a connection of its own. On one that is kept, answers belong to requests by their
+order alone, and a single response too many gives every later request the answer of another.
 """
 
 import base64
+import contextlib
 import email.utils
 import http.client
 import ipaddress
@@ -12,18 +16,23 @@ import json
 import math
 import os
 import re
+import socket
+import ssl
 import threading
 import time
+import zlib
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 import requests
 from requests.packages import urllib3  # the one that requests itself uses
 
 from extras.judges.answers import ENDINGS, parse_json
-from extras.judges.questions import describe_problem
+from extras.judges.questions import TEXTS, describe_problem
 
 CONNECT_SECONDS = 5.0
 LONGEST_BODY = 8 << 20  # bytes, decompressed
+PORTS = {"http": 80, "https": 443}
 LONGEST_WAIT = 120.0  # seconds; a server that asks for more is asked another day
 OPTIONAL = ("max_tokens", "temperature", "top_p", "seed")  # servers refuse some of these names
 # An error that refuses a name, not its value ("must be", "at most") ...
@@ -33,6 +42,7 @@ UNSUPPORTED = re.compile(
     r"(?:inputs are|fields) not permitted|(?:was|were) unexpected", re.I)
 # ... and one that refuses a prompt for its length: others may fit.
 TOO_LONG = re.compile("context|too long|maximum.{0,20}tokens", re.I)
+KNOWN_WORDS = frozenset(TEXTS["errors"]["words"].split())
 
 
 def chat_address(url: str) -> str:
@@ -85,14 +95,40 @@ def is_loopback(host: str) -> bool:
 
 
 def redact(text: str, key: str) -> str:
-    """The text with every piece of eight characters of the key, plain or in base64, replaced."""
+    """The text with every piece of eight letters or digits of the key replaced by [key].
+
+    Found are pieces of the key itself, reversed, in hexadecimal and in base64 behind any number of
+    bytes, in upper or lower case, and with blanks or marks between the letters.
+    """
+    text = text.replace(key, "[key]") if key else text
     if len(key) < 8:
-        return text.replace(key, "[key]") if key else text
-    secrets, shown = key + "\n" + base64.b64encode(key.encode()).decode(), list(text)
-    for start in range(len(text) - 7):
-        if text[start:start + 8] in secrets:
-            shown[start:start + 8] = [""] * 7 + ["[key]"]
-    return "".join(shown).replace("[key]" * 2, "[key]")
+        return text
+    secrets = [key, key[::-1], key.encode().hex(), key.encode().hex()[::-1]]
+    for before in range(3):  # which letters of base64 stand for the key depends on what precedes it
+        secrets.append(base64.b64encode(bytes(before) + key.encode()).decode()[4 * (before > 0):])
+    forms = "\n".join("".join(filter(str.isalnum, secret)) for secret in secrets).lower()
+    places = [i for i, letter in enumerate(text) if letter.isascii() and letter.isalnum()]
+    letters, shown = "".join(text[i] for i in places).lower(), list(text)
+    for start in range(len(letters) - 7):
+        if letters[start:start + 8] in forms:
+            first, last = places[start], places[start + 7]
+            shown[first:last + 1] = [""] * (last - first) + ["[key]"]
+    return re.sub(r"(\[key\])+", "[key]", "".join(shown))
+
+
+def known_words(text: str) -> str:
+    """What may be shown of a server's error: its words on our list, "..." for all others.
+
+    A server may repeat the key, in a form that nobody thought of.
+    """
+    shown = []
+    for word in text.lower().split():
+        word = word.strip(".,:;!?()[]{}'\"`")
+        if word in KNOWN_WORDS:
+            shown.append(word)
+        elif shown[-1:] != ["..."]:
+            shown.append("...")
+    return " ".join(shown) if shown != ["..."] else ""
 
 
 def read_response(status: int, headers, data: bytes, *, sent: list[str]) -> tuple:
@@ -121,7 +157,8 @@ def read_response(status: int, headers, data: bytes, *, sent: list[str]) -> tupl
         if not TOO_LONG.search(message):
             return "dialect", refused[0], None
     if status not in (408, 409, 429) and status < 500:
-        return "fail", f"http {status}: {message}", None
+        shown = known_words(f"{code} {message}")
+        return "fail", f"http {status}: {shown}" if shown else f"http {status}", None
     pause = retry_after(headers)
     if pause and pause > LONGEST_WAIT:
         return "stop", "long_wait", None
@@ -129,18 +166,18 @@ def read_response(status: int, headers, data: bytes, *, sent: list[str]) -> tupl
 
 
 def read_error(body, data: bytes) -> tuple[str, str]:
-    """(message, codes) of an error in any form that servers use, the message on one short line."""
+    """(message, codes) of an error in any form that servers use: not to be shown as they are."""
     found, code = None, ""
     if isinstance(body, dict):
         found = body.get("error", body.get("detail", body.get("message")))
         code = str(body.get("error_type", ""))
     if isinstance(found, dict):
-        code = " ".join(str(found.get(name)) for name in ("code", "type", "param"))
+        codes = [found.get(name) for name in ("code", "type", "param")]
+        code = " ".join(str(value) for value in codes if value is not None)
         found = str(found.get("message"))
     if found is None:
         found = data[:2000].decode("utf-8", "replace")
-    line = " ".join(str(found).split())
-    return "".join(char if char.isprintable() else " " for char in line)[:300], code
+    return " ".join(str(found).split())[:300], code
 
 
 def retry_after(headers, now: Callable[[], float] = time.time) -> float | None:
@@ -181,37 +218,89 @@ def read_completion(body) -> dict | str:
     return {"text": text or "", "finish": finish, "usage": counts if known else None}
 
 
+# ----- The exchange -----
+class Response(http.client.HTTPResponse):
+    """A response behind any number of interim ones, of which http.client skips those of 100 only.
+
+    Taken for the answer, a 102 or 103 would have the answer itself left over.
+    """
+
+    def begin(self):
+        super().begin()
+        while 101 < self.status < 200:
+            self.headers = None  # else `begin` does nothing
+            super().begin()
+
+
+def trust(path: str) -> ssl.SSLContext:
+    """A context that trusts the certificates at `path`, or else those that requests trusts."""
+    place = path or requests.certs.where()
+    try:
+        return ssl.create_default_context(**{"capath" if os.path.isdir(place) else "cafile": place})
+    except OSError:  # ssl.SSLError is one
+        raise ValueError(describe_problem("bad_ca", path=path)) from None
+
+
+def shut_down(connection: http.client.HTTPConnection) -> None:
+    """End what waits for a connection, in whatever part of an exchange. Its thread closes it."""
+    opened = getattr(connection, "opened", None) or connection.sock
+    with contextlib.suppress(OSError, AttributeError):  # closed, or not yet there
+        socket.socket.shutdown(opened, socket.SHUT_RDWR)
+
+
+def read_body(response: http.client.HTTPResponse) -> bytes | None:
+    """The body, decompressed; None if it is longer than LONGEST_BODY."""
+    body = bytearray()
+    while chunk := response.read1(1 << 14):
+        body += chunk
+        if len(body) > LONGEST_BODY:
+            return None
+    if response.length:  # `read1` ends in silence where a connection ends early
+        raise http.client.IncompleteRead(bytes(body), response.length)
+    if response.headers.get("Content-Encoding", "").lower() in ("gzip", "deflate"):
+        body = zlib.decompressobj(47).decompress(body, LONGEST_BODY + 1)  # 47: of either kind
+    return None if len(body) > LONGEST_BODY else bytes(body)
+
+
 class Server:
-    """An address and its key, with a connection for each thread."""
+    """An address and its key. While exchanges are under way, `end_late` has to be called."""
 
     def __init__(self, flags):
-        self.flags, self.local = flags, threading.local()
-        self.address = chat_address(flags.judge_url)
+        self.flags, self.address = flags, chat_address(flags.judge_url)
         self.key = read_key(flags.judge_key_env, self.address, flags.judge_proxy)
+        self.context = trust(flags.judge_ca) if self.address.startswith("https:") else None
+        self.until, self.lock = {}, threading.Lock()  # {connection: when its exchange has to end}
+
+    def end_late(self) -> None:
+        """End the exchanges whose time is up. Timeouts end silence, but not bytes that drip in."""
+        now = time.monotonic()
+        with self.lock:
+            late = [connection for connection, until in self.until.items() if now >= until]
+        for connection in late:
+            shut_down(connection)
 
     def exchange(self, body: dict, optional: list[str], left: float) -> tuple:
         """Send a request; (kind, value, pause) as read_response has them, within `left` seconds.
 
         `optional` are the names in the body that may be left out. A stop is a whole sentence.
-        What the library says of an error is not repeated: it may hold the key.
+        What a library says of an error is not repeated: it may hold the key.
         """
-        broken = requests.exceptions
+        until = time.monotonic() + left
+        connection = self.make_connection(min(CONNECT_SECONDS, left))
+        with self.lock:
+            self.until[connection] = until
         try:
-            kind, value, pause = self.post(json.dumps(body).encode(), optional, left)
-        except broken.SSLError as error:
-            trusted = "CERTIFICATE_VERIFY_FAILED" not in str(error)
-            kind, value, pause = "stop", "no_tls" if trusted else "not_trusted", None
-        except broken.ProxyError:
-            kind, value, pause = "stop", "no_proxy", None
-        except broken.ConnectTimeout:
-            return "retry", "no server", None
-        except broken.Timeout:
+            kind, value, pause = self.connect(connection, until) or self.post(
+                connection, json.dumps(body).encode(), optional, until)
+        except TimeoutError:
             return "retry", "no answer in time", None
-        except (broken.RequestException, urllib3.exceptions.HTTPError,
-                http.client.HTTPException, OSError, ValueError) as error:
-            reason = getattr((error.args or [None])[0], "reason", None)
-            refused = isinstance(reason, urllib3.exceptions.NewConnectionError)
-            return "retry", "no server" if refused else "connection lost", None
+        except (http.client.HTTPException, OSError, ValueError, zlib.error):
+            in_time = time.monotonic() < until
+            return "retry", "connection lost" if in_time else "no answer in time", None
+        finally:
+            with self.lock:
+                del self.until[connection]
+            connection.close()
         if kind == "stop":
             if value == "wrong_key" and not self.key:
                 value = "no_key"
@@ -220,27 +309,59 @@ class Server:
                 key_env=self.flags.judge_key_env)
         return kind, value, pause
 
-    def post(self, payload: bytes, optional: list[str], left: float) -> tuple:
-        """`exchange`, but a stop is a name, and a broken connection raises.
+    def make_connection(self, seconds: float) -> http.client.HTTPConnection:
+        """A connection that is not open yet, by way of the proxy if there is one.
 
-        Through an adapter, not a session: so there is no redirect, cookie, netrc, proxy or
-        certificate of the environment.
+        Without a session: so there is no redirect, cookie, netrc, proxy or certificate of the
+        environment.
         """
-        headers = {"Content-Type": "application/json", "User-Agent": "judge"}
+        goal = urlsplit(self.address)
+        place = urlsplit(self.flags.judge_proxy) if self.flags.judge_proxy else goal
+        host, port = place.hostname, place.port or PORTS[place.scheme]
+        if not self.context:
+            connection = http.client.HTTPConnection(host, port, timeout=seconds)
+        else:
+            connection = http.client.HTTPSConnection(host, port, timeout=seconds,
+                                                     context=self.context)
+            if self.flags.judge_proxy:
+                connection.set_tunnel(goal.hostname, goal.port or PORTS["https"])
+        connection.response_class = Response
+        return connection
+
+    def connect(self, connection: http.client.HTTPConnection, until: float) -> tuple | None:
+        """Open a connection; what it means, as `exchange` says it, if that fails."""
+        try:
+            connection.connect()
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if isinstance(error, TimeoutError) or time.monotonic() >= until:
+                return "retry", "no server", None
+            if isinstance(error, ssl.SSLCertVerificationError):
+                return "stop", "not_trusted", None
+            if isinstance(error, ssl.SSLError):
+                return "stop", "no_tls", None
+            if self.flags.judge_proxy:
+                return "stop", "no_proxy", None
+            return "retry", "no server", None
+        return None
+
+    def post(self, connection, payload: bytes, optional: list[str], until: float) -> tuple:
+        """`exchange` over an open connection, but a stop is a name, and a broken one raises."""
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        connection.opened = connection.sock  # http.client may forget it before the body is read
+        connection.sock.settimeout(min(self.flags.judge_timeout, left))
+        headers = {"Content-Type": "application/json", "User-Agent": "judge", "Connection": "close"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
-        request = requests.Request("POST", self.address, headers=headers, data=payload).prepare()
-        if not hasattr(self.local, "adapter"):
-            self.local.adapter = requests.adapters.HTTPAdapter()
-        proxies = dict.fromkeys(("http", "https"), self.flags.judge_proxy)
-        until, body = time.monotonic() + left, b""
-        silence = min(CONNECT_SECONDS, left), min(self.flags.judge_timeout, left)
-        with self.local.adapter.send(request, stream=True, timeout=silence, proxies=proxies,
-                                     verify=self.flags.judge_ca or True) as response:
-            while chunk := response.raw.read1(1 << 14, decode_content=True):
-                body += chunk
-                if len(body) > LONGEST_BODY:
-                    return "retry", "answer too long", None
-                if time.monotonic() > until:
-                    return "retry", "no answer in time", None
-            return read_response(response.status_code, response.headers, body, sent=optional)
+        by_proxy = self.flags.judge_proxy and not self.context
+        path = self.address if by_proxy else urlsplit(self.address).path
+        with contextlib.suppress(BrokenPipeError):  # a server may refuse before it has read all
+            connection.request("POST", path, payload, headers)
+        response = connection.getresponse()
+        body = read_body(response)
+        if body is None:
+            return "retry", "answer too long", None
+        if time.monotonic() >= until and parse_json(body) is None:  # a body without a length
+            raise TimeoutError
+        return read_response(response.status, response.headers, body, sent=optional)

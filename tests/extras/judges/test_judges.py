@@ -138,7 +138,7 @@ def make_run(folder, **cfg):
 
 
 def nonce_of(request):
-    return request["messages"][-1]["content"].split('"VERDICT ')[1][:8]
+    return request["messages"][-1]["content"].split('"VERDICT ')[1].split(":")[0]
 
 
 def pleased(request, number):

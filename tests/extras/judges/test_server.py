@@ -2,14 +2,27 @@
 
 import base64
 import json
+import random
+import re
+import string
+from urllib.parse import quote
 
 import pytest
 import requests
 from chatserver import ChatServer, completion, make_client, say
 
+from extras.judges import server as server_module
 from extras.judges.client import ServerFlags, client_from_flags
 from extras.judges.questions import JudgeStopped, Reply
-from extras.judges.server import chat_address, read_key, read_response, redact, retry_after
+from extras.judges.server import (
+    KNOWN_WORDS,
+    chat_address,
+    known_words,
+    read_key,
+    read_response,
+    redact,
+    retry_after,
+)
 
 KEY = "sk-live-9Yq3ZtVb7KxWm2Rf"
 BASE64 = base64.b64encode(KEY.encode()).decode()
@@ -28,7 +41,7 @@ STATUSES = [*range(200, 209), *range(300, 309), *range(400, 432), 451, *range(50
 
 @pytest.mark.parametrize("status", STATUSES)
 def test_every_status(status):
-    body = b'{"error": {"message": "m", "code": 7}}'
+    body = b'{"error": {"message": "Unknown model: x", "code": 7}}'
     kind, value, pause = read_response(status, {}, body, sent=[])
     if status < 300:  # success without a completion in it
         assert (kind, value) == ("retry", "no chat completion")
@@ -37,7 +50,7 @@ def test_every_status(status):
     elif status in (408, 409, 429) or status >= 500:
         assert (kind, value, pause) == ("retry", f"http {status}", None)
     else:
-        assert (kind, value) == ("fail", f"http {status}: m")
+        assert (kind, value) == ("fail", f"http {status}: ... unknown model ...")
 
 
 @pytest.mark.parametrize("value, seconds", [
@@ -54,12 +67,16 @@ def test_a_long_wait_stops():
 
 
 @pytest.mark.parametrize("body, message", [
-    ({"error": {"message": "m", "code": 7}}, "m"), ({"error": "m", "error_type": "t"}, "m"),
-    ({"detail": "m"}, "m"), ({"detail": [{"loc": 1}]}, "[{'loc': 1}]"), ("m", "m"),
-    ("\x1b[31mm\n\nm", " [31mm m"), ([], "[]"), ("", "")])
+    ({"error": {"message": "Too long.", "code": 7}}, ": ... too long"),
+    ({"error": "Too long", "error_type": "t"}, ": ... too long"),
+    ({"detail": "too long"}, ": too long"), ({"detail": [{"msg": "too long"}]}, ": ... too long"),
+    ({"message": "too (long)"}, ": too long"), ("too\n\n long", ": too long"),
+    ("\x1b[31mm too", ": ... too"), ([], ""), ("", ""), ("4096", ""),
+    ({"error": {"message": "prompt is 5000 tokens", "type": "invalid_request_error", "code": None}},
+     ": invalid_request_error prompt is ... tokens")])
 def test_every_shape_of_error(body, message):
     data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-    assert read_response(418, {}, data, sent=[]) == ("fail", f"http 418: {message}", None)
+    assert read_response(418, {}, data, sent=[]) == ("fail", f"http 418{message}", None)
 
 
 # ----- Addresses -----
@@ -187,6 +204,116 @@ def test_the_key_is_nowhere_to_be_read_where_tls_fails(tmp_path, monkeypatch, ca
         text = said_and_written(client, tmp_path, capfd, caplog)
         assert server.requests == []  # nothing arrived that could be read
     assert "does not speak TLS as expected" in text and not leaks(text)
+
+
+def encode64(text):
+    return base64.b64encode(text.encode()).decode()
+
+
+# A key in other clothes; those of the first list are removed from answers, too.
+COMMON = [str, str.upper, lambda key: key[::-1], lambda key: key.encode().hex(), encode64,
+          lambda key: encode64(f"Bearer {key}"), lambda key: encode64(f"x: {key}\n"),
+          lambda key: encode64(f"ab{key}cd"), " ".join, "-".join, lambda key: ". ".join(key[::-1]),
+          lambda key: base64.urlsafe_b64encode(f"Bearer {key}".encode()).decode(),
+          lambda key: key.encode().hex().upper(), lambda key: key.encode().hex(" ")]
+CLOTHES = [*COMMON, lambda key: "".join(f"&#{ord(c)};" for c in key),
+           lambda key: "".join(f"&#x{ord(c):x};" for c in key), quote,
+           lambda key: "".join(f"%{ord(c):02x}" for c in key),
+           lambda key: "".join(f"\\u{ord(c):04x}" for c in key),
+           lambda key: " ".join(str(ord(c)) for c in key), lambda key: str(list(key)),
+           lambda key: key[:8] + "*" * 9 + key[-9:], str.swapcase,
+           lambda key: " ".join(key[i:i + 4] for i in range(0, len(key), 4)),
+           lambda key: base64.b32encode(key.encode()).decode(),
+           lambda key: "".join(chr(ord(c) + 0xFEE0) for c in key)]
+
+
+def draw_key(dice):
+    letters = string.ascii_letters + string.digits
+    return "sk-" + "".join(dice.choice(letters) for _ in range(dice.randint(20, 48)))
+
+
+def make_error(shown, dice):
+    """A server's error that holds a text."""
+    message = dice.choice(["Incorrect API key provided: {}.", "{}", "bad header 'Bearer {}'",
+                           "model x is not supported with {}"]).format(shown)
+    return {"status": dice.choice([400, 403, 405, 422, 500, 503]), "body": dice.choice([
+        {"error": {"message": message, "type": "invalid_request_error"}}, message,
+        {"error": message}, {"detail": [{"msg": message}]}, {"error": {"code": shown}},
+        {"message": message}, {"error_type": shown, "error": "no"}])}
+
+
+@pytest.mark.parametrize("number", range(len(CLOTHES)))
+def test_the_key_is_in_no_error_in_whatever_clothes(number, tmp_path, monkeypatch, capfd, caplog,
+                                                    record_property):
+    """Errors are shown in our own words alone."""
+    dice, wear, plan, held = random.Random(number), CLOTHES[number], {}, 0
+    caplog.set_level("DEBUG")
+    with ChatServer(lambda request, number: plan) as server:
+        for trial in range(20):
+            key, path = draw_key(dice), tmp_path / str(trial)
+            plan.update(make_error(wear(key), dice))
+            monkeypatch.setenv("JUDGE_API_KEY", key)
+            path.mkdir()
+            client = make_client(server, path / "a.jsonl", judge_tries=1, judge_workers=1)
+            for reply in client.ask(say(["1", "2"])):
+                status, _, words = reply.failure.partition(": ")
+                assert status == f"http {plan['status']}"
+                assert set(words.split()) <= KNOWN_WORDS | {"..."}
+            text = said_and_written(client, path, capfd, caplog)
+            assert wear(key) not in text and key not in text
+            held += wear(key) in str(plan["body"]).replace("\\\\", "\\")  # it was sent
+    record_property("trials", 20)
+    assert held == 20
+
+
+def test_errors_as_they_come_hold_the_key(tmp_path, monkeypatch):
+    """The control: messages are shown, without the key and its aligned base64."""
+    monkeypatch.setattr(server_module, "known_words", lambda text: text)
+    monkeypatch.setattr("extras.judges.client.redact", plain_redact)
+    monkeypatch.setenv("JUDGE_API_KEY", KEY)
+    leaked = 0
+    for number, wear in enumerate(CLOTHES):
+        plan = {"status": 400, "body": {"message": f"bad header: {wear(KEY)}"}}
+        with ChatServer(lambda request, number, plan=plan: plan) as server:
+            client = make_client(server, tmp_path / str(number), judge_tries=1)
+            leaked += wear(KEY) in client.ask(say(["1"]))[0].failure
+    assert leaked > len(CLOTHES) / 2
+
+
+def test_known_words_are_words():
+    """None of them could be a piece of a key, and what tells a prompt that is too long is there."""
+    assert all(re.fullmatch("[a-z_']+", word) for word in KNOWN_WORDS)
+    assert max(len(word) for word in KNOWN_WORDS if "_" not in word) <= 15
+    assert known_words("This model's maximum context length is 4096 tokens.") == (
+        "this model's maximum context length is ... tokens")
+    assert known_words("sk-live-9Yq3") == known_words("") == ""
+
+
+def plain_redact(text, key):
+    """The control: as it was, with the key itself and its aligned base64 alone."""
+    secrets, shown = key + "\n" + encode64(key), list(text)
+    for start in range(len(text) - 7):
+        if text[start:start + 8] in secrets:
+            shown[start:start + 8] = [""] * 7 + ["[key]"]
+    return "".join(shown)
+
+
+def test_common_clothes_are_removed_from_answers(record_property):
+    dice, missed = random.Random(31), 0
+    for _ in range(25):
+        key = draw_key(dice)
+        for wear in COMMON:
+            shown = wear(key)
+            text = f"The key is {shown}, I think."
+            left = redact(text, key)
+            assert "[key]" in left and left.startswith("The key is ")
+            kept = re.sub("[^0-9A-Za-z]", "", left.removeprefix("The key is ").partition(",")[0])
+            assert len(kept) - 3 < 16, (left, key)  # "key", and what no piece of eight holds
+            missed += plain_redact(text, key) == text
+        harmless = "".join(dice.choice("aeinrst \n.") for _ in range(500))
+        assert redact(harmless, key) == harmless
+    record_property("trials", 25 * len(COMMON))
+    assert missed > 25 * 8
 
 
 def test_redaction():
