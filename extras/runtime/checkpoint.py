@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from extras.runtime import ranks
-from extras.runtime.files import write_folder
+from extras.runtime import identity, ranks
+from extras.runtime.files import checksum, write_folder
 
 FOLDER, KEPT = "checkpoints", 2
 GROWING = ("log.jsonl", "rollouts.jsonl")  # what steps append to; resuming truncates it
@@ -44,7 +44,8 @@ def write_checkpoint(run, tensors: tuple, items: list[dict], books: dict) -> Non
     memory = {name: x for name, x in run.memory.items() if isinstance(x, (int, float))}
     grown = [run.folder / name for name in GROWING if (run.folder / name).exists()]
     books = books | {"memory": memory, "sizes": {path.name: path.stat().st_size for path in grown},
-                     "data": fingerprint(items), "groups": None}
+                     "data": fingerprint(items), "groups": None,
+                     "inputs": identity.read_identity(run.folder).get("inputs", {})}
     if run.method.phase(run.cfg):  # such a method cannot make its items again
         books["groups"] = items
     folder, name = run.folder / FOLDER, f"step-{books['step']:06d}"
@@ -97,6 +98,9 @@ def load_checkpoint(run, optimizer, place: Path, make_items: Callable) -> tuple[
     for old, new in (("cut", "truncated"), ("per_token", "values")):  # names of the first version
         text = text.replace(f'"{old}": ', f'"{new}": ')
     books = json.loads(text)
+    identity.refuse_changes(place, books.get("inputs", {}),
+                            identity.find_inputs(run.cfg, run.folder),
+                            f"remove {place.parent} to train the stage anew")
     items = books["groups"] or make_items()
     saved, adam, states = (load_file(place / f"{kind}.safetensors") for kind in TENSORS)
     shapes = [{name: x.shape for name, x in found.items()} for found in (saved, weights)]
@@ -139,9 +143,3 @@ def fingerprint(items: list[dict]) -> str:
         for ids in (document["input_ids"], document["labels"]):
             digest.update(array("q", [len(ids), *ids]).tobytes())
     return digest.hexdigest()
-
-
-def checksum(file: Path) -> str:
-    """sha256 of a file."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

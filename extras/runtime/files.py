@@ -1,6 +1,7 @@
 """A run's own files: written completely or not at all; records are repaired after a kill."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -85,3 +86,9 @@ def repair_last_line(path: Path) -> None:
         os.truncate(path, path.stat().st_size - len(last))
         print(f"warning: moved an unfinished record of {len(last)} bytes from {path} to "
               f"{path.name}.torn.")
+
+
+def checksum(file: Path) -> str:
+    """sha256 of a file."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

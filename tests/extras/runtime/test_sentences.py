@@ -239,8 +239,8 @@ SLOW = [  # those of a server, and those that train first
     (2, finish_another_run, "{out} holds another run: --lr was 1e-05, now 2e-05. Use another "
      "--out, or leave --lr out."),
     (1, lambda s: s.sft("--lr", "1e30", "--steps", "9", "--save-every", "1"), "step <n> of sft "
-     "gave a non-finite loss or gradient norm (<*>; records <*>); nothing was updated. Last checkpoint: "
-     "step <n>. Try a lower --lr with another --out, or look at those records."),
+     "gave a non-finite loss or gradient norm (<*>; records <*>); nothing was updated. Last "
+     "checkpoint: step <n>. Try a lower --lr with another --out, or look at those records."),
     (1, lambda s: s.cat(key=KEY, status=307, headers={"Location": "http://127.0.0.1:1/v1"}),
      f"the judge at {CHAT} redirects. Redirects are not followed, since they would carry your "
      f"prompts elsewhere. If that is right, set --judge-url to the new address.{SAVED}"),
@@ -307,4 +307,5 @@ def test_every_sentence(status, provoke, sentence, real, world, earlier, argumen
     if status == 2:  # a mistake leaves nothing but an empty run folder
         after = contents(tmp_path)
         changed = {path for path in after if after[path] != before.get(path)}
-        assert changed <= {scene.out / "run.lock", scene.out / "config.json"}
+        left = ("run.lock", "config.json", "identity.json")
+        assert changed <= {scene.out / name for name in left}
