@@ -98,9 +98,6 @@ def load_checkpoint(run, optimizer, place: Path, make_items: Callable) -> tuple[
     for old, new in (("cut", "truncated"), ("per_token", "values")):  # names of the first version
         text = text.replace(f'"{old}": ', f'"{new}": ')
     books = json.loads(text)
-    identity.refuse_changes(place, books.get("inputs", {}),
-                            identity.find_inputs(run.cfg, run.folder),
-                            f"remove {place.parent} to train the stage anew")
     items = books["groups"] or make_items()
     saved, adam, states = (load_file(place / f"{kind}.safetensors") for kind in TENSORS)
     shapes = [{name: x.shape for name, x in found.items()} for found in (saved, weights)]

@@ -113,7 +113,7 @@ class Guard:
             if not place:
                 for name in checkpoint.GROWING:
                     (run.folder / name).unlink(missing_ok=True)
-            identity.record_inputs(run, bool(place) or any(run.folder.glob("*.jsonl")))
+            identity.record_inputs(run, place)
             return str(place or "")
         place = self.first(prepare)
         self.checkpoint = Path(place) if place else None
@@ -142,10 +142,17 @@ class Guard:
         else:
             items = make_items()
         self.recent, self.stage, self.step = done.pop("recent"), run.cfg.stage, done["step"]
-        self.waiting = True
-        if not self.rank:
-            self.watch = Watch(run.folder / "log.jsonl")
+        self.waiting, self.watch = True, None
+        self.watch_log(run.folder / "log.jsonl")
         return items, done
+
+    def watch_log(self, path: Path) -> str:
+        """What happened to the log since the last call, which the first process looks after."""
+        if self.watch:
+            return self.watch.check()
+        if path.exists() and not self.rank:
+            self.watch = Watch(path)
+        return ""
 
     def inspect(self, run, means: dict, norm: float, items: list[dict]) -> dict:
         """What to log of a jump of the loss. Raises FloatingPointError unless it is finite."""
@@ -182,7 +189,7 @@ class Guard:
     def after_step(self, run, optimizer, items: list[dict], done: dict) -> None:
         """Write a checkpoint if one is due or the run is to stop; raises Stopped or Disturbed."""
         cfg, self.step = run.cfg, done["step"]
-        found = ranks.gather([(self.heard, self.watch.check() if self.watch else "")])
+        found = ranks.gather([(self.heard, self.watch_log(run.folder / "log.jsonl"))])
         number, problem = max(heard for heard, _ in found), max(said for _, said in found)
         self.trained = self.step == cfg.steps
         if self.trained and cfg.full and getattr(cfg, "shard", False):

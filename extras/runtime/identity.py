@@ -106,20 +106,28 @@ def write_identity(folder: Path, found: dict) -> None:
     part.replace(folder / FILE)
 
 
-def record_inputs(run, goes_on: bool) -> None:
-    """Write what a stage begins with; if it goes on, say what now rounds in another way."""
+def record_inputs(run, place: Path | None) -> None:
+    """Write what a stage reads; says what rounds in another way than when it was begun.
+
+    Raises ValueError if its checkpoint, in `place`, has read something else.
+    """
     was, now = read_identity(run.folder).get("machine", {}), describe_machine(run.cfg)
-    machine, said = {}, []
+    inputs, machine, said = find_inputs(run.cfg, run.folder), {}, []
+    if place:
+        refuse_changes(place, data.read_json(place / "state.json").get("inputs", {}), inputs,
+                       f"remove {place.parent} to train the stage anew")
+    if not (place or any(run.folder.glob("*.jsonl"))):
+        was = {}  # nothing was computed yet
     for name, value in now.items():
-        seen = data.as_list(was.get(name, [])) if goes_on else []
+        seen = data.as_list(was.get(name, []))
         if seen and seen[-1] != value:
             said.append(f"{name} {seen[-1]}, now {value}")
-        machine[name] = [*seen, value] if seen[-1:] != [value] else seen
+        machine[name] = seen + [value] * (value not in seen[-1:])
     if said:
         run.say(f"warning: {run.folder} was begun with {'; '.join(said)}. What follows is rounded "
-                "in another way than by one process that was never stopped.")
-    inputs = {what: hash_files(what, x) for what, x in find_inputs(run.cfg, run.folder).items()}
-    write_identity(run.folder, {"inputs": inputs, "machine": machine})
+                "in another way than in a run that was never stopped.")
+    found = {what: hash_files(what, path) for what, path in inputs.items()}
+    write_identity(run.folder, {"inputs": found, "machine": machine})
 
 
 def record_result(folder: Path, part: Path) -> None:
