@@ -108,8 +108,7 @@ class Guard:
             self.lock = self.lock or take_lock(Path(self.cfg.out))
             place = checkpoint.find_checkpoint(run.folder)
             run.folder.mkdir(parents=True, exist_ok=True)
-            for path in (*run.folder.glob(".tmp-*"), *run.folder.glob("checkpoints/.tmp-*")):
-                shutil.rmtree(path)  # of a process that was killed while it wrote
+            remove_half_written(run.folder)
             if not place:
                 for name in checkpoint.GROWING:
                     (run.folder / name).unlink(missing_ok=True)
@@ -218,8 +217,18 @@ def remove_leftovers(out: Path) -> None:
     """Remove what a process that was killed at the end of a stage has left beside its result."""
     for folder in (out, *(out / name for name in stages()), *out.glob("round*")):
         if any((folder / name).exists() for name in FINISHED):
-            for name in (checkpoint.FOLDER, ".tmp-result"):
-                shutil.rmtree(folder / name, ignore_errors=True)
+            shutil.rmtree(folder / checkpoint.FOLDER, ignore_errors=True)
+            remove_half_written(folder)
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has not given its name."""
+    for pattern in (".tmp-*", f"{checkpoint.FOLDER}/.tmp-*", "*.json*.part"):
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def take_lock(folder: Path):
