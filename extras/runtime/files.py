@@ -90,5 +90,8 @@ def repair_last_line(path: Path) -> None:
 
 def checksum(file: Path) -> str:
     """sha256 of a file."""
+    digest = hashlib.sha256()
     with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -58,7 +58,6 @@ def supervise(cfg, method, run_method) -> int:
     return status
 
 
-@lasting_streams()
 def run_program(work, cfg) -> int:
     """Call work(cfg) and return the exit status, for programs that need nothing of a run.
 
