@@ -72,10 +72,10 @@ class Alone:
     def write(self, folder, save):  # save(folder), all of it or nothing
         save(folder)
 
-    def open(self, folder):  # called before anything is written to a run folder
-        folder.mkdir(parents=True, exist_ok=True)
+    def open(self, run):  # called before anything is written to its folder
+        run.folder.mkdir(parents=True, exist_ok=True)
         for name in ("log.jsonl", "rollouts.jsonl"):  # of a run that was stopped
-            (folder / name).unlink(missing_ok=True)
+            (run.folder / name).unlink(missing_ok=True)
 
 
 def learning_rate(step: int, cfg) -> float:
@@ -105,7 +105,7 @@ def train(run: Run) -> None:
     # A run that was stopped gets back its items, its optimizer and how far it came.
     items, done = guard.resume(run, optimizer, lambda: method.items(run))
     check_items(run, items)
-    started = time.time() - done["seconds"]
+    started = time.monotonic() - done["seconds"]
     phase = method.phase(cfg)
     run.model.train()
     for step in tqdm(range(done["step"], cfg.steps), desc=cfg.stage, initial=done["step"],
@@ -132,7 +132,7 @@ def train(run: Run) -> None:
         tokens = sum(len(batch["input_ids"]) for batch in batches)
         done["tokens"] += int(guard.sum({"tokens": tokens})["tokens"])
         done["step"] = step + 1
-        done["seconds"] = time.time() - started
+        done["seconds"] = time.monotonic() - started
         log_step(run, step, means, {"norm": round(norm, 4), "lr": rate}, noted, done)
         guard.after_step(run, optimizer, items, done)
     run.model.eval()
@@ -303,7 +303,7 @@ def trainable_model(cfg, before: Path | None):
 def train_stage(run: Run) -> None:
     """Collect, train, save."""
     method, guard = run.method, run.guard
-    guard.open(run.folder)
+    guard.open(run)
     # The settings go first, so that even a run that is stopped says what it was.
     guard.first(lambda: settings.save_settings(run.cfg, run.folder))
     method.attach(run)

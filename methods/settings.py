@@ -32,11 +32,8 @@ def config_class(method, *, plain: bool = False, server: bool = False) -> type:
 def parse_config(argv: list[str]):
     """Command line -> (settings, method). Raises ValueError for a mistake."""
     words = []
-    for word in argv:
-        if word.startswith("--"):
-            words += word.split("=", 1)  # --flag=value is --flag value
-        else:
-            words.append(word)
+    for word in argv:  # --flag=value is --flag value
+        words += word.split("=", word.startswith("--"))
     follows = dict(zip(words, words[1:], strict=False))
     stage = follows.get("--stage", "cat")
     method, plain = find_method(stage), "--plain" in words
@@ -130,7 +127,7 @@ def stage_config(cfg, name: str):
 def is_finished(folder: Path, cfg) -> bool:
     """Whether a folder holds what this stage and these settings trained.
 
-    Raises ValueError if it holds a run, finished or not, with other settings.
+    Raises ValueError if it holds a run, finished or not, with other settings or inputs.
     """
     finished = has_result(folder)
     if not (finished or any(folder.glob("*.jsonl")) or (folder / "checkpoints").exists()):
@@ -147,4 +144,7 @@ def is_finished(folder: Path, cfg) -> bool:
             shown = spelled(asked_as.get(name, name))
             raise ValueError(f"{folder} holds another run: {shown} was {str(saved[name])[:200]}, "
                              f"now {value}. Use another --out, or leave {shown} out.")
+    runtime = extra("runtime", cfg.plain)
+    if runtime:  # the same names, and the same bytes behind them
+        runtime.check_inputs(folder, cfg)
     return finished

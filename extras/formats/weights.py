@@ -215,4 +215,4 @@ def save_model(model: Llama, path, *, dtype: torch.dtype | None = None,
             ours = re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", old.name)
             if ours and old.name not in written:
                 old.unlink()
-    write_folder(folder / f".model.{os.getpid()}.part", save, publish)
+    write_folder(folder / ".model.part", save, publish)

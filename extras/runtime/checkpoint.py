@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from extras.runtime import ranks
-from extras.runtime.files import write_folder
+from extras.runtime import identity, ranks
+from extras.runtime.files import checksum, write_folder
 
 FOLDER, KEPT = "checkpoints", 2
 GROWING = ("log.jsonl", "rollouts.jsonl")  # what steps append to; resuming truncates it
@@ -44,7 +44,8 @@ def write_checkpoint(run, tensors: tuple, items: list[dict], books: dict) -> Non
     memory = {name: x for name, x in run.memory.items() if isinstance(x, (int, float))}
     grown = [run.folder / name for name in GROWING if (run.folder / name).exists()]
     books = books | {"memory": memory, "sizes": {path.name: path.stat().st_size for path in grown},
-                     "data": fingerprint(items), "groups": None}
+                     "data": fingerprint(items), "groups": None,
+                     "inputs": identity.read_identity(run.folder).get("inputs", {})}
     if run.method.phase(run.cfg):  # such a method cannot make its items again
         books["groups"] = items
     folder, name = run.folder / FOLDER, f"step-{books['step']:06d}"
@@ -138,13 +139,4 @@ def fingerprint(items: list[dict]) -> str:
     for document in [document for item in items for document in item["documents"]]:
         for ids in (document["input_ids"], document["labels"]):
             digest.update(array("q", [len(ids), *ids]).tobytes())
-    return digest.hexdigest()
-
-
-def checksum(file: Path) -> str:
-    """sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
     return digest.hexdigest()

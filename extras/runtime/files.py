@@ -1,6 +1,7 @@
 """A run's own files: written completely or not at all; records are repaired after a kill."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -85,3 +86,12 @@ def repair_last_line(path: Path) -> None:
         os.truncate(path, path.stat().st_size - len(last))
         print(f"warning: moved an unfinished record of {len(last)} bytes from {path} to "
               f"{path.name}.torn.")
+
+
+def checksum(file: Path) -> str:
+    """sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 
 import data
 from eval import pick_device
-from extras.runtime import checkpoint, ranks
+from extras.runtime import checkpoint, identity, ranks
 from extras.runtime.files import read_keys, write_folder
+from extras.runtime.streams import Disturbed, Watch
 from methods import collate
 from methods.finding import stages
 
@@ -30,7 +31,8 @@ class Guard:
     def __init__(self, cfg):
         self.cfg, self.rank, self.size = cfg, int(os.environ.get("RANK", "0")), 1
         self.heard, self.waiting = 0, False  # the last signal; whether a step or a save goes on
-        self.lock, self.checkpoint = None, None  # the open run.lock; what the stage goes on from
+        self.lock, self.watch = None, None  # the open run.lock; the log of the stage that trains
+        self.checkpoint = None  # what the stage goes on from
         self.stage, self.step, self.recent = "", 0, []  # of the stage that trains; its last losses
         self.trained = False  # whether its last step is done, and it is saved next
 
@@ -51,7 +53,10 @@ class Guard:
 
     def first(self, action):
         """What the first process gets from action(), for all; if it fails, all stop."""
-        result = ranks.act_first(action, self.rank)
+        def work():
+            self.check_lock()
+            return action()
+        result = ranks.act_first(work, self.rank)
         if self.trained:  # and saved now: signals stop at once again
             self.trained = self.waiting = False
             number = max(ranks.gather([self.heard]))
@@ -87,15 +92,27 @@ class Guard:
         """The keys of the records that are in a file of the run, which is repaired."""
         return set(self.first(lambda: read_keys(path, key)))
 
-    def open(self, folder: Path) -> None:
+    def check_lock(self) -> None:
+        """Raise Disturbed if run.lock was removed, so that another process may have the folder."""
+        if not self.lock:
+            return
+        path, own = Path(self.cfg.out, "run.lock"), os.fstat(self.lock.fileno())
+        if not path.exists() or not os.path.samestat(path.stat(), own):
+            raise Disturbed(f"{path} was removed or replaced while this process used the folder. "
+                            "It writes nothing more, as another process may. Run the same command "
+                            "again when none does; it goes on from the last checkpoint.")
+
+    def open(self, run) -> None:
         """Lock the run; find the checkpoint to go on from, or remove the log of a try without."""
         def prepare() -> str:
             self.lock = self.lock or take_lock(Path(self.cfg.out))
-            place = checkpoint.find_checkpoint(folder)
-            folder.mkdir(parents=True, exist_ok=True)
+            place = checkpoint.find_checkpoint(run.folder)
+            run.folder.mkdir(parents=True, exist_ok=True)
+            remove_half_written(run.folder)
             if not place:
                 for name in checkpoint.GROWING:
-                    (folder / name).unlink(missing_ok=True)
+                    (run.folder / name).unlink(missing_ok=True)
+            identity.record_inputs(run, place)
             return str(place or "")
         place = self.first(prepare)
         self.checkpoint = Path(place) if place else None
@@ -107,7 +124,11 @@ class Guard:
                 if path.is_dir():
                     shutil.rmtree(folder / path.name, ignore_errors=True)
                 os.replace(path, folder / path.name)
-        write_folder(folder / ".tmp-result", save, publish)
+
+        def save_all(part: Path) -> None:
+            save(part)
+            identity.record_result(folder, part)
+        write_folder(folder / ".tmp-result", save_all, publish)
         shutil.rmtree(folder / checkpoint.FOLDER, ignore_errors=True)
 
     def resume(self, run, optimizer, make_items) -> tuple[list, dict]:
@@ -120,11 +141,21 @@ class Guard:
         else:
             items = make_items()
         self.recent, self.stage, self.step = done.pop("recent"), run.cfg.stage, done["step"]
-        self.waiting = True
+        self.waiting, self.watch = True, None
+        self.watch_log(run.folder / "log.jsonl")
         return items, done
+
+    def watch_log(self, path: Path) -> str:
+        """What happened to the log since the last call, which the first process looks after."""
+        if self.watch:
+            return self.watch.check()
+        if path.exists() and not self.rank:
+            self.watch = Watch(path)
+        return ""
 
     def inspect(self, run, means: dict, norm: float, items: list[dict]) -> dict:
         """What to log of a jump of the loss. Raises FloatingPointError unless it is finite."""
+        self.check_lock()
         if not math.isfinite(sum(means.values()) + norm):
             last = [f"step {int(x.name[5:])}" for x in checkpoint.saved_steps(run.folder)]
             raise FloatingPointError(
@@ -155,17 +186,23 @@ class Guard:
         return list_names(bad or items)
 
     def after_step(self, run, optimizer, items: list[dict], done: dict) -> None:
-        """Write a checkpoint if one is due or the run is to stop; raises Stopped then."""
+        """Write a checkpoint if one is due or the run is to stop; raises Stopped or Disturbed."""
         cfg, self.step = run.cfg, done["step"]
+        found = ranks.gather([(self.heard, self.watch_log(run.folder / "log.jsonl"))])
+        number, problem = max(heard for heard, _ in found), max(said for _, said in found)
         self.trained = self.step == cfg.steps
         if self.trained and cfg.full and getattr(cfg, "shard", False):
             run.model = ranks.gather_model(run.model, self.rank, pick_device(cfg)[1])
         if self.trained:
+            if problem:
+                run.say(f"warning: {problem}.")
             return
-        number = max(ranks.gather([self.heard]))
-        if number or cfg.save_every and self.step % cfg.save_every == 0:
+        if number or problem or cfg.save_every and self.step % cfg.save_every == 0:
             books = done | {"recent": self.recent}
             checkpoint.save_checkpoint(run, optimizer, items, books)
+        if problem:
+            raise Disturbed(f"{problem}. Step {self.step} of {cfg.stage} is saved. The same command"
+                            " goes on from there.")
         if number:
             raise Stopped(number, f" after step {self.step} of {cfg.stage}, which is saved")
 
@@ -180,8 +217,18 @@ def remove_leftovers(out: Path) -> None:
     """Remove what a process that was killed at the end of a stage has left beside its result."""
     for folder in (out, *(out / name for name in stages()), *out.glob("round*")):
         if any((folder / name).exists() for name in FINISHED):
-            for name in (checkpoint.FOLDER, ".tmp-result"):
-                shutil.rmtree(folder / name, ignore_errors=True)
+            shutil.rmtree(folder / checkpoint.FOLDER, ignore_errors=True)
+            remove_half_written(folder)
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has not given its name."""
+    for pattern in (".tmp-*", f"{checkpoint.FOLDER}/.tmp-*", "*.json*.part"):
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def take_lock(folder: Path):

@@ -1,4 +1,4 @@
-"""One command from start to end: signals, other processes, one line for an error, a summary."""
+"""One command from start to end: streams, signals, processes, one line for an error, a summary."""
 
 import json
 import os
@@ -14,37 +14,42 @@ import torch.distributed as dist
 import data
 from eval import fail, pick_device
 from extras.judges import RUN, JudgeStopped
-from extras.runtime import ranks
+from extras.runtime import identity, ranks
 from extras.runtime.guard import Guard, Stopped, remove_leftovers
+from extras.runtime.streams import Disturbed, check_texts, lasting_streams
 
-SIGNALS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 KEPT = "What was finished is kept"  # in the run folder
 
 
+@lasting_streams()
 def supervise(cfg, method, run_method) -> int:
     """Call run_method(cfg, method, guard) and return the exit status. For the main thread.
 
-    2: a mistake in what was given; 1: failed; 143 or 130: told to stop. Raises what is a bug.
+    2: a mistake in what was given; 1: failed; 143, 130 or 129: told to stop. Raises what is a bug.
     """
-    open_stderr()
-    started, guard, status = time.time(), Guard(cfg), 0
+    started, guard, status, handlers = time.monotonic(), Guard(cfg), 0, {}
     for number in SIGNALS:
-        signal.signal(number, guard.hear)
+        if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # as by nohup
+            handlers[number] = signal.signal(number, guard.hear)
     try:
+        check_texts(cfg)
+        identity.check_adapters(cfg)
         guard.size = ranks.join(cfg, method)
         run_method(cfg, method, guard)
-        guard.first(lambda: summarise(cfg, time.time() - started))
-    except (Stopped, ValueError, RuntimeError, FloatingPointError, OSError, MemoryError) as error:
+        guard.first(lambda: summarise(cfg, time.monotonic() - started))
+    except (Stopped, Disturbed, ValueError, RuntimeError, FloatingPointError, OSError,
+            MemoryError) as error:
         status, message = explain(error, guard)
         if not message:
             raise
         complain(message, guard.rank)
     finally:
-        for number, handler in SIGNALS.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         RUN.close(lambda message: print(message, flush=True))
-        if guard.lock:
-            guard.lock.close()
+        for file in filter(None, (guard.lock, guard.watch and guard.watch.file)):
+            file.close()
         if dist.is_initialized():
             dist.destroy_process_group()
     if "RANK" in os.environ:  # threads of gloo can abort a process that ends in the usual way
@@ -61,12 +66,16 @@ def run_program(work, cfg) -> int:
     """
     open_stderr()
     try:
+        check_texts(cfg)
         if hasattr(cfg, "adapter"):
             check_program(cfg)
+        identity.check_adapters(cfg)
         try:
             work(cfg)
         finally:
             RUN.close(lambda message: print(message, flush=True))  # what a server was asked
+        if work.__name__ == "evaluate":  # eval.py
+            identity.note_inputs(cfg)
         print(end="", flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout once more
@@ -136,7 +145,7 @@ def explain(error: BaseException, guard: Guard) -> tuple[int, str]:
             return 2, text + "Nothing was started. Give another path, or make this one usable."
         return 1, (f"{text}{KEPT}; give another --out, or make room, and run the same command "
                    "again.")
-    if isinstance(error, (ValueError, JudgeStopped, FloatingPointError)):
+    if isinstance(error, (ValueError, JudgeStopped, FloatingPointError, Disturbed)):
         return 2 if isinstance(error, ValueError) else 1, str(error)
     if isinstance(error, MemoryError) or "allocate" in text:  # torch raises RuntimeError
         return 1, (f"out of memory: {text[:200]}. {KEPT}; lower --micro-tokens or --eval-batch, or "

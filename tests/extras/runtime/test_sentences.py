@@ -307,4 +307,5 @@ def test_every_sentence(status, provoke, sentence, real, world, earlier, argumen
     if status == 2:  # a mistake leaves nothing but an empty run folder
         after = contents(tmp_path)
         changed = {path for path in after if after[path] != before.get(path)}
-        assert changed <= {scene.out / "run.lock", scene.out / "config.json"}
+        left = ("run.lock", "config.json", "identity.json")
+        assert changed <= {scene.out / name for name in left}
