@@ -119,7 +119,7 @@ def stage_config(cfg, name: str):
     if hasattr(cfg, "sft_steps"):
         values |= {"steps": cfg.sft_steps, "lr": cfg.sft_lr}
     values |= asker.also_needs(cfg).get(name, {})
-    made = flags(**values | {"stage": name, "out": str(Path(cfg.out) / name)})
+    made = flags(**values | {"stage": name, "out": f"{cfg.out}/{name}"})
     made.asked_as = {"steps": "sft_steps", "lr": "sft_lr"}  # by the flags of this run
     return made
 

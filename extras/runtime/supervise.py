@@ -66,10 +66,10 @@ def run_program(work, cfg) -> int:
     """
     open_stderr()
     try:
-        check_texts(cfg)
-        if hasattr(cfg, "adapter"):
+        if hasattr(cfg, "adapter"):  # flags, not a list of words
+            check_texts(cfg)
             check_program(cfg)
-        identity.check_adapters(cfg)
+            identity.check_adapters(cfg)
         try:
             work(cfg)
         finally:
