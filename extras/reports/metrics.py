@@ -53,7 +53,8 @@ class MoreMetrics:
 
     def summary(self, rows: list[dict], seed: int = 0) -> dict:
         """All means, the exact match by style of wording, and counts."""
-        found, tasks = {"cluster": self.cluster, "use_stemmer": self.use_stemmer}, tasks_of(rows)
+        found = {"cluster": self.cluster, "use_stemmer": self.use_stemmer}
+        tasks = [row["task"] for row in rows]
         for name in TITLES:
             found[name] = summarize([row[name] for row in rows], tasks, seed=seed)
         found["by_style"] = {style: summarize(values, tasks, seed=seed)
@@ -67,15 +68,10 @@ class MoreMetrics:
 
 def components(similar) -> list[list[int]]:
     """Responses that are joined by a chain of similar ones (in both orders of a pair)."""
-    linked, found = similar & similar.T, []  # (n, n)
-    left = np.ones(len(linked), dtype=bool)
-    while left.any():
-        members, new = ~left, np.arange(len(linked)) == left.argmax()  # the first that is left
-        while new.any():
-            left &= ~new
-            new = linked[new].any(0) & left
-        found.append(np.flatnonzero(~left & ~members).tolist())
-    return found
+    linked = similar & similar.T  # (n, n)
+    for _ in range(len(linked).bit_length()):
+        linked = linked.astype(np.float32) @ linked > 0  # chains of twice the length
+    return [list(group) for group in {tuple(np.flatnonzero(row).tolist()) for row in linked}]
 
 
 def greedy_clusters(similar) -> list[list[int]]:
@@ -106,11 +102,6 @@ def exact_match_by_style(rows: list[dict]) -> dict[str, list[float | None]]:
 
 
 # ----- Intervals -----
-def tasks_of(rows: list[dict]) -> list[str]:
-    """The task of each question."""
-    return [row["task"] for row in rows]
-
-
 def summarize(values: list, tasks: list, *, seed: int = 0, span: tuple | None = (0, 1)) -> dict:
     """eval.bootstrap, and "ci95_tasks", an interval over "tasks", of which there is a number.
 
@@ -150,7 +141,7 @@ def paired_difference(before: list[dict], after: list[dict], metric: str, seed: 
     for old, new in zip(before, after, strict=True):
         known = None not in (old[metric], new[metric])
         changes.append(new[metric] - old[metric] if known else None)
-    return summarize(changes, tasks_of(after), seed=seed, span=(-1, 1))
+    return summarize(changes, [row["task"] for row in after], seed=seed, span=(-1, 1))
 
 
 # ----- ROUGE for any script -----
@@ -223,8 +214,8 @@ def sampled_kl(model, tokenizer, template, questions: list[dict], cfg) -> dict:
             documents.append(data.encode_example(tokenizer, template, prompt, answer.token_ids,
                                                  max_len=room + len(answer.token_ids)))
         sums.append([float(logprobs.sum()) for logprobs in response_logprobs(scorer, documents)])
-    return summarize([p - q for p, q in zip(*sums, strict=True)], tasks_of(questions),
-                     seed=cfg.seed, span=None)
+    return summarize([p - q for p, q in zip(*sums, strict=True)],
+                     [x["task"] for x in questions], seed=cfg.seed, span=None)
 
 
 def response_logprobs(model, documents: list[dict]) -> list:
