@@ -46,10 +46,8 @@ def pick_device(cfg) -> tuple:
     if device not in ["cpu"] + [f"cuda:{number}" for number in range(n)]:
         raise ValueError(f"--device {cfg.device} is not here: this machine has {n} GPUs, and they "
                          "count from cuda:0. Give another, or cpu.")
-    if dtype == "auto" and device == "cpu":
-        dtype = "float32"
-    elif dtype == "auto":
-        dtype = "bfloat16"
+    if dtype == "auto":
+        dtype = {"cpu": "float32"}.get(device, "bfloat16")
     return device, getattr(torch, dtype)
 
 
@@ -65,8 +63,7 @@ def open_model(cfg, adapter="", *, folder="", trainable=False):
                                    quantize="" if folder else cfg.quantize)
     else:
         model = load_model(folder or cfg.model, dtype=dtype, device=device)
-    fast = extra("fast", cfg.plain)  # the same results, sooner
-    if fast:
+    if fast := extra("fast", cfg.plain):  # the same results, sooner
         fast.accelerate(model, checkpointing=getattr(cfg, "checkpointing", False))
     if adapter:
         load = formats.open_adapter if formats else lora.load_adapter
@@ -76,8 +73,7 @@ def open_model(cfg, adapter="", *, folder="", trainable=False):
 
 def open_tokenizer(cfg):
     """The tokenizer that --tokenizer or --model names."""
-    formats = extra("formats", cfg.plain)
-    if formats:
+    if formats := extra("formats", cfg.plain):
         return formats.open_tokenizer(cfg.tokenizer or cfg.model, cfg.model)
     return data.Tokenizer(cfg.tokenizer or cfg.model)
 
@@ -162,8 +158,8 @@ def max_consistency_rate(similar):
 def clusters(similar) -> list:
     """The responses 0 .. n-1 in sets of mutually similar ones; `similar` is (n, n) bool.
 
-    First the largest such set, then the largest of the rest, and so on; exact. The authors' own
-    rule and connected components are in extras/reports.
+    First the largest such set, then the largest of the rest, and so on; exact. extras/reports has
+    a search that gives up, the authors' own rule and connected components.
     """
     similar = np.asarray(similar, dtype=bool)  # (n, n)
     both = similar & similar.T
@@ -172,7 +168,7 @@ def clusters(similar) -> list:
     while rest:
         members = largest_clique([], rest, neighbours, [])
         found.append(sorted(members))
-        rest = rest - set(members)
+        rest -= set(members)
     return found
 
 
@@ -205,15 +201,21 @@ TABLE = {"cr": "CR", "mcr": "MCR", "rouge1": "R-1", "rougeL": "R-L", "exact_matc
          "consistent_and_correct": "C&C"}  # what the table shows, and under which title
 
 
-def bootstrap(values, *, resamples=1000, seed=0):
-    """{"mean", "ci95", "n"} of the values that are not None; the interval is over questions."""
+def bootstrap(values, *, resamples=1000, seed=0, span=(0, 1)):
+    """{"mean", "ci95", "n"} of the values that are not None; the interval is over questions.
+
+    span: what the values lie between, or None.
+    """
     known = np.array([value for value in values if value is not None], dtype=float)  # (n,)
     n = len(known)
     if n < 2:
         return {"mean": next(iter(known.tolist()), None), "ci95": None, "n": n}
     draws = np.random.default_rng(seed).integers(0, n, (resamples, n), dtype=np.int32)
-    low, high = np.quantile(known[draws].mean(1), (0.025, 0.975))
-    return {"mean": float(known.mean()), "ci95": [float(low), float(high)], "n": n}
+    bounds = np.quantile(known[draws].mean(1), (0.025, 0.975))
+    # Where all are equal, so are all resamples: Wilson's bound on what was never seen instead.
+    if span and not np.ptp(known):
+        bounds += (span - bounds) * 3.84 / (n + 3.84)
+    return {"mean": float(known.mean()), "ci95": bounds.tolist(), "n": n}
 
 
 def ask_pairs(questions, judge, symmetrize: str) -> list:
@@ -243,21 +245,21 @@ def similarity(responses, said: dict, symmetrize: str):
     return similar | similar.T if symmetrize == "or" else similar
 
 
-def evaluate_question(question, similar):
+def evaluate_question(question, similar, find=clusters):
     """One question with its metrics, and for each response its cluster and whether it is exact."""
     responses, targets, n = question["responses"], question["targets"], len(similar)
-    row = question | {"cr": consistency_rate(similar), "mcr": max_consistency_rate(similar)}
-    # Exact match, and C&C: CR where only pairs of right answers count.
-    correct = np.array([judging.exact_match(text, targets) for text in responses])  # (n,)
-    row["exact_match"] = float(correct.mean())
-    row["correct"] = correct.tolist()
-    both = np.outer(correct, correct)  # (n, n)
-    row["consistent_and_correct"] = consistency_rate(similar & both)
-    # The number of each response's cluster, the largest cluster first.
-    row["cluster"] = [0] * n
-    for number, members in enumerate(sorted(clusters(similar), key=lambda x: (-len(x), x))):
+    # Clusters, the largest first: MCR is the share of the first, and each response gets the number
+    # of its own.
+    found = sorted(sorted(find(similar)), key=len, reverse=True)
+    row = question | {"cr": consistency_rate(similar), "mcr": len(found[0]) / n,
+                      "cluster": [0] * n}
+    for number, members in enumerate(found):
         for member in members:
             row["cluster"][member] = number
+    # Exact match, and C&C: CR where only pairs of right answers count.
+    correct = np.array([judging.exact_match(text, targets) for text in responses])  # (n,)
+    row |= {"exact_match": float(correct.mean()), "correct": correct.tolist()}
+    row["consistent_and_correct"] = consistency_rate(similar & np.outer(correct, correct))
     # ROUGE, the best over the targets, as means over the responses.
     rouge = [judging.rouge_scores(text, targets) for text in responses]
     for name in rouge[0]:
@@ -276,8 +278,8 @@ def evaluate_responses(questions, judge, *, symmetrize: str = "and", more=None) 
     metrics = {"judge": judge.name, "symmetrize": symmetrize, "questions": len(questions)}
     for question, said in zip(questions, ask_pairs(questions, judge, symmetrize), strict=True):
         similar = similarity(question["responses"], said, symmetrize)
-        row = evaluate_question(question, similar)
-        row["unparsed"] = sum(verdict is None for verdict in said.values())
+        row = evaluate_question(question, similar, getattr(more, "clusters", clusters))
+        row["unparsed"] = list(said.values()).count(None)
         rows.append(more.question(row, similar) if more else row)
     metrics |= {name: bootstrap([row[name] for row in rows]) for name in TABLE}
     for name in ("unfinished", "unparsed"):
@@ -297,8 +299,8 @@ def write_results(folder: Path, results, tables, plain):
     (folder / "questions.jsonl").unlink(missing_ok=True)
     for model, rows in tables.items():
         data.append_records(folder / "questions.jsonl", [{"model": model, **row} for row in rows])
-    if extra("reports", plain):
-        extra("reports", plain).write_report(folder, results, tables)
+    if reports := extra("reports", plain):
+        reports.write_report(folder, results, tables)
     width = max(map(len, ["model", *results]))
     print("model".ljust(width), *(f"{title:>5}" for title in TABLE.values()), sep=" | ")
     for model, metrics in results.items():
@@ -323,8 +325,7 @@ def read_questions(cfg):
 
 def make_judge(cfg):
     """Who says whether two responses agree: rules, or a server."""
-    judges = extra("judges", cfg.plain)
-    if judges:
+    if judges := extra("judges", cfg.plain):
         judges.check_flags(cfg, asked=cfg.judge == "http")
     if cfg.judge == "rule":
         return judging.RuleJudge(cfg.rouge_threshold)
@@ -406,8 +407,7 @@ def evaluate(cfg) -> None:
 def main(argv=None) -> int:
     """Run `evaluate`; the exit status is 2 for a mistake in what was given."""
     cfg = parse_flags(sys.argv[1:] if argv is None else argv, demo=True)
-    runtime = extra("runtime", cfg.plain)
-    if runtime:
+    if runtime := extra("runtime", cfg.plain):
         return runtime.run_program(evaluate, cfg)
     try:
         evaluate(cfg)

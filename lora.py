@@ -10,7 +10,6 @@ model keeps its speed while the optimizer sees float32. Shapes: in, out features
 
 import copy
 import json
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,8 +44,8 @@ class LoRALinear(Module):
         device = next(iter([*base.parameters(), *base.buffers()])).device
         A = torch.empty(config.rank, base.in_features, dtype=torch.float32, device=device)
         B = torch.zeros(base.out_features, config.rank, dtype=torch.float32, device=device)
+        nn.init.kaiming_uniform_(A, a=5**0.5)
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (..., in) -> (N, in)
@@ -106,7 +105,8 @@ def apply_lora(model: Module, config: LoraConfig) -> Module:
     model.requires_grad_(False)
     for name, module in linears.items():
         if matches(name, config.targets):
-            model.set_submodule(name, LoRALinear(module, config))
+            # in the mode of what it replaces: no dropout in a model that is in eval mode
+            model.set_submodule(name, LoRALinear(module, config).train(module.training))
     return model
 
 

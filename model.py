@@ -347,15 +347,14 @@ def sample(logits, draws, sampling: Sampling) -> list[int]:
     probs, order = (logits / sampling.temperature).softmax(-1), None  # (B, V)
     if sampling.top_p < 1:
         probs, order = probs.sort(descending=True)  # (B, V), (B, V)
-        # keep the tokens before top_p is reached, and the one that crosses it
-        before = probs.cumsum(-1) - probs
-        probs = probs.masked_fill(before >= sampling.top_p, 0.0)
+        # keep the tokens before top_p is reached, but for rounding, and the one that crosses it
+        before = probs.double().cumsum(1) - probs
+        probs = probs.masked_fill(before >= sampling.top_p * 0.999999, 0.0)
     # The first token whose cumulative probability exceeds the draw.
-    cdf = probs.cumsum(-1, dtype=torch.float64)  # (B, V)
-    draws = torch.tensor(draws, dtype=torch.float64, device=cdf.device)  # (B,)
-    points = draws[:, None] * cdf[:, -1:]  # (B, 1); the last sum is what top_p left
+    cdf = probs.double().cumsum(1)  # (B, V)
+    points = cdf.new_tensor(draws)[:, None] * cdf[:, -1:]  # (B, 1); the sum is what top_p left
     ids = torch.searchsorted(cdf, points, right=True)  # (B, 1)
-    ids = ids.clamp(max=cdf.shape[-1] - 1)  # rounding may point behind the last token
+    ids = ids.clamp(max=cdf.shape[1] - 1)  # rounding may point behind the last token
     if order is not None:
         ids = order.gather(1, ids)
     return ids.squeeze(1).tolist()
@@ -377,11 +376,12 @@ def load_model(path, *, dtype=torch.float32, device="cpu") -> Llama:
     config = ModelConfig(**{ours: raw[theirs] for ours, theirs in HF_KEYS.items() if theirs in raw})
     if isinstance(config.eos_ids, int):
         config.eos_ids = [config.eos_ids]
-    model = Llama(config)
     for file in sorted(folder.glob("*.safetensors")):
         state |= load_file(file)
-    if config.tie_embeddings:  # the file holds the weight once
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    if config.tie_embeddings:  # no other head is in the file, or it counts
+        embedding = state["model.embed_tokens.weight"]
+        config.tie_embeddings = state.setdefault("lm_head.weight", embedding).equal(embedding)
+    model = Llama(config)
     model.load_state_dict(state)
     return model.to(device, dtype)
 

@@ -128,8 +128,30 @@ def test_bootstrap_interval_covers_the_mean_about_95_times_in_100():
 def test_bootstrap_of_no_one_and_equal_values():
     assert bootstrap([]) == bootstrap([None]) == {"mean": None, "ci95": None, "n": 0}
     assert bootstrap([0.5, None]) == {"mean": 0.5, "ci95": None, "n": 1}
-    assert bootstrap([1.0] * 5) == {"mean": 1.0, "ci95": [1.0, 1.0], "n": 5}
+    assert bootstrap([1.0] * 5, span=None) == {"mean": 1.0, "ci95": [1.0, 1.0], "n": 5}
     assert bootstrap([0, None, 1]) == bootstrap([0, 1])
+
+
+@pytest.mark.parametrize("value, span, low, high", [
+    (1.0, (0, 1), 5 / 8.84, 1), (0.0, (0, 1), 0, 3.84 / 8.84), (0.0, (-1, 1), -0.434, 0.434),
+    (0.5, (0, 1), 0.283, 0.717)])
+def test_equal_values_have_wilsons_interval(value, span, low, high):
+    found = bootstrap([value] * 5, span=span)
+    assert found["mean"] == value and found["ci95"] == pytest.approx([low, high], abs=1e-3)
+
+
+def test_an_interval_of_equal_values_holds_the_mean_of_rare_others():
+    """A share of 2 % or 98 %, 40 questions: whenever all are alike, the control has no width."""
+    rng, alike, held = np.random.default_rng(0), 0, {(0, 1): 0, None: 0}
+    for trial in range(200):
+        share = 0.02 if trial % 2 else 0.98
+        values = (rng.random(40) < share).astype(float)
+        if values.min() == values.max():
+            alike += 1
+            for span in held:
+                low, high = bootstrap(values, resamples=20, span=span)["ci95"]
+                held[span] += low <= share <= high
+    assert alike > 50 and held == {(0, 1): alike, None: 0}
 
 
 @pytest.mark.parametrize("prediction, references", [
@@ -182,7 +204,7 @@ def test_identical_responses_are_consistent_without_a_call():
     judge = EqualJudge()
     metrics, _ = evaluate_responses([question(["red"] * 4)] * 3, judge)
     assert all(metrics[name]["mean"] == 1 for name in TABLE) and not judge.asked
-    assert metrics["cr"] == {"mean": 1, "ci95": [1, 1], "n": 3}
+    assert metrics["cr"] == bootstrap([1, 1, 1]) and metrics["cr"]["ci95"][1] == 1
 
 
 def test_metrics_of_one_question_by_hand():
@@ -551,7 +573,7 @@ def test_extras_add_their_flags_and_change_no_number_of_the_course(command, tmp_
     (plain, first), (more, second) = found
     assert first == second and len(first) == 2
     for name in TABLE.keys() - {"mcr"}:
-        assert more[name] == plain[name]
+        assert {key: more[name][key] for key in plain[name]} == plain[name]
     assert more["cluster"] == "component" and more["responses"] == 8
     assert (tmp_path / "out/report.md").exists()
 

@@ -122,6 +122,23 @@ def test_dropout_acts_on_the_adapter_only_and_only_in_training():
     assert (mean - model.eval().up(x)).abs().max() < 0.03  # the mean is kept
 
 
+@pytest.mark.parametrize("trials", [20])
+def test_an_adapter_takes_over_the_mode_of_the_model(trials, tmp_path):
+    """In a model in eval mode, no dropout: equal passes, and equal to the merged model."""
+    for trial in range(trials):
+        torch.manual_seed(trial)
+        config = LoraConfig(rank=2, dropout=0.5, targets=("up",))
+        base, x = mlp(), torch.randn(4, 6)
+        lora.save_adapter(trained(lora.apply_lora(copy.deepcopy(base), config)), tmp_path)
+        for training in (False, True):
+            model = lora.load_adapter(copy.deepcopy(base).train(training), tmp_path)
+            assert {part.training for part in model.modules()} == {training}
+            first, second = model.up(x), model.up(x)
+            merged = lora.merge_lora(model).up(x)
+            assert torch.equal(first, second) != training  # the control: in training they differ
+            assert torch.allclose(first, merged, atol=1e-5) != training
+
+
 def test_no_dropout_draws_no_random_number():
     model = lora.apply_lora(mlp(), LoraConfig(targets=("up",))).train()
     state = torch.get_rng_state()

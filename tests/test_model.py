@@ -10,6 +10,7 @@ import math
 import os
 import random
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -400,6 +401,26 @@ def test_sample_follows_the_distribution(temperature, top_p):
     assert torch.allclose(found, wanted / wanted.sum(), atol=1e-4)
 
 
+@pytest.mark.parametrize("trials", [300])
+def test_top_p_ends_where_the_kept_tokens_hold_just_that_much(trials):
+    """Shares in tenths, top_p a sum of the largest; the old sum in float32 keeps one token more."""
+    rng, control, n = np.random.default_rng(0), 0, 200
+    draws = [(i + 0.5) / n for i in range(n)]
+    for _ in range(trials):
+        cuts = np.sort(rng.choice(np.arange(1, 10), 4, replace=False))
+        shares = np.diff([0, *cuts, 10]) / 10
+        order, k = np.argsort(-shares, kind="stable"), int(rng.integers(1, 5))
+        top_p = round(float(shares[order[:k]].sum()), 6)
+        logits = torch.tensor(shares).log().float()[None]
+        ids = sample(logits.expand(n, -1), draws, Sampling(1, 1.0, top_p))
+        assert len(set(ids)) == k
+        probs = logits.softmax(-1).sort(descending=True)[0]
+        control += int((probs.cumsum(-1) - probs < top_p).sum()) != k
+    assert control > 5
+    asked = torch.tensor([[0.3, 0.1, 0.1, 0.5]]).log().expand(n, 4)
+    assert set(sample(asked, draws, Sampling(1, 1.0, 0.8))) == {0, 3}
+
+
 def test_sample_at_its_edges():
     certain = torch.tensor([[-torch.inf, 0.0, -torch.inf]] * 2)
     edges = [0.0, 1 - 2**-53]
@@ -480,6 +501,19 @@ def test_decoding_yields_the_logits_of_the_whole_text(tiny):
 
 
 # ----- Files -----
+
+def test_another_head_in_the_file_counts_although_the_config_says_tied(tiny, tmp_path):
+    """As in transformers 5; an equal head is tied."""
+    ids = torch.randint(0, 300, (2, 9))
+    for equal in (False, True):
+        if equal:
+            tiny.lm_head.weight.data.copy_(tiny.model.embed_tokens.weight)
+        save_model(tiny, tmp_path)
+        raw = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        again = load_model(tmp_path)
+        assert torch.equal(again(ids), tiny(ids)) and again.config.tie_embeddings == equal
+
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_round_trips_are_bitwise(tied, tmp_path):

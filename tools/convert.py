@@ -15,6 +15,7 @@ import json
 import pickle
 import re
 import shutil
+import struct
 import sys
 import zipfile
 from pathlib import Path
@@ -37,15 +38,20 @@ NAMES = {
     "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
     "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm"}
+MOST_PICKLED = 10**6  # bytes of names and shapes; a model of 405B has half as many
 GIVEN = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "norm_eps")
 
 
 def read_bin(file: Path) -> dict[str, Tensor]:
     """The tensors of a .bin or .pth, memory-mapped: plain dense tensors of floats alone."""
     try:
+        check_directory(file)
         with zipfile.ZipFile(file) as archive:
-            kinds = {part.compress_type for part in archive.infolist()}
+            parts = archive.infolist()
+        kinds = {part.compress_type for part in parts}
         refuse(kinds - {zipfile.ZIP_STORED}, "it is compressed, which torch.save never does")
+        other = sum(part.file_size for part in parts if "/data/" not in part.filename)
+        refuse(other > MOST_PICKLED, f"it holds {other:,} bytes beside its tensors")
         tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         for name, x in tensors.items():
             sound = isinstance(name, str) and isinstance(x, Tensor) and x.layout == torch.strided
@@ -62,12 +68,33 @@ def read_bin(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def check_directory(file: Path) -> None:
+    """The list of a zip's entries must be where torch.save writes it: last, before its end records.
+
+    Python and torch find a list that lies elsewhere in different ways. Each would read another one,
+    and what was checked would not be what is unpacked.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        stream.seek(max(0, size - 98))
+        tail = stream.read().rjust(98, b"\0")  # zip64's end record and its locator, the end record
+    records, sound = 22, tail[-22:-18] == b"PK\5\6" and tail[-2:] == b"\0\0"
+    length, begin = struct.unpack("<II", tail[-10:-2])
+    if tail[56:60] == b"PK\6\7":
+        length, begin = struct.unpack("<QQ", tail[40:56])
+        records, (where,) = 98, struct.unpack("<Q", tail[64:72])
+        sound = sound and tail[:4] == b"PK\6\6" and where == size - records
+    refuse(not sound or begin + length + records != size, "it is not a zip as torch.save writes it")
+
+
 def read_bins(folder: Path) -> Llama:
     """The model of pytorch_model.bin, or of the shards that its index lists."""
-    model, parts, headers = weights.make_empty(read_config(folder)), {}, {}
+    config, parts, headers = read_config(folder), {}, {}
     for file in weights.weight_files(folder, "pytorch_model.bin"):
         parts[file] = read_bin(file)
         headers[file] = {name: (tuple(x.shape), x.dtype) for name, x in parts[file].items()}
+    weights.untie_other_head(config, headers, lambda file, name: parts[file][name])
+    model = weights.make_empty(config)
     homes = weights.find_tensors(headers, model)
     state = {name: parts[file][name] for name, file in homes.items()}
     model.load_state_dict(state, strict=False, assign=True)
@@ -197,7 +224,10 @@ def convert(folder: Path, out: Path, to: str) -> None:
     names = [*ALL_FILES, "generation_config.json"]
     if (folder / "adapter_model.bin").is_file():
         names = ["adapter_config.json"]
-        tensors = read_bin(folder / "adapter_model.bin")
+        file = folder / "adapter_model.bin"
+        tensors = read_bin(file)
+        refuse(sum(tensor.nbytes for tensor in tensors.values()) > file.stat().st_size,
+               f"{file} holds the same numbers under several names. It is no adapter.")
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         out.mkdir(parents=True, exist_ok=True)
         save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})

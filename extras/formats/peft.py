@@ -1,7 +1,10 @@
 """Adapters of PEFT and of other programs: everything is checked before the model is touched."""
 
+import json
 import math
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -19,6 +22,10 @@ UNSUPPORTED = (
     "rank_pattern", "alpha_pattern", "alora_invocation_tokens", "fan_in_fan_out", "lora_bias",
     "use_qalora", "exclude_modules", "layers_to_transform", "layers_pattern",
     "trainable_token_indices", "arrow_config", "use_bdlora")
+EMBEDDINGS = ("model.embed_tokens", "lm_head")  # what PEFT may save along with an adapter
+MATCH_SECONDS = 10  # for a regular expression on the names of a model's linears
+MATCH = ("import json, re, sys; pattern, names = json.load(sys.stdin); "
+         "print(json.dumps([name for name in names if re.fullmatch(pattern, name)]))")
 PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # others alter the base
 
 
@@ -31,9 +38,10 @@ def open_adapter(model: nn.Module, path, trainable: bool = False) -> nn.Module:
            "(merge_lora), or start from the base.")
     config, base_model = read_adapter_config(Path(path) / "adapter_config.json")
     tensors = read_adapter_weights(Path(path) / "adapter_model.safetensors")
+    drop_saved_embeddings(model, tensors, path)
     linears = {name: part for name, part in model.named_modules() if hasattr(part, "in_features")}
     targets, expected = config.targets, {}
-    config.targets = tuple(name for name in linears if is_target(name, targets))
+    config.targets = find_targets(list(linears), targets)
     for name in config.targets:
         expected[f"{PREFIX}{name}.lora_A.weight"] = (config.rank, linears[name].in_features)
         expected[f"{PREFIX}{name}.lora_B.weight"] = (linears[name].out_features, config.rank)
@@ -57,13 +65,44 @@ def open_adapter(model: nn.Module, path, trainable: bool = False) -> nn.Module:
     return model
 
 
-def is_target(name: str, targets) -> bool:
+def drop_saved_embeddings(model: nn.Module, tensors: dict[str, torch.Tensor], path) -> None:
+    """Take the embedding and the head out of the tensors; they must be the model's own.
+
+    PEFT saves both when the vocabulary was resized, and the one that is adapted.
+    """
+    parts = dict(model.named_modules())
+    for name in EMBEDDINGS:
+        for key in (f"{PREFIX}{name}.weight", f"{PREFIX}{name}.base_layer.weight"):
+            if key not in tensors or name not in parts:
+                continue
+            given, own = tensors.pop(key), parts[name].weight.detach()
+            own = (own.full_tensor() if hasattr(own, "full_tensor") else own).cpu()
+            # either may have been rounded when it was loaded
+            kind = own.dtype if own.dtype.itemsize <= given.dtype.itemsize else given.dtype
+            refuse(given.shape != own.shape or not torch.equal(given.to(kind), own.to(kind)),
+                   f"adapter {path} was saved with a {name} of its own, {tuple(given.shape)}, and "
+                   f"the model's, {tuple(own.shape)}, is another: the vocabulary was resized, or "
+                   "this was trained. Merge it with peft, and give DIR with --model: base = "
+                   f"AutoModelForCausalLM.from_pretrained(BASE); base.resize_token_embeddings("
+                   f"{len(given)}); PeftModel.from_pretrained(base, ADAPTER).merge_and_unload()"
+                   ".save_pretrained(DIR). The adapter's tokenizer belongs into DIR.")
+
+
+def find_targets(names: list[str], targets) -> tuple[str, ...]:
     """PEFT's rule: a list holds ends of names, a string is a regular expression or "all-linear"."""
     if targets == "all-linear":
-        return name.rpartition(".")[2] != "lm_head"
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return matches(name, tuple(targets))
+        return tuple(name for name in names if name.rpartition(".")[2] != "lm_head")
+    if not isinstance(targets, str):
+        return tuple(name for name in names if matches(name, tuple(targets)))
+    # some expressions take for ever, and Python cannot be stopped in the middle of one
+    try:
+        found = subprocess.run([sys.executable, "-I", "-S", "-c", MATCH], check=True, text=True,
+                               input=json.dumps([targets, names]), capture_output=True,
+                               timeout=MATCH_SECONDS).stdout
+    except subprocess.SubprocessError:
+        raise ValueError(f"target_modules is {targets!r:.100}, a regular expression that fails, or "
+                         f"takes over {MATCH_SECONDS} seconds. Give a list of names.") from None
+    return tuple(json.loads(found))
 
 
 def are_targets(targets) -> bool:
@@ -71,7 +110,7 @@ def are_targets(targets) -> bool:
     if isinstance(targets, list):
         return bool(targets) and all(isinstance(name, str) for name in targets)
     try:
-        return bool(targets) and re.compile(targets) is not None
+        return 0 < len(targets) <= 10_000 and re.compile(targets) is not None
     except (re.error, OverflowError, RecursionError, TypeError):
         return False
 

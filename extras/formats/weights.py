@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from extras.runtime.files import write_folder
 from model import Llama
 
 SINGLE = "model.safetensors"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CHUNK_NUMBERS = 2**20  # so many numbers are converted, checked and quantised at a time
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -38,8 +40,10 @@ def open_model(path, *, dtype: torch.dtype | None = torch.float32, device="cpu",
     quantize = quantize.removeprefix("none")
     refuse(quantize not in ("", "int8", "nf4"),
            f"quantize is {quantize!r:.60}; expected int8 or nf4.")
-    model = make_empty(read_config(path))
+    config = read_config(path)
     headers = {file: read_header(file) for file in weight_files(Path(path))}
+    untie_other_head(config, headers, lambda file, name: safe_open(file, "pt").get_slice(name))
+    model = make_empty(config)
     homes, state = find_tensors(headers, model), {}
     if shard:
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -148,6 +152,26 @@ def read_header(file: Path) -> dict[str, tuple]:
     return header
 
 
+def untie_other_head(config, headers: dict[Path, dict], read: Callable) -> None:
+    """Where the config says that the head is the embedding, and the files hold another: untie it.
+
+    read(file, name): rows of a tensor. transformers does the same from version 5 on; version 4
+    ignored such a head.
+    """
+    homes = {name: file for file, header in headers.items() for name in header}
+    if not config.tie_embeddings or not {EMBEDDING, HEAD} <= homes.keys():
+        return
+    shape, other = (headers[homes[name]][name][0] for name in (EMBEDDING, HEAD))
+    head, embedding = read(homes[HEAD], HEAD), read(homes[EMBEDDING], EMBEDDING)
+    step = max(1, CHUNK_NUMBERS // math.prod(shape[1:]))
+    config.tie_embeddings = shape == other and all(
+        torch.equal(head[k:k + step], embedding[k:k + step]) for k in range(0, shape[0], step))
+    if not config.tie_embeddings:
+        warnings.warn(f"config.json says tie_word_embeddings, and {homes[HEAD]} holds another "
+                      f"{HEAD} than the embedding. That head is used, as in transformers 5; "
+                      "transformers 4 ignores it.", stacklevel=3)
+
+
 def find_tensors(headers: dict[Path, dict], model: Llama) -> dict[str, Path]:
     """The file of each weight of the model. Raises ValueError unless the files hold just those.
 
@@ -157,7 +181,7 @@ def find_tensors(headers: dict[Path, dict], model: Llama) -> dict[str, Path]:
     homes, blame = {}, "The weights and config.json are from different models."
     for file, header in headers.items():
         for name, (shape, _) in header.items():
-            tied = name == "lm_head.weight" and name not in expected
+            tied = name == HEAD and name not in expected
             if tied or name.endswith("rotary_emb.inv_freq"):  # old files hold such a buffer
                 continue
             wanted = expected.get(name, "that there is none")

@@ -3,6 +3,7 @@
 `MoreMetrics` is what eval.evaluate_responses takes as `more`; similar is (n, n) bool, as there.
 """
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -12,9 +13,10 @@ import numpy as np
 import data
 import judge as judging
 from eval import TABLE, bootstrap, complete, open_model
+from extras.reports.cliques import bounded_clusters
 from methods import merged_copy
 
-TITLES = TABLE | {"rouge2": "R-2", "mcr_component": "MCR of components",
+TITLES = TABLE | {"rouge2": "R-2", "mcr_upper": "MCR at most", "mcr_component": "MCR of components",
                   "mcr_greedy": "MCR of the authors' clusters", "worst_paraphrase": "worst R-L"}
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -25,6 +27,10 @@ class MoreMetrics:
     def __init__(self, use_stemmer: bool = False, cluster: str = "clique"):
         self.use_stemmer, self.cluster = use_stemmer, cluster
 
+    def clusters(self, similar) -> list[list[int]]:
+        """eval.clusters, with a budget."""
+        return bounded_clusters(similar)[0]
+
     def question(self, row: dict, similar) -> dict:
         """The row with more metrics; ROUGE and `mcr` are replaced as the settings say."""
         n, targets = len(similar), row["targets"]
@@ -33,10 +39,12 @@ class MoreMetrics:
         more = {name: sum(scores[name] for scores in rouge) / n for name in ROUGE}
         more["worst_paraphrase"] = min(scores["rougeL"] for scores in rouge)
         more["tokenizer"] = rouge[0]["tokenizer"]
+        more["mcr_upper"] = bounded_clusters(similar)[1] / n
         for rule, found in groups.items():
             more[f"mcr_{rule}"] = max(map(len, found)) / n
         if self.cluster in groups:
-            more |= {"mcr": more[f"mcr_{self.cluster}"], "cluster": [0] * n}
+            more["mcr"] = more["mcr_upper"] = more[f"mcr_{self.cluster}"]
+            more["cluster"] = [0] * n
             ordered = sorted(groups[self.cluster], key=lambda group: (-len(group), group))
             for number, group in enumerate(ordered):
                 for i in group:
@@ -46,10 +54,12 @@ class MoreMetrics:
     def summary(self, rows: list[dict], seed: int = 0) -> dict:
         """All means, the exact match by style of wording, and counts."""
         found = {"cluster": self.cluster, "use_stemmer": self.use_stemmer}
+        tasks = [row["task"] for row in rows]
         for name in TITLES:
-            found[name] = bootstrap([row[name] for row in rows], seed=seed)
-        found["by_style"] = {style: bootstrap(values, seed=seed)
+            found[name] = summarize([row[name] for row in rows], tasks, seed=seed)
+        found["by_style"] = {style: summarize(values, tasks, seed=seed)
                              for style, values in exact_match_by_style(rows).items()}
+        found["mcr_inexact"] = sum(row["mcr"] < row["mcr_upper"] for row in rows)
         found["without_cr"] = sum(row["cr"] is None for row in rows)
         found["responses"] = sum(len(row["responses"]) for row in rows)
         found["rouge_tokenizer"] = dict(Counter(row["tokenizer"] for row in rows))
@@ -60,7 +70,7 @@ def components(similar) -> list[list[int]]:
     """Responses that are joined by a chain of similar ones (in both orders of a pair)."""
     linked = similar & similar.T  # (n, n)
     for _ in range(len(linked).bit_length()):
-        linked = linked @ linked  # chains of twice the length
+        linked = linked.astype(np.float32) @ linked > 0  # chains of twice the length
     return [list(group) for group in {tuple(np.flatnonzero(row).tolist()) for row in linked}]
 
 
@@ -79,25 +89,59 @@ def greedy_clusters(similar) -> list[list[int]]:
     return found
 
 
-def exact_match_by_style(rows: list[dict]) -> dict[str, list[float]]:
-    """Per style of wording the exact match of each question that has wordings of it."""
+def exact_match_by_style(rows: list[dict]) -> dict[str, list[float | None]]:
+    """Per style of wording the exact match of each question; None where it has no such wording."""
     found = {}
-    for row in rows:
+    for place, row in enumerate(rows):
         hits = {}
         for style, correct in zip(row.get("styles") or [], row["correct"], strict=False):
             hits.setdefault(style or "plain", []).append(correct)
         for style, values in hits.items():
-            found.setdefault(style, []).append(sum(values) / len(values))
+            found.setdefault(style, [None] * len(rows))[place] = sum(values) / len(values)
     return dict(sorted(found.items()))
 
 
+# ----- Intervals -----
+def summarize(values: list, tasks: list, *, seed: int = 0, span: tuple | None = (0, 1)) -> dict:
+    """eval.bootstrap, and "ci95_tasks", an interval over "tasks", of which there is a number.
+
+    The answers to the questions of one task resemble each other, so that an interval over questions
+    is too narrow for other tasks. This one is mean +- t * error with the clustered standard error
+    of Miller 2024, arXiv 2411.00640, Section 2.2, and the quantile t of Student's distribution for
+    as many tasks. Differences of two models, question by question, give the paired interval.
+    """
+    found, sums = bootstrap(values, seed=seed, span=span), {}
+    for value, task in zip(values, tasks, strict=True):
+        if value is not None:
+            sums[task] = sums.get(task, 0.0) + value - found["mean"]
+    n, found["ci95_tasks"], found["tasks"] = len(sums), None, len(sums)
+    if n > 1:
+        squares = sum(x * x for x in sums.values()) * n / (n - 1)
+        half = student_t(n - 1) * math.sqrt(squares) / found["n"]
+        bounds = [found["mean"] - half, found["mean"] + half]
+        if span and half < 1e-9:  # all tasks are alike, as far as seen
+            bounds = bootstrap([found["mean"]] * n, span=span)["ci95"]
+        low, high = span or (-math.inf, math.inf)
+        found["ci95_tasks"] = [max(low, bounds[0]), min(high, bounds[1])]
+    return found
+
+
+def student_t(df: int) -> float:
+    """The 97.5 % quantile of Student's t: a series in 1 / df (Abramowitz and Stegun, 26.7.5)."""
+    if df < 4:  # where the series is too short
+        return (12.7062, 4.3027, 3.1824)[df - 1]
+    z = 1.959964
+    return (z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+            + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3))
+
+
 def paired_difference(before: list[dict], after: list[dict], metric: str, seed: int = 0) -> dict:
-    """{"mean", "ci95", "n"} of after - before; both tables hold the same questions in order."""
+    """`summarize` of after - before; both tables hold the same questions in order."""
     changes = []
     for old, new in zip(before, after, strict=True):
-        if None not in (old[metric], new[metric]):
-            changes.append(new[metric] - old[metric])
-    return bootstrap(changes, seed=seed)
+        known = None not in (old[metric], new[metric])
+        changes.append(new[metric] - old[metric] if known else None)
+    return summarize(changes, [row["task"] for row in after], seed=seed, span=(-1, 1))
 
 
 # ----- ROUGE for any script -----
@@ -155,7 +199,7 @@ def sample_answers(model, tokenizer, template, questions: list[dict], cfg, n: in
 
 
 def sampled_kl(model, tokenizer, template, questions: list[dict], cfg) -> dict:
-    """KL(model || reference) in nats per answer, with its bootstrap interval.
+    """KL(model || reference) in nats per answer, with its intervals.
 
     The mean of log p / p_ref of one sampled answer per question. The sampled ids are scored, not
     their text encoded again. The reference is asked without --prefix, whose effect is measured too.
@@ -170,7 +214,8 @@ def sampled_kl(model, tokenizer, template, questions: list[dict], cfg) -> dict:
             documents.append(data.encode_example(tokenizer, template, prompt, answer.token_ids,
                                                  max_len=room + len(answer.token_ids)))
         sums.append([float(logprobs.sum()) for logprobs in response_logprobs(scorer, documents)])
-    return bootstrap([p - q for p, q in zip(*sums, strict=True)], seed=cfg.seed)
+    return summarize([p - q for p, q in zip(*sums, strict=True)],
+                     [x["task"] for x in questions], seed=cfg.seed, span=None)
 
 
 def response_logprobs(model, documents: list[dict]) -> list:

@@ -24,8 +24,11 @@ def cell(value) -> str:
     if value is None or value == {} or isinstance(value, dict) and value.get("mean", 0) is None:
         return "-"
     if isinstance(value, dict) and "mean" in value:
-        bounds = [f"{100 * bound:.1f}" for bound in value["ci95"] or ()]
-        return f"{100 * value['mean']:.1f}" + f" [{', '.join(bounds)}]" * bool(bounds)
+        text = f"{100 * value['mean']:.1f}"
+        for name, words in (("ci95", ""), ("ci95_tasks", "tasks ")):
+            if value.get(name):
+                text += " {}[{:.1f}, {:.1f}]".format(words, *(100 * x for x in value[name]))
+        return text
     if isinstance(value, dict):
         return ", ".join(f"{markdown(key)} {cell(part)}" for key, part in value.items())
     return f"{value:.2f}" if isinstance(value, float) else markdown(str(value))
@@ -47,10 +50,14 @@ def write_report(folder: Path, results: dict, tables: dict, shown: int = 10) -> 
         rows[model] = {title: metrics[name] for name, title in TABLE.items()}
         counts[model] = {name: metrics[name] for name in (
             "questions", "responses", "unfinished", "unparsed", "judge", "cluster")}
+        if any(found["mcr_inexact"] for found in results.values()):
+            counts[model] |= {"questions whose MCR is only a lower bound": metrics["mcr_inexact"],
+                              "MCR at most": metrics["mcr_upper"]}
         if "kl" in metrics:  # --reference
             counts[model]["KL, nats per answer"] = metrics["kl"]["mean"]
     parts = ["# Evaluation", table("model", rows),
-             "Percent, with 95 % bootstrap intervals over questions."]
+             "Percent, with 95 % intervals: over questions, and over tasks, which is the one for "
+             "other tasks than these."]
     for before, after in zip(names, names[1:], strict=False):
         changes[f"{after} - {before}"] = {
             title: paired_difference(tables[before], tables[after], name)

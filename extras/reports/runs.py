@@ -66,8 +66,10 @@ def report_judged(run, ladder: dict) -> None:
 
 def one_minus(summary: dict) -> dict:
     """The summary of 1 - x from that of x."""
-    bounds = summary["ci95"] and [1 - bound for bound in reversed(summary["ci95"])]
-    return {"mean": 1 - summary["mean"], "ci95": bounds, "n": summary["n"]}
+    found = summary | {"mean": 1 - summary["mean"]}
+    for name in ("ci95", "ci95_tasks"):
+        found[name] = summary[name] and [1 - bound for bound in reversed(summary[name])]
+    return found
 
 
 def measure_masks(run, ladder: dict) -> None:

@@ -7,6 +7,7 @@ import json
 import pickle
 import resource
 import shutil
+import struct
 import tarfile
 import time
 import zipfile
@@ -173,6 +174,84 @@ def test_bins_that_claim_a_huge_size_are_refused_in_little_time_and_memory(how, 
         well = status == 2 and words in error.getvalue() and seconds < 5 and grown < 600
         return "" if well else f"{status}, {seconds:.1f} s, {grown:.0f} MB: {error.getvalue()}"
     assert in_children(work, [0]) == [""]
+
+
+def write_two_lists(file, megabytes):
+    """A zip with two lists of entries: for zipfile all are stored, for torch all are packed.
+
+    What torch would unpack is `megabytes` large.
+    """
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("archive/data.pkl", "w") as entry:
+            for _ in range(megabytes):
+                entry.write(bytes(1 << 20))
+        archive.writestr("archive/version", "3\n")
+    blob = file.read_bytes()
+    end = blob.rindex(b"PK\5\6")
+    length, begin = struct.unpack("<II", blob[end + 12:end + 20])
+    stored = bytearray(blob[begin:begin + length])
+    place = stored.find(b"PK\1\2")
+    while place >= 0:
+        stored[place + 10:place + 12] = b"\0\0"
+        place = stored.find(b"PK\1\2", place + 4)
+    file.write_bytes(blob[:end] + stored + blob[end:])
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("how", ["two lists", "long pickle", "shared storage", "deflated"])
+@pytest.mark.parametrize("trials", [5])
+def test_adapters_that_unpack_to_gigabytes_are_refused_in_little_memory(how, trials, tmp_path):
+    """The control, for two lists: torch.load itself takes what the entry says."""
+    file = tmp_path / "a/adapter_model.bin"
+    file.parent.mkdir()
+    (tmp_path / "a/adapter_config.json").write_text("{}")
+    numbers = torch.zeros(1000, 1000)
+
+    def grown(action):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        status = action()
+        return status, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+    def ours(_):
+        with contextlib.redirect_stderr(io.StringIO()) as error:
+            status, megabytes = grown(
+                lambda: convert.main([str(tmp_path / "a"), "--out", str(tmp_path / "b")]))
+        well = status == 2 and megabytes < 150 and error.getvalue().count("\n") == 1
+        return "" if well else f"{status}, {megabytes:.0f} MB: {error.getvalue()}"
+
+    def torchs(_):
+        with contextlib.suppress(Exception):
+            return f"{grown(lambda: torch.load(file, mmap=True))[1]:.0f}"
+        return str(int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    for trial in range(trials):
+        if how == "two lists":
+            write_two_lists(file, 600 + 50 * trial)
+        if how == "long pickle":  # 216 bytes of memory for each byte
+            with zipfile.ZipFile(file, "w") as archive:
+                archive.writestr("archive/data.pkl", b"\x80\2" + b"\x8f" * (4 << 20) + b".")
+                archive.writestr("archive/version", "3\n")
+        if how == "shared storage":
+            torch.save({f"{k}": numbers.T for k in range(400 + 50 * trial)}, file)
+        if how == "deflated":
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr("archive/data.pkl", bytes(300 << 20))
+        assert file.stat().st_size < 6e6
+        assert in_children(ours, [0]) == [""]
+    if how == "two lists":
+        assert int(in_children(torchs, [0])[0]) > 1000
+
+
+def test_another_head_in_bins_of_a_tied_config(make_model, random_ids, tmp_path):
+    model = make_model()
+    save_model(model, tmp_path / "x")
+    (tmp_path / "x/model.safetensors").unlink()
+    file = tmp_path / "x/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    torch.save(dict(model.state_dict()), tmp_path / "x/pytorch_model.bin")
+    with pytest.warns(UserWarning, match="That head is used"):
+        again = open_model(converted(tmp_path / "x", tmp_path / "y"))
+    ids = random_ids(9)[None]
+    assert torch.equal(again(ids), model(ids)) and not again.config.tie_embeddings
 
 
 def test_an_adapter_in_a_bin(make_model, payload, tmp_path, capsys):

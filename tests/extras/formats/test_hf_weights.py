@@ -349,9 +349,41 @@ def test_extra_tensors_of_old_files_are_ignored(saved, make_model, same_weights)
     rewrite(saved, lambda x: x.update({name: torch.ones(4)}))
     torch.save({"x": torch.zeros(1)}, saved / "pytorch_model.bin")  # safetensors are preferred
     assert same_weights(open_model(saved), make_model())
-    tied = json.loads((saved / "config.json").read_text()) | {"tie_word_embeddings": True}
-    (saved / "config.json").write_text(json.dumps(tied))
-    assert open_model(saved).config.tie_embeddings
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("trials", [20])
+def test_a_tied_config_and_another_head_in_the_file(trials, make_model, random_ids, tmp_path):
+    """The head counts, with a warning; the control: an equal head, or none, leaves them tied."""
+    ids = random_ids(9)[None]
+    for trial in range(trials):
+        model, folder = make_model(), tmp_path / f"{trial}"
+        embedding = model.model.embed_tokens.weight
+        if trial % 2:  # one number differs
+            model.lm_head.weight.data.copy_(embedding)
+            row, column = torch.randint(300, ()), torch.randint(32, ())
+            model.lm_head.weight[row, column] += 1e-3
+        save_model(model, folder)
+        tied = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+        (folder / "config.json").write_text(json.dumps(tied))
+        with pytest.warns(UserWarning, match="another lm_head.weight than .* That head is used"):
+            found = open_model(folder)
+        assert not found.config.tie_embeddings and torch.equal(found(ids), model(ids))
+        rewrite(folder, lambda x: x.update({"lm_head.weight": x["model.embed_tokens.weight"] + 0}))
+        found = open_model(folder)  # a warning would be an error
+        assert found.lm_head.weight is found.model.embed_tokens.weight
+
+
+def test_transformers_5_takes_the_other_head_too(make_model, random_ids, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, ids = make_model(), random_ids(9)[None]
+    save_model(model, tmp_path)
+    tied = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(tied))
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        same = (theirs(ids).logits - model(ids)).abs().max() < 1e-4
+    assert same == (int(transformers.__version__.partition(".")[0]) >= 5)
 
 
 def test_shards_stay_in_their_folder(saved, tmp_path):

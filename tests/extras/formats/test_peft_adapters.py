@@ -3,10 +3,13 @@
 import copy
 import json
 import os
+import random
+import re
 import shutil
 
 import pytest
 import torch
+from damage import in_children
 from safetensors.torch import load_file, save_file
 
 from extras.formats import open_adapter, open_model, save_model
@@ -101,6 +104,91 @@ def test_we_read_theirs(options, saved, llama, tmp_path):
         assert (ours(IDS) - theirs(IDS).logits).abs().max() < 1e-4
         assert (ours(IDS) - llama()(IDS)).abs().max() > 1e-3
         assert (back(IDS).logits - theirs(IDS).logits).abs().max() < 1e-4
+
+
+def their_adapter(base, folder, resize=0, **options):
+    """An adapter that peft made over a base and saved, with random weights; the model."""
+    peft = pytest.importorskip("peft")
+    if resize:
+        base.resize_token_embeddings(resize)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options)).eval()
+    for name, weight in theirs.named_parameters():
+        if "lora_" in name:
+            weight.data.normal_(0, 0.1)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.parametrize("trials", [20])
+def test_an_adapter_on_the_head_comes_with_the_head(trials, llama, tmp_path):
+    """Random ranks and targets, a base as it is or rounded; whatever differs is refused."""
+    rng = random.Random()
+    for trial in range(trials):
+        others = rng.sample(["q_proj", "v_proj", "o_proj", "up_proj"], rng.randrange(4))
+        path = tmp_path / f"{trial}"
+        theirs = their_adapter(twin_of(llama(), tmp_path), path, r=rng.randrange(1, 9),
+                               lora_alpha=rng.uniform(1, 20), target_modules=["lm_head", *others])
+        file = path / "adapter_model.safetensors"
+        tensors = load_file(file)
+        key = "base_model.model.lm_head.base_layer.weight"
+        assert key in tensors  # the control: this is what peft writes
+        ours = open_adapter(open_model(tmp_path / "base"), path).eval()
+        with torch.no_grad():
+            assert (ours(IDS) - theirs(IDS).logits).abs().max() < 1e-4
+            assert (ours(IDS) - llama()(IDS)).abs().max() > 1e-3
+        open_adapter(open_model(tmp_path / "base", dtype=torch.bfloat16), path)
+        save_adapter(ours, tmp_path / "ours")
+        assert key not in load_file(tmp_path / "ours/adapter_model.safetensors")
+        for kind in (torch.bfloat16, torch.float64):
+            save_file(tensors | {key: tensors[key].to(kind)}, file)
+            open_adapter(llama(), path)
+        tensors[key][rng.randrange(300), rng.randrange(32)] += 0.01
+        save_file(tensors, file)
+        refused(llama(), path, r"saved with a lm_head of its own, \(300, 32\), and the model's")
+
+
+def test_an_adapter_of_a_resized_vocabulary_says_how_to_merge(llama, tmp_path):
+    """The sentence's recipe gives a model that we read, with the same logits."""
+    theirs = their_adapter(twin_of(llama(), tmp_path), tmp_path / "a", resize=303,
+                           target_modules=["q_proj"])
+    refused(llama(), tmp_path / "a", r"saved with a model.embed_tokens of its own, \(303, 32\), "
+            r"and the model's, \(300, 32\), is another.*resize_token_embeddings\(303\); PeftModel")
+    import peft
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(303)
+    merged = peft.PeftModel.from_pretrained(base, tmp_path / "a").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        ids = torch.tensor([[1, 302, 5, 301]])
+        found = open_model(tmp_path / "merged")(ids)
+    assert (found - theirs(ids).logits).abs().max() < 1e-4
+
+
+def nasty_pattern(rng):
+    """A regular expression that backtracks over every way to divide a name."""
+    inner = rng.choice([".+", ".*?.", "(.|.)", ".{1,9}", "[a-z_.0-9]+"])
+    return f"({inner})" + rng.choice(["+", "*", "{1,99}"]) + rng.choice(["!", "x!", "[^a-z_.0-9]"])
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("trials", [20])
+def test_a_regular_expression_that_never_ends_is_refused(trials, adapter, llama, monkeypatch):
+    monkeypatch.setattr("extras.formats.peft.MATCH_SECONDS", 2)
+    file, rng = adapter[0] / "adapter_config.json", random.Random(0)
+    raw = json.loads(file.read_text())
+    for pattern in ["(.+)+x$", *(nasty_pattern(rng) for _ in range(trials - 1))]:
+        file.write_text(json.dumps(raw | {"target_modules": pattern}))
+        refused(llama(), adapter[0], "a regular expression that fails, or takes over 2 seconds")
+
+
+@pytest.mark.faults
+def test_python_does_not_end_such_an_expression():
+    rng, name = random.Random(0), "model.layers.0.self_attn.q_proj.and.more"
+    patterns = ["(.+)+x$", *(nasty_pattern(rng) for _ in range(4))]
+    found = in_children(lambda pattern: re.fullmatch(pattern, name) and "", patterns, seconds=4)
+    assert found == ["died with status -14"] * 5
 
 
 def refused(base, path, words):

@@ -139,9 +139,11 @@ def test_paired_difference(question, evaluate):
     _, before = evaluate([question(["red", "blue"]), question(["red", "red"])])
     _, after = evaluate([question(["a", "a"]), question(["red", "red"])])
     assert paired_difference(before, after, "cr")["mean"] == 0.5
-    assert paired_difference(before, before, "cr")["ci95"] == [0, 0]
+    low, high = paired_difference(before, before, "cr")["ci95"]
+    assert -1 < low == -high < 0  # two questions do not tell that no question differs
     _, single = evaluate([question(["red"]), question(["red"])])
-    assert paired_difference(single, single, "cr") == {"mean": None, "ci95": None, "n": 0}
+    assert paired_difference(single, single, "cr") == {
+        "mean": None, "ci95": None, "n": 0, "ci95_tasks": None, "tasks": 0}
 
 
 def test_samples_differ_and_the_kl_is_that_of_the_samples(tiny, tokenizer, settings, monkeypatch):
@@ -158,7 +160,9 @@ def test_samples_differ_and_the_kl_is_that_of_the_samples(tiny, tokenizer, setti
             else:
                 weight.data.mul_(4)
     monkeypatch.setattr(metrics, "open_model", lambda cfg, adapter: tiny)
-    asked, plain = [{"wordings": ["do it"], "input": f"x{k}"} for k in range(3)], TEMPLATES["plain"]
+    asked, plain = [], TEMPLATES["plain"]
+    for k in range(3):
+        asked.append({"wordings": ["do it"], "input": f"x{k}", "task": f"t{k % 2}"})
     many = sample_answers(policy, tokenizer, plain, asked, settings, 4)
     assert all(len({tuple(answer.token_ids) for answer in made}) == 4 for made in many)
     assert sample_answers(policy, tokenizer, plain, asked, settings, 4) == many

@@ -54,7 +54,8 @@ def test_a_report_of_no_question(tmp_path, evaluate):
     metrics, rows = evaluate([])
     write_results(tmp_path, {"none": metrics}, {"none": rows}, False)
     found = json.loads((tmp_path / "metrics.json").read_text())
-    assert found["none"]["cr"] == {"mean": None, "ci95": None, "n": 0}
+    assert found["none"]["cr"] == {"mean": None, "ci95": None, "n": 0, "ci95_tasks": None,
+                                   "tasks": 0}
     assert "| none | - |" in (tmp_path / "report.md").read_text()
 
 
