@@ -18,6 +18,8 @@ import train
 
 TRIALS = [  # the state of the folder, the file that is damaged, long trials
     ("finished", "config.json", 100), ("finished", "sft-ia/config.json", 60),
+    ("finished", "identity.json", 40), ("stopped", "identity.json", 40),
+    ("evaluated", "identity.json", 20),
     ("finished", "log.jsonl", 40), ("finished", "candidates.jsonl", 20),
     ("collecting", "candidates.jsonl", 100), ("collecting", "config.json", 20),
     ("stopped", "log.jsonl", 40), ("stopped", "config.json", 40),
