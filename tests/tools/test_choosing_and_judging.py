@@ -22,7 +22,7 @@ def shown(text, name):
 
 
 def nonce(request):
-    return re.search(r"VERDICT (\w{8})", request["messages"][-1]["content"])[1]
+    return re.search(r"VERDICT (\w+)", request["messages"][-1]["content"])[1]
 
 
 # ----- best_of -----
