@@ -4,7 +4,6 @@ In a child of this process; with the marker `faults` also as `python train.py`.
 """
 
 import dataclasses
-import importlib
 import json
 import os
 import re
@@ -20,11 +19,15 @@ import torch
 from damage import in_children
 from safetensors.torch import load_file, save_file
 
+import eval as evaluation
 import lora
 import model as model_file
 import train
+from extras import fast, formats, judges, reports  # noqa: F401  as a run does, before it forks
+from tools import convert
 
 ROOT = Path(train.__file__).parent
+PROGRAMS = {"train": train, "eval": evaluation, "tools.convert": convert}
 KEY = "sk-live-9Yq3ZtVb7KxWm2Rf"
 Q = "model.layers.0.self_attn.k_proj.weight"
 SAVED = (" <n> answers are saved in {out}/judge.jsonl; run the same command to go on, nothing is "
@@ -239,8 +242,8 @@ SLOW = [  # those of a server, and those that train first
     (2, finish_another_run, "{out} holds another run: --lr was 1e-05, now 2e-05. Use another "
      "--out, or leave --lr out."),
     (1, lambda s: s.sft("--lr", "1e30", "--steps", "9", "--save-every", "1"), "step <n> of sft "
-     "gave a non-finite loss or gradient norm (<*>; records <*>); nothing was updated. Last checkpoint: "
-     "step <n>. Try a lower --lr with another --out, or look at those records."),
+     "gave a non-finite loss or gradient norm (<*>; records <*>); nothing was updated. Last "
+     "checkpoint: step <n>. Try a lower --lr with another --out, or look at those records."),
     (1, lambda s: s.cat(key=KEY, status=307, headers={"Location": "http://127.0.0.1:1/v1"}),
      f"the judge at {CHAT} redirects. Redirects are not followed, since they would carry your "
      f"prompts elsewhere. If that is right, set --judge-url to the new address.{SAVED}"),
@@ -285,7 +288,7 @@ def test_every_sentence(status, provoke, sentence, real, world, earlier, argumen
     def work(case):
         os.environ.update(environment)
         limit_files()
-        return runs.call(importlib.import_module(scene.program), argv)
+        return runs.call(PROGRAMS[scene.program], argv)
     with chatserver.ChatServer(lambda request, number: reply) as server:
         argv = [server.url if word == "URL" else word for word in argv]
         before = contents(tmp_path)
