@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,59 @@ def test_no_file_of_the_course_names_a_method():
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 assert node.value not in methods - {"sft", "cat"}, f"{name}.py names {node.value}"
+
+
+def texts_of(node):
+    """The constant parts of the texts in a syntax tree."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Constant) and isinstance(part.value, str):
+            yield part.value
+
+
+def messages():
+    """(place, constant parts) of every text that is raised, or given to `fail`, and of each problem
+    of a judge's server."""
+    for path in files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            call = node.exc if isinstance(node, ast.Raise) else node
+            if not isinstance(call, ast.Call):
+                continue
+            name = ast.unparse(call.func)
+            told = name == "fail" if call is node else name != "AttributeError"
+            if told and "describe_problem(" not in ast.unparse(call):  # see below
+                yield f"{path.relative_to(ROOT)}:{node.lineno}", list(texts_of(call))
+    problems = ROOT / "extras/judges/texts.toml"
+    for name, text in tomllib.loads(problems.read_text(encoding="utf-8"))["problems"].items():
+        yield f"{problems.name}: {name}", re.split(r"\{[^}]*\}", text)
+
+
+def windows(text, n=16):
+    """All runs of n characters."""
+    return {text[start:start + n] for start in range(len(text) - n + 1)}
+
+
+def test_every_message_stands_in_a_test():
+    """16 characters of it, if it has so many in one piece."""
+    found, said = {place: set().union(*map(windows, parts)) for place, parts in messages()}, set()
+    wanted = set().union(*found.values())
+    for path in (ROOT / "tests").rglob("*.py"):
+        for text in texts_of(ast.parse(path.read_text(encoding="utf-8"))):
+            said |= windows(text.replace("\\", "")) & wanted  # a pattern without its backslashes
+    assert not [place for place, mine in found.items() if mine and not mine & said]
+
+
+def test_nothing_in_the_source_unpickles_or_evaluates():
+    """torch.load with weights_only=True alone, and no eval, exec, pickle.load, system or shell."""
+    bad = r"eval|exec|compile|__import__|os\.(system|popen)|.*(pickle\.loads?|(yaml|marshal)\.\w+)"
+    for path in files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                name, given = ast.unparse(node.func), {x.arg: ast.unparse(x.value)
+                                                       for x in node.keywords}
+                place = f"{path.relative_to(ROOT)}:{node.lineno} {name}"
+                assert not re.fullmatch(bad, name), place
+                assert not given.keys() & {"shell", "allow_pickle"}, place
+                assert name != "torch.load" or given.get("weights_only") == "True", place
 
 
 def test_nothing_points_out_of_the_repository():

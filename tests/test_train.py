@@ -156,6 +156,14 @@ def test_terms_are_divided_by_what_they_are_counted_in(make_run, method):
     assert seen == [1, 3]
 
 
+def test_a_step_that_returns_other_names_is_refused(make_run, method):
+    run = make_run("sft")
+    run.method = method(step=lambda model, batch, cfg: {"b": 1}, TERMS={"a": "items"})
+    batch = collate(finding.find_method("sft").items(run)[:1], run.model, "cpu")
+    with pytest.raises(ValueError, match=r"returns \['b'\]; expected the names in TERMS and METR"):
+        train.backward(run, [batch])
+
+
 def test_what_no_term_names_is_logged_and_not_learnt(make_run, method):
     run = make_run("sft")
     items, found = finding.find_method("sft").items(run)[:4], []
@@ -742,7 +750,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(world, tmp_path, capsys):
         return error
     assert "is not JSON" in answer("tasks/colour.json", "{")
     assert "not among the 2 tasks" in answer("paraphrases.json", '{"shape": ["a", "b"]}')
-    assert "is not JSON" in answer("paraphrases.json", "[")
+    assert "is not JSON in UTF-8: Expecting" in answer("paraphrases.json", "[")
 
 
 @pytest.mark.parametrize("flags, wanted", [

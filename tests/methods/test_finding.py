@@ -73,7 +73,7 @@ def items(run):
     ('"items"', '"words"', "divides ce by 'words'. Expected one of tokens, items, pairs"),
     ("def items", "def some", "has no function items"),
     ("sequence_step as step", "sequence_step", "has no function step"),
-    ("TERMS", "beside = 'sft'\nTERMS", "has no beside that is a tuple"),
+    ("TERMS", "beside = 'sft'\nTERMS", "has no beside that is a tuple. methods/__init__.py says"),
     ("TERMS", "kind = 'judge'\nTERMS", "has the kind 'judge'. Expected sft, candidates or judged"),
     ("TERMS", "x = y\nTERMS", "cannot be loaded: NameError"),
     ("TERMS", "x =\nTERMS", "cannot be loaded: SyntaxError"),

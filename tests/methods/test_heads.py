@@ -52,7 +52,7 @@ def test_the_reward_is_read_off_the_last_token(ready, scored_stage):
 
 def test_a_folder_without_a_fitting_head_is_refused(ready, scored_stage, tmp_path):
     run = ready(scored_stage)
-    with pytest.raises(ValueError, match="has no value_head.safetensors"):
+    with pytest.raises(ValueError, match="has no value_head.safetensors. Give the run folder"):
         heads.open_reward_model(run, tmp_path)
     lora.save_adapter(run.model, tmp_path / "x")
     save_file({"weight": torch.zeros(1, 7), "bias": torch.zeros(1)}, tmp_path / "x" / heads.HEAD)

@@ -59,7 +59,7 @@ def test_gradients_against_finite_differences():
 
 
 def test_answers_in_rising_order_are_refused():
-    with pytest.raises(ValueError, match="best first"):
+    with pytest.raises(ValueError, match="answers best first; sort them by reward"):
         pro.pro_loss(MEANS, torch.tensor([0.0, 1.0, 2.0, 3.0]))
 
 

@@ -160,7 +160,7 @@ def test_it_learns_from_soft_labels_and_with_all_weights(command, candidates, tm
 
 
 def test_wrong_flags_are_refused(refused):
-    refused("in one round", "reward", "--rounds", "2")
+    refused("trains one model, in one round. Leave --rounds out.", "reward", "--rounds", "2")
     refused("learns from another judge", "reward", "--judge", "reward", "--reward-model", ".")
     refused("--reward-model is for --judge reward", "reward", "--reward-model", ".")
     refused("has no value_head.safetensors", "cat", "--judge", "reward", "--reward-model", ".")

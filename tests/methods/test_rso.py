@@ -51,7 +51,7 @@ def test_temperatures_between_the_best_and_the_first():
     assert sorted(everything) == [0, 1, 2, 3, 4]
     assert rso.rejection_sample([], 2, beta=0.5, rng=rng) == []
     assert rso.rejection_sample([1e9, 0.0], 2, beta=1e-9, rng=rng) == [0, 1]
-    with pytest.raises(ValueError, match="positive beta"):
+    with pytest.raises(ValueError, match="rejection sampling needs a positive beta, not"):
         rso.rejection_sample(rewards, 2, beta=0.0, rng=rng)
 
 

@@ -48,7 +48,7 @@ def test_a_question_is_truncated_for_its_own_responses_alone(fast, characters):
 def test_what_cannot_be_asked_is_refused(fast, characters):
     for suffix, pair, max_len, words in (
             ("right: ", ("yes", "no"), None, "Begin the keyword with a space"),
-            ("", (" y", " n"), None, "no tokens"),
+            ("", (" y", " n"), None, "a suffix has no tokens, but the keywords are read behind it"),
             ("a long answer", (" y", " n"), 10, "leaves no room")):
         with pytest.raises(ValueError, match=words):
             fast.keyword_logprobs(characters, ["p\n"], [suffix], [pair], max_len=max_len)

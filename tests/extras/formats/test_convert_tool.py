@@ -154,7 +154,7 @@ def test_bins_that_claim_a_huge_size_are_refused_in_little_time_and_memory(how, 
     state["model.norm.weight"] = {
         "stride 0": torch.ones(1).expand(2**40), "meta": torch.ones(2**40, device="meta"),
         "sparse": torch.sparse_coo_tensor([[0]], [1.0], (2**40,)),
-        "deflated": torch.zeros(64 << 20)}[how]
+        "deflated": torch.zeros(16 << 20)}[how]
     torch.save(state, file)
     if how == "deflated":
         file.rename(tmp_path / "stored")
@@ -413,3 +413,10 @@ def test_what_metas_layout_cannot_say(changes, make_model, tmp_path, capsys):
     argv = [str(tmp_path / "hf"), "--out", str(tmp_path / "out"), "--to", "meta"]
     assert convert.main(argv) == 2
     assert "error: Meta's layout has no biases" in capsys.readouterr().err
+
+
+def test_the_folder_that_is_read_is_not_written_to(bins, capsys):
+    path = str(bins[0])
+    assert convert.main([path, "--out", path]) == 2
+    sentence = f"error: --out {path} is the folder that is read. Give another.\n"
+    assert capsys.readouterr().err == sentence

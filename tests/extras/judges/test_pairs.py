@@ -209,13 +209,13 @@ def test_subsets_in_the_layout_of_the_repository(tmp_path):
     assert load_pairs(tmp_path) == {"Natural": [pair], "Manual": [pair], "Mine": [pair]}
     (tmp_path / "Manual").mkdir()
     (tmp_path / "Manual/dataset.json").write_text(json.dumps([pair]))
-    with pytest.raises(ValueError, match="subset 'Manual' is there twice"):
+    with pytest.raises(ValueError, match="subset 'Manual' is there twice. Rename one"):
         load_pairs(tmp_path)
 
 
 def test_files_that_hold_no_pairs(tmp_path):
     pair, file = {"input": "i", "output_1": "a", "output_2": "b", "label": 2}, tmp_path / "a.json"
-    with pytest.raises(ValueError, match="no pairs at"):
+    with pytest.raises(ValueError, match="no pairs at .*. Give LLMBar's folder"):
         load_pairs(tmp_path)
     wrong = [pair | {"label": label} for label in (3, True, 1.0, "1", None)]
     for record in (*wrong, pair | {"input": 7}, {"label": 1}, [], None):
@@ -224,5 +224,5 @@ def test_files_that_hold_no_pairs(tmp_path):
             load_pairs(file)
     for records in ([], {}, "x"):
         file.write_text(json.dumps(records))
-        with pytest.raises(ValueError, match="a.json holds no list"):
+        with pytest.raises(ValueError, match="a.json holds no list. Expected a JSON list of"):
             load_pairs(file)

@@ -86,7 +86,7 @@ def test_rules_that_look_for_a_word_are_fooled():
         assert fooled > 20
 
 
-@pytest.mark.parametrize("verdict", ["-7", "7.5", "17", "7/10", ".7", "7 or 8", "seven"])
+@pytest.mark.parametrize("verdict", ["-7", "7.5", "17", "7/10", ".7", "7 or 8", "seven", "7th"])
 def test_numbers_off_the_menu_are_no_verdict(verdict):
     assert parse_verdict(f"VERDICT {NONCE}: {verdict}", NONCE, "[0-9]") is None
     assert parse_verdict("7", NONCE, "[0-9]") is parse_verdict("", NONCE, "[0-9]") is None

@@ -27,6 +27,7 @@ COLLECT = {
     "ilf": ["--stage", "ilf", "--judge", "rule", "--refinements", "2", "--downsample", "0"],
     "scores": ["--stage", "rlaif", "--judge", "self", "--labels", "scores"],
     "letters": ["--stage", "rlaif", "--judge", "self", "--labels", "letters"],
+    "judged": ["--stage", "cut", "--judge", "rule", "--downsample", "0"],
 }
 RECORDS = ("candidates.jsonl", "judged.jsonl", "refined.jsonl", "preferences.jsonl")
 
@@ -47,8 +48,10 @@ def nearly(one, other, most: float = 1e-4) -> bool:
 def test_processes_share_sampling_judging_and_evaluation(name, size, taught_command, tmp_path):
     """Records as one process writes them, also where the work is uneven; weights within rounding.
     """
-    one, many, way = tmp_path / "one", tmp_path / "many", "sft" if name == "ilf" else "sft-ia"
-    more = [] if name == "ilf" else ["--wordings", "3", "--pool-wordings", "2"]
+    one, many = tmp_path / "one", tmp_path / "many"
+    way, more = "sft-ia", ["--wordings", "3", "--pool-wordings", "2"]
+    if name in ("ilf", "judged"):
+        way, more = "sft", []
 
     def argv(out):
         return taught_command(out, *COLLECT[name], "--pool-per-task", "7", "--steps", "3",
@@ -140,7 +143,7 @@ ONCE_EACH = pytest.mark.xfail(strict=True, reason="eval.fail speaks once for eac
 
 @pytest.mark.parametrize("change, words", [
     (["--max-len", "100000"], "--max-len is 100000, but"),
-    (["--batch-size", "2"], "--batch-size 2 is less than 3 processes"),
+    (["--batch-size", "2"], "--batch-size 2 is less than 3 processes. Raise it."),
     (["--shard", "--quantize", "int8"], "It needs several, no --quantize, and a stage without"),
     *(pytest.param(*row, marks=FAULTS) for row in [
         (["--template", "nobody"], "unknown template 'nobody'"),

@@ -42,7 +42,7 @@ def test_duplicate_records_are_dropped_and_contradictions_refused(tmp_path, caps
     assert read_keys(path, candidate_key) == [("t", str(i), "w", 0) for i in range(1000)]
     assert data.read_records(path) == records
     assert "dropped 200 duplicate records" in capsys.readouterr().out
-    for record in rng.sample(records, 20):
+    for record in rng.sample(records, 100):
         data.append_records(path, [record | {"response": "other"}])
         before = path.read_bytes()
         line = records.index(record) + 1
@@ -68,7 +68,7 @@ def test_damage_that_is_not_at_the_end_is_refused_and_left_alone(damage, tmp_pat
 
 
 @pytest.mark.parametrize("how, trials", [
-    ("ours", 3), ("unrepaired", 200), pytest.param("ours", 150, marks=FAULTS)])
+    ("ours", 3), ("unrepaired", 200), pytest.param("ours", 157, marks=FAULTS)])
 def test_kills_while_recording_lose_no_record_that_was_reported(how, trials, tmp_path):
     """Two lives each; records of 300 bytes, 20 KB and 4 MB.
 
@@ -106,7 +106,7 @@ def test_kills_while_recording_lose_no_record_that_was_reported(how, trials, tmp
     assert total and (bad == 0 if how == "ours" else bad), f"{bad} of {trials}"
 
 
-@pytest.mark.parametrize("trials", [1, pytest.param(5, marks=FAULTS)])
+@pytest.mark.parametrize("trials", [1, pytest.param(6, marks=FAULTS)])
 def test_answers_collected_before_a_kill_are_not_sampled_again(trials, arguments, tmp_path):
     """Chunks of 16: after each kill all whole chunks are there, and the file ends as it should."""
     def argv(out):

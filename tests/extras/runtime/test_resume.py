@@ -185,6 +185,7 @@ def test_no_complete_checkpoint_is_one_sentence(stopped, capsys):
 
 
 @pytest.mark.parametrize("change, sentence", [
+    (["--seed", "7"], "--seed was 0, now 7"), (["--rank", "4"], "--rank was 16, now 4"),
     (["--lr", "0.1"], "--lr was 0.0002, now 0.1"), (["--steps", "13"], "--steps was 12, now 13")])
 def test_other_settings_do_not_go_on_with_a_checkpoint(change, sentence, stopped, capsys):
     argv, out = stopped

@@ -4,7 +4,6 @@ In a child of this process; with the marker `faults` also as `python train.py`.
 """
 
 import dataclasses
-import importlib
 import json
 import os
 import re
@@ -20,11 +19,15 @@ import torch
 from damage import in_children
 from safetensors.torch import load_file, save_file
 
+import eval as evaluation
 import lora
 import model as model_file
 import train
+from extras import fast, formats, judges, reports  # noqa: F401  as a run does, before it forks
+from tools import convert
 
 ROOT = Path(train.__file__).parent
+PROGRAMS = {"train": train, "eval": evaluation, "tools.convert": convert}
 KEY = "sk-live-9Yq3ZtVb7KxWm2Rf"
 Q = "model.layers.0.self_attn.k_proj.weight"
 SAVED = (" <n> answers are saved in {out}/judge.jsonl; run the same command to go on, nothing is "
@@ -285,7 +288,7 @@ def test_every_sentence(status, provoke, sentence, real, world, earlier, argumen
     def work(case):
         os.environ.update(environment)
         limit_files()
-        return runs.call(importlib.import_module(scene.program), argv)
+        return runs.call(PROGRAMS[scene.program], argv)
     with chatserver.ChatServer(lambda request, number: reply) as server:
         argv = [server.url if word == "URL" else word for word in argv]
         before = contents(tmp_path)

@@ -17,6 +17,7 @@ SAMPLED = ["--sft-steps", "3", "--judge", "rule", "--temperature", "0", "--sampl
 SHARDED = {
     "full": ["--stage", "sft", "--full", "--lr", "0.02"],
     "adapter": ["--stage", "sft"],
+    "recomputed": ["--stage", "sft", "--full", "--checkpointing"],
     "few": ["--stage", "sft", "--micro-tokens", "60"],
     "cat": ["--stage", "cat", "--full", *SAMPLED, "--pool-per-task", "20", "--pool-wordings", "3",
             "--sft-lr", "1e-5"],
