@@ -112,21 +112,29 @@ def unknown_flag(words: list[str], flags: type) -> str:
 def check_flags(cfg) -> None:
     """Raise ValueError for a value outside the limits of its flag, or a path that is not there."""
     for item in fields(cfg):
-        value, limits, wanted = getattr(cfg, item.name), item.metadata, ""
-        if "at_least" in limits and not value >= limits["at_least"]:
-            wanted = f"{limits['at_least']} or more"
-        if "below" in limits and not 0 <= value < limits["below"]:
-            wanted = f"at least 0, and less than {limits['below']}"
-        if "share" in limits and not 0 <= value <= 1:
-            wanted = "a share between 0 and 1"
-        if "above" in limits and not limits["above"] < value < float("inf"):
-            wanted = "a positive number"
+        value, limits = getattr(cfg, item.name), item.metadata
+        wanted = expected(value, limits)
         if wanted:
             raise ValueError(f"{spelled(item.name)} is {value}. Expected {wanted}.")
         if limits.get("path") and value and not Path(value).exists():
             raise ValueError(f"{spelled(item.name)} {value} does not exist. Give a path that does.")
         if limits.get("folder"):
             check_folder(item.name, Path(value))
+
+
+def expected(value, limits) -> str:
+    """What a number outside its limits should be; "" for any other value."""
+    if "at_least" in limits and not value >= limits["at_least"]:
+        return f"{limits['at_least']} or more"
+    if "below" in limits and not 0 <= value < limits["below"]:
+        return f"at least 0, and less than {limits['below']}"
+    if "share" in limits and not 0 <= value <= 1:
+        return "a share between 0 and 1"
+    if "above" in limits and not limits["above"] < value < float("inf"):
+        return "a positive number"
+    return ""
+
+
 
 
 def check_folder(name: str, path: Path) -> None:

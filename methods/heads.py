@@ -33,6 +33,7 @@ def detach(run, folder: Path) -> None:
 
 def open_reward_model(run, folder):
     """A finished reward model. Raises ValueError for a folder without one."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(folder) / HEAD
@@ -42,7 +43,7 @@ def open_reward_model(run, folder):
     model.value_head = torch.nn.Linear(model.config.dim, 1, device=next(model.parameters()).device)
     try:
         model.value_head.load_state_dict(load_file(path))
-    except RuntimeError:
+    except (RuntimeError, SafetensorError):
         raise ValueError(f"{path} does not hold a head of width {model.config.dim}; it belongs to "
                          "another model.") from None
     return model

@@ -1,32 +1,25 @@
-"""Where the settings of a run come from, and whether a folder holds a run with the same ones.
+"""Where the settings of a run come from.
 
 A flag's default < its stage's (DEFAULTS) < the demo's (demo/settings.json, if the demo's model and
 tasks are used) < those of the run that is continued < the command line.
 """
 
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
-import data
-import judge as judging
 from eval import extra
 from methods.common import CommonFlags
 from methods.defaults import demo_settings, fill_paths
 from methods.finding import find_method
-from methods.flags import check_flags, flag_names, parse_flags, same, spelled
-
-# A continued run may differ in these, and in how a server is asked; they change no result.
-FREE = {"out", "init", "device", "evaluate", "compare", "split", "micro_tokens", "checkpointing",
-        "shard", "save_every", "plain", "eval_per_task", "eval_wordings", "eval_batch"}
-
-
-def config_class(method, *, plain: bool = False, server: bool = False) -> type:
-    """The dataclass of all flags that a stage reads, with those of a server that is asked."""
-    bases = (method.Flags, CommonFlags)
-    if server:
-        bases = (*bases, (extra("judges", plain) or judging).ServerFlags)
-    return dataclass(type("Config", bases, {}))
+from methods.flags import check_flags, flag_names, parse_flags, same
+from methods.folders import (  # noqa: F401
+    FREE,
+    config_class,
+    has_result,
+    is_finished,
+    save_settings,
+    saved_settings,
+)
 
 
 def parse_config(argv: list[str]):
@@ -71,6 +64,9 @@ def continued_settings(method, stage: str, out: Path, init: str) -> dict:
         found = saved_settings(folder)
         if found.get("stage") == needs and has_result(folder):
             before = found
+            if not {"steps", "lr"} <= found.keys():
+                raise ValueError(f"{folder}/config.json lacks steps or lr. Restore it, or give "
+                                 "another --init.")
     if not before:
         raise ValueError(f"--init {init} holds no finished run of stage {needs}. Give another "
                          "folder, or leave --init out and the stage is trained.")
@@ -84,27 +80,7 @@ def continued_settings(method, stage: str, out: Path, init: str) -> dict:
     return found | {"sft_steps": before["steps"], "sft_lr": before["lr"]}
 
 
-def has_result(folder: Path) -> bool:
-    """Whether a folder holds what a finished stage leaves."""
-    return any((folder / name).exists() for name in ("adapter_config.json", "model/config.json"))
 
-
-def saved_settings(folder: Path) -> dict:
-    """The config.json of a run folder; {} where there is none. Raises ValueError for damage."""
-    path = folder / "config.json"
-    saved = data.read_json(path) if path.is_file() else {}
-    if not isinstance(saved, dict):
-        raise ValueError(f"{path} holds no settings. Give another run folder, or delete it.")
-    if "gae_lam" in saved:  # its name until November 2026
-        saved["gae_lambda"] = saved.pop("gae_lam")
-    return saved
-
-
-def save_settings(cfg, folder: Path) -> None:
-    """Write the config.json of a run folder, all of it or nothing."""
-    part = folder / "config.json.part"
-    part.write_text(json.dumps(asdict(cfg), indent=1) + "\n")
-    part.replace(folder / "config.json")
 
 
 def stage_config(cfg, name: str):
@@ -122,29 +98,3 @@ def stage_config(cfg, name: str):
     made = flags(**values | {"stage": name, "out": f"{cfg.out}/{name}"})
     made.asked_as = {"steps": "sft_steps", "lr": "sft_lr"}  # by the flags of this run
     return made
-
-
-def is_finished(folder: Path, cfg) -> bool:
-    """Whether a folder holds what this stage and these settings trained.
-
-    Raises ValueError if it holds a run, finished or not, with other settings or inputs.
-    """
-    finished = has_result(folder)
-    if not (finished or any(folder.glob("*.jsonl")) or (folder / "checkpoints").exists()):
-        return False  # a mistake stopped it before it had begun
-    # How often a server is asked, and what it may cost, is free, too.
-    server = flag_names((extra("judges", cfg.plain) or judging).ServerFlags)
-    saved, free = saved_settings(folder), FREE | server - {"judge_url", "judge_model"}
-    asked_as = getattr(cfg, "asked_as", {})
-    if asked_as:  # a stage on the way, whose batch this command cannot set
-        free = free | {"batch_size"}
-    for item in fields(cfg):
-        name, value = item.name, getattr(cfg, item.name)
-        if name in saved and name not in free and not same(saved[name], value):
-            shown = spelled(asked_as.get(name, name))
-            raise ValueError(f"{folder} holds another run: {shown} was {str(saved[name])[:200]}, "
-                             f"now {value}. Use another --out, or leave {shown} out.")
-    runtime = extra("runtime", cfg.plain)
-    if runtime:  # the same names, and the same bytes behind them
-        runtime.check_inputs(folder, cfg)
-    return finished

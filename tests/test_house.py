@@ -4,10 +4,11 @@ import ast
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+
+from extras import tomllib
 
 ROOT = Path(__file__).parent.parent
 COURSE = {"losses": 350, "lora": 180, "model": 400, "data": 450, "judge": 400, "eval": 420,

@@ -167,6 +167,8 @@ PLACES = {"with_input": ("instruction", "input"), "without_input": ("instruction
 
 def find_template(name: str) -> ChatTemplate:
     """TEMPLATES[name], or the template in a JSON file. Raises ValueError that lists the names."""
+    refuse(not isinstance(name, str), f"the template in a config.json is {show(name)}. Expected a "
+           "name.")
     if name in TEMPLATES:
         return TEMPLATES[name]
     refuse(not name.endswith(".json"), f"unknown template {name!r:.60}. Templates: "

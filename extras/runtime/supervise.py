@@ -124,7 +124,11 @@ def summarise(cfg, seconds: float) -> None:
     used = ", ".join(f"{n / 1e9:.2f} GB ({place})" for place, n in memory.items())
     words, tokens, speed = "", None, None
     for row in data.read_records(Path(cfg.out) / "log.jsonl")[-1:]:
-        tokens, speed = row["tokens"], round(row["tokens"] / max(1e-9, row["seconds"]))
+        tokens, took = row.get("tokens"), row.get("seconds")
+        if not isinstance(tokens, int) or not isinstance(took, (int, float)):
+            raise ValueError(f"{cfg.out}/log.jsonl: the last line lacks tokens or seconds. Restore "
+                             "it, or use another --out.")
+        speed = round(tokens / max(1e-9, took))
         words = f"; {cfg.stage} trained at {speed:,} tok/s"
     found = {"seconds": round(seconds, 1), "peak_memory_bytes": memory,
              "tokens_per_second": speed, "tokens": tokens}

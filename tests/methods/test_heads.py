@@ -60,7 +60,6 @@ def test_a_folder_without_a_fitting_head_is_refused(ready, scored_stage, tmp_pat
         heads.open_reward_model(run, tmp_path / "x")
 
 
-@pytest.mark.xfail(strict=True, reason="heads.open_reward_model lets SafetensorError through")
 @pytest.mark.parametrize("how", ["a pickle", "half of it", "empty"])
 def test_a_damaged_head_is_refused_by_name_and_code_in_it_is_not_run(
         how, ready, scored_stage, tmp_path):

@@ -168,3 +168,8 @@ def test_real_conversations_and_alpaca_rows(tokenizer, shared):
         messages = example.get("messages", [{"role": "assistant"}])
         turns = sum(message["role"] == "assistant" for message in messages)
         assert document["truncated"] or document["labels"].count(tokenizer.eos_id) == turns
+
+
+def test_a_template_that_is_no_text_is_refused():
+    with pytest.raises(ValueError, match="the template in a config.json is 3. Expected a name."):
+        find_template(3)

@@ -141,3 +141,10 @@ def test_the_section_on_the_rewards_of_a_run():
     text = confusion_section(confusion(items, verdicts, truths), "self")
     assert text.startswith("\n## How far to trust the judge\n\nThe self judge's rewards")
     assert "| best, all | 1 | 0 | 1 | 0 | 1 | 0.50 | 1.00 | 0.50 |" in text
+
+
+@pytest.mark.parametrize("row", [{"loss": 1.0}, {"step": "3", "loss": 1.0}, {"step": [1]}])
+def test_a_damaged_row_of_the_log_is_named(row):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="a row of the log has no step that is a number"):
+        plots.plot_training([row], "step")

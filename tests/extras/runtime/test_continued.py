@@ -1,11 +1,15 @@
 """What a command names reaches its result: the run that --init continues, and records of one's own.
 """
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import train
+from extras.runtime import identity
+from extras.runtime.supervise import summarise
 
 ROOT = Path(train.__file__).parent
 WEIGHTS = "adapter_model.safetensors"
@@ -57,3 +61,18 @@ def test_a_finished_run_on_judgments_has_its_report_and_its_summary(tmp_path, ca
     said = capsys.readouterr()
     assert results[0] == results[1] and not said.err.count("error: ")
     assert f"cut: found in {tmp_path}/run." in said.out
+
+
+@pytest.mark.parametrize("row", [{"tokens": 3}, {"seconds": 1.0}, {"tokens": "3", "seconds": 1.0}])
+def test_a_damaged_last_row_is_named(row, tmp_path):
+    (tmp_path / "log.jsonl").write_text(json.dumps(row) + "\n")
+    cfg = SimpleNamespace(out=str(tmp_path), stage="sft", device="cpu", dtype="auto")
+    with pytest.raises(ValueError, match="log.jsonl: the last line lacks tokens or seconds"):
+        summarise(cfg, 1.0)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"base": 3}'])
+def test_identities_of_another_form_are_refused(text, tmp_path):
+    (tmp_path / "identity.json").write_text(text)
+    with pytest.raises(ValueError, match="holds no identities. Delete it to go on"):
+        identity.read_identity(tmp_path)
