@@ -284,7 +284,6 @@ class Llama(nn.Module):
 @dataclass(frozen=True)
 class Sampling:
     """How responses are drawn."""
-
     max_new_tokens: int = 128
     temperature: float = 0.0  # 0 takes the most probable token
     top_p: float = 1.0  # draw from the fewest tokens that hold this much probability
@@ -352,9 +351,10 @@ def sample(logits, draws, sampling: Sampling) -> list[int]:
         probs = probs.masked_fill(before >= sampling.top_p * 0.999999, 0.0)
     # The first token whose cumulative probability exceeds the draw.
     cdf = probs.double().cumsum(1)  # (B, V)
-    points = cdf.new_tensor(draws)[:, None] * cdf[:, -1:]  # (B, 1); the sum is what top_p left
-    ids = torch.searchsorted(cdf, points, right=True)  # (B, 1)
-    ids = ids.clamp(max=cdf.shape[1] - 1)  # rounding may point behind the last token
+    points = torch.tensor(draws, device=cdf.device, dtype=cdf.dtype)[:, None]  # (B, 1)
+    points = points * cdf[:, -1:]  # the last sum is what top_p left
+    # Rounding may put a point behind the last token.
+    ids = torch.searchsorted(cdf, points, right=True).clamp(max=cdf.shape[1] - 1)  # (B, 1)
     if order is not None:
         ids = order.gather(1, ids)
     return ids.squeeze(1).tolist()

@@ -58,7 +58,7 @@ def plot_training(log_rows: list[dict], x: str = "step"):
     """
     panels = {}  # {name: {x: [value]}}
     for row in log_rows:
-        if type(row.get(x)) is not int:
+        if type(row.get(x)) not in (int, float):
             raise ValueError(f"a row of the log has no {x} that is a number: {row!s:.200}. Restore "
                              "log.jsonl, or use another --out.")
         for name, value in row.items():

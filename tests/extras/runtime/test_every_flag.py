@@ -17,7 +17,8 @@ import train
 from extras import judges
 from methods import finding, settings
 
-ABOUT_SETTINGS = {"settings.py", "flags.py", "defaults.py", "dataclasses.py", "identity.py"}
+ABOUT_SETTINGS = {"settings.py", "folders.py", "flags.py", "defaults.py", "dataclasses.py",
+                  "identity.py"}
 # Settings.py alone reads these: they decide which stage and which run it is, and where from.
 DECIDED_THERE = {"init", "sft_steps", "sft_lr", "stage"}
 # Flags that a stage takes and nobody reads. Each is a fault, to be removed from that stage.
