@@ -56,7 +56,8 @@ def test_random_numbers_of_a_question_do_not_depend_on_the_others(make_run, scor
 
 @pytest.mark.parametrize("change, said", [
     ({"reward": ...}, 'line 2, has no field "reward". Expected an object with task, id'),
-    ({"input": 3}, 'line 2: "input" is no text. Fix that line.'), (None, 'line 2, has no field "task"'),
+    ({"input": 3}, 'line 2: "input" is no text. Fix that line.'),
+    (None, 'line 2, has no field "task"'),
     ({"wording": None}, 'line 2: "wording" is no text')])
 def test_without_extras_a_record_that_lacks_something_is_named(change, said, make_run, scored_stage,
                                                                candidates):
