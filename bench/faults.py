@@ -129,12 +129,13 @@ ROWS = [
     ("deadlines, limits and budgets of calls", "client::test_a_call_ends_at_its_deadline "
      "client::test_requests_are_limited client::test_the_budget"),
     ("HTTP statuses and Retry-After", "server::test_every_status server::test_retry_after"),
-    ("the key in any output, file or error", "server::test_the_key_is_nowhere server::test_keys_that_http "
+    ("the key in any output, file or error",
+     "server::test_the_key_is_nowhere server::test_keys_that_http "
      "server::test_a_key_in_place server::test_a_proxy_that flags::test_a_key_on_the_command_line",
      "server::test_the_key_is_nowhere_to_be_read", "what the server sent contains it"),
     ("netrc, proxies and certificates of the environment",
      "5*server::test_the_environment_is_not 3*server::test_no_key_to_a_proxy "
-     "server::test_proxies_and_certificates"),
+     "server::test_a_proxy_that_does_not"),
     ("redirects", "7*server::test_redirects_reach_nobody", "server::test_plain_requests",
      "plain `requests`"),
     ("judge addresses that are misleading",
