@@ -68,7 +68,7 @@ class Flags:
 
 DEFAULTS = {}
 title = "tuned"
-kind, needs, beside, unread, METRICS = "", "", (), (), {}
+kind, needs, beside, METRICS = "", "", (), {}
 
 
 def check(cfg) -> None:

@@ -21,7 +21,6 @@ from methods.preference import add_reference
 
 title = "SFT(IA)+KTO"
 base = candidates
-unread = ("max_worse",)
 
 
 @dataclass

@@ -16,7 +16,6 @@ from methods.preference import add_reference
 
 title = "SFT(IA)+RSO"
 base = candidates
-unread = ("max_worse",)
 
 
 @dataclass
