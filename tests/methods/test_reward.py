@@ -159,8 +159,9 @@ def test_it_learns_from_soft_labels_and_with_all_weights(command, candidates, tm
     assert not json.loads((folder / "config.json").read_text())["candidates"]
 
 
-def test_wrong_flags_are_refused(refused):
+def test_wrong_flags_are_refused(refused, scored_stage):
     refused("trains one model, in one round. Leave --rounds out.", "reward", "--rounds", "2")
     refused("learns from another judge", "reward", "--judge", "reward", "--reward-model", ".")
     refused("--reward-model is for --judge reward", "reward", "--reward-model", ".")
-    refused("has no value_head.safetensors", "cat", "--judge", "reward", "--reward-model", ".")
+    refused("has no value_head.safetensors", scored_stage, "--judge", "reward", "--reward-model",
+            ".")
