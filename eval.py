@@ -38,7 +38,8 @@ def pick_device(cfg) -> tuple:
     """The device, and the type of the weights (torch.dtype), that the flags mean here."""
     import torch
 
-    device, dtype, n = cfg.device, cfg.dtype, torch.cuda.device_count()
+    device, dtype = cfg.device, cfg.dtype
+    n = torch.cuda.device_count()
     if device == "auto" and not n:
         device = "cpu"
     elif device in ("auto", "cuda"):  # under torchrun every process has one of its own
@@ -47,7 +48,9 @@ def pick_device(cfg) -> tuple:
         raise ValueError(f"--device {cfg.device} is not here: this machine has {n} GPUs, and they "
                          "count from cuda:0. Give another, or cpu.")
     if dtype == "auto":
-        dtype = {"cpu": "float32"}.get(device, "bfloat16")
+        dtype = "bfloat16"
+        if device == "cpu":
+            dtype = "float32"
     return device, getattr(torch, dtype)
 
 
@@ -202,17 +205,14 @@ TABLE = {"cr": "CR", "mcr": "MCR", "rouge1": "R-1", "rougeL": "R-L", "exact_matc
 
 
 def bootstrap(values, *, resamples=1000, seed=0, span=(0, 1)):
-    """{"mean", "ci95", "n"} of the values that are not None; the interval is over questions.
-
-    span: what the values lie between, or None.
-    """
+    """{"mean", "ci95", "n"} over questions, without None; values lie in span (None: anywhere)."""
     known = np.array([value for value in values if value is not None], dtype=float)  # (n,)
     n = len(known)
     if n < 2:
         return {"mean": next(iter(known.tolist()), None), "ci95": None, "n": n}
     draws = np.random.default_rng(seed).integers(0, n, (resamples, n), dtype=np.int32)
     bounds = np.quantile(known[draws].mean(1), (0.025, 0.975))
-    # Where all are equal, so are all resamples: Wilson's bound on what was never seen instead.
+    # Where all are equal, so are all resamples: Wilson's bounds instead, with z^2 = 1.96^2 = 3.84.
     if span and not np.ptp(known):
         bounds += (span - bounds) * 3.84 / (n + 3.84)
     return {"mean": float(known.mean()), "ci95": bounds.tolist(), "n": n}
@@ -248,8 +248,8 @@ def similarity(responses, said: dict, symmetrize: str):
 def evaluate_question(question, similar, find=clusters):
     """One question with its metrics, and for each response its cluster and whether it is exact."""
     responses, targets, n = question["responses"], question["targets"], len(similar)
-    # Clusters, the largest first: MCR is the share of the first, and each response gets the number
-    # of its own.
+    # Clusters, the largest first: MCR is the share of the first.
+    # Each response gets the number of its own.
     found = sorted(sorted(find(similar)), key=len, reverse=True)
     row = question | {"cr": consistency_rate(similar), "mcr": len(found[0]) / n,
                       "cluster": [0] * n}

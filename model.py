@@ -11,7 +11,6 @@ Inside the model there is one shape, (N, D): the tokens of all documents laid en
 padded. Linears, norms and RoPE treat each token alone. Which token sees which is known only to a
 small object, `attend(layer, q, k, v)`: `Packed` for whole documents, `Cached` for tokens that
 continue the rows of a cache. Modules have the names of Hugging Face's LlamaForCausalLM.
-
 Shapes: B rows or documents, T their length, N tokens in all, S keys, D model dim, H/K query/kv
 heads, Dh head dim, F ffn dim, V vocabulary, M chosen tokens.
 """
@@ -284,6 +283,7 @@ class Llama(nn.Module):
 @dataclass(frozen=True)
 class Sampling:
     """How responses are drawn."""
+
     max_new_tokens: int = 128
     temperature: float = 0.0  # 0 takes the most probable token
     top_p: float = 1.0  # draw from the fewest tokens that hold this much probability

@@ -68,7 +68,7 @@ class Flags:
 
 DEFAULTS = {}
 title = "tuned"
-kind, needs, beside, METRICS = "", "", (), {}
+kind, needs, beside, unread, METRICS = "", "", (), (), {}
 
 
 def check(cfg) -> None:

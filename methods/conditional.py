@@ -16,6 +16,7 @@ from methods.groups import best_answers, grouped_candidates
 
 title = "SFT(IA)+conditional"
 base = candidates
+unread = ("max_worse",)
 
 
 @dataclass

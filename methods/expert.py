@@ -9,6 +9,7 @@ from methods.groups import best_answers, candidate_document, group_rng, grouped_
 
 title = "SFT(IA)+expert"
 base = candidates
+unread = ("max_worse",)
 TERMS = {"ce": "tokens"}
 step = token_step
 

@@ -47,12 +47,15 @@ def same(one, other) -> bool:
     return one == other
 
 
-def parse_flags(flags: type, argv: list[str] | None, title: str, defaults: dict) -> dict:
-    """{field: value} of the flags that were given. A mistake prints one sentence and exits."""
+def parse_flags(flags: type, argv: list[str], title: str, defaults: dict, unread=()) -> dict:
+    """{field: value} of the flags that were given. A mistake prints one sentence and exits.
+
+    unread: fields that the stage does not read, though its class has them.
+    """
     parser = argparse.ArgumentParser(usage=title, allow_abbrev=False, epilog="Rarely needed:")
     parser.formatter_class, parser.error = Help, fail
-    hints = get_type_hints(flags)
-    for item in fields(flags):
+    hints, read = get_type_hints(flags), [x for x in fields(flags) if x.name not in unread]
+    for item in read:
         kind, name = hints[item.name], spelled(item.name)
         about, default = item.metadata["help"], defaults.get(item.name, item.default)
         if default not in ("", MISSING):
@@ -75,9 +78,9 @@ def parse_flags(flags: type, argv: list[str] | None, title: str, defaults: dict)
         parser.add_argument(name, **options)
     found, unknown = parser.parse_known_args(argv)
     if unknown:
-        fail(unknown_flag(unknown, flags))
+        fail(unknown_flag(unknown, read))
     found, plain = vars(found), "--plain" in argv or find_spec("extras") is None
-    for item in fields(flags):
+    for item in read:
         if item.metadata.get("extras") and item.name in found and plain:
             fail(f"{spelled(item.name)} needs extras/, which is not there, or left out by --plain.")
     return found
@@ -93,15 +96,15 @@ class Help(argparse.HelpFormatter):
         return textwrap.fill(text, width, break_on_hyphens=False)
 
 
-def unknown_flag(words: list[str], flags: type) -> str:
-    """A sentence about words that no flag reads."""
+def unknown_flag(words: list[str], read: list) -> str:
+    """A sentence about words that are none of the fields that are read."""
     names = [word.partition("=")[0] for word in words if word.startswith("-")]
     if not names:  # the words themselves are not repeated: one may be a secret
         return f"words that belong to no flag: {len(words)}. --help lists the flags."
     if "key" in names[0] or "token" in names[0]:
         return (f"there is no {names[0]}: keys are not accepted on the command line. Put the key "
                 "into the environment variable JUDGE_API_KEY, or one that --judge-key-env names.")
-    known = [spelled(item.name) for item in fields(flags)]
+    known = [spelled(item.name) for item in read]
     near = difflib.get_close_matches(names[0], known, 1, cutoff=0.8)
     hint = f"Did you mean {near[0]}?" if near else "--help lists what it reads."
     if names[0].startswith("--judge-"):

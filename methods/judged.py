@@ -34,6 +34,7 @@ class Flags(SampleFlags):
 DEFAULTS = {"steps": 120, "batch_size": 16, "samples": 1}
 kind = "judged"
 needs = "sft"
+unread = ("eval_wordings",)  # error rates are under the task's own instruction
 
 
 inspect = candidates.inspect

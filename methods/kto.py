@@ -21,6 +21,7 @@ from methods.preference import add_reference
 
 title = "SFT(IA)+KTO"
 base = candidates
+unread = ("max_worse",)
 
 
 @dataclass

@@ -19,6 +19,7 @@ from methods.pairing import labelled_items, take_in_turn
 title = "reward model"
 base = candidates
 beside = ()
+unread = ("eval_per_task", "eval_wordings")  # it answers nothing
 
 
 @dataclass

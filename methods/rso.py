@@ -16,6 +16,7 @@ from methods.preference import add_reference
 
 title = "SFT(IA)+RSO"
 base = candidates
+unread = ("max_worse",)
 
 
 @dataclass

@@ -36,7 +36,7 @@ def parse_config(argv: list[str]):
     server = "http" in (*words, before.get("judge"), before.get("critic"))
     flags = config_class(method, plain=plain, server=server)
     title = f"python train.py --stage {stage} [flags]\n\n{method.__doc__.splitlines()[0]}"
-    given = parse_flags(flags, words, title, method.DEFAULTS) | {"out": out}
+    given = parse_flags(flags, words, title, method.DEFAULTS, method.unread) | {"out": out}
     # Each of these goes before the ones to its left.
     values = method.DEFAULTS | demo_settings(method, given, before) | before | given
     known = flag_names(flags)  # the demo has settings for several stages

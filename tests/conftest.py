@@ -19,6 +19,7 @@ from tqdm import tqdm  # noqa: E402
 
 import data  # noqa: E402
 import model as model_file  # noqa: E402
+from methods import finding  # noqa: E402
 
 # tqdm's lock is shared with forked children: one that is killed while it holds it would stop all.
 os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
@@ -87,12 +88,22 @@ def tokenizer(world):
 
 @pytest.fixture
 def arguments(world):
-    """A function that makes a short command line for the tiny world: arguments(out, *more)."""
-    def make(out, *more):
+    """A function that makes a short command line for the tiny world: arguments(out, *more).
+
+    stage: that of the command, if `more` does not name it; its unread flags are left out.
+    """
+    def make(out, *more, stage=""):
+        stage = stage or dict(zip(more, more[1:], strict=False)).get("--stage", "sft")
+        known = Path(stage).suffix == ".py" or stage in finding.stages()
+        unread = finding.find_method(stage).unread if known else ()
+        evaluation = []
+        for name, value in (("eval_per_task", "3"), ("eval_wordings", "2")):
+            if name not in unread:
+                evaluation += [f"--{name.replace('_', '-')}", value]
         return ["--model", str(world / "model"), "--tasks", str(world / "tasks"),
                 "--paraphrases", str(world / "paraphrases.json"), "--out", str(out),
-                "--max-new-tokens", "4", "--eval-per-task", "3", "--eval-wordings", "2",
-                "--per-task", "8", "--judge-share", "0.3", *more]
+                "--max-new-tokens", "4", *evaluation, "--per-task", "8", "--judge-share", "0.3",
+                *more]
     return make
 
 

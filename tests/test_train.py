@@ -63,7 +63,7 @@ def simpo(tmp_path):
 def start(arguments):
     """A function that runs a stage: start(stage, out, *flags) -> the run folder."""
     def run(stage, out, *more):
-        assert train.main(["--stage", stage, *arguments(out, "--plain", *more)]) == 0
+        assert train.main(["--stage", stage, *arguments(out, "--plain", *more, stage=stage)]) == 0
         return out
     return run
 
@@ -74,7 +74,7 @@ def error_of(arguments, capsys):
     def run(stage, out, *more):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            train.main(["--stage", stage, *arguments(out, "--plain", *more)])
+            train.main(["--stage", stage, *arguments(out, "--plain", *more, stage=stage)])
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
         return error
@@ -85,7 +85,8 @@ def error_of(arguments, capsys):
 def make_run(arguments, tmp_path):
     """A function that makes a run whose adapters are away from their start: make_run(stage)."""
     def make(stage, *more):
-        argv = ["--stage", stage, *arguments(tmp_path / "run", "--plain", "--steps", "3", *more)]
+        argv = ["--stage", stage, *arguments(tmp_path / "run", "--plain", "--steps", "3", *more,
+                                            stage=stage)]
         run = train.make_run(*train.parse_config(argv), train.Alone())
         run.folder.mkdir(exist_ok=True)
         run.model = train.trainable_model(run.cfg, None)

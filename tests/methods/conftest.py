@@ -85,7 +85,7 @@ def judged_stage(tmp_path_factory):
 def make_run(arguments, tmp_path):
     """A function that makes the run of a stage before it trains: make_run(stage, *flags)."""
     def make(stage, *more):
-        argv = ["--stage", stage, *arguments(tmp_path / "run", "--plain", *more)]
+        argv = ["--stage", stage, *arguments(tmp_path / "run", "--plain", *more, stage=stage)]
         run = train.make_run(*train.parse_config(argv), train.Alone())
         run.folder.mkdir(exist_ok=True)
         return run
@@ -117,7 +117,7 @@ def command(arguments, earlier, tmp_path):
     def run(stage, *more, out="run", behind=True):
         needs = getattr(finding.find_method(stage), "needs", "")
         argv = ["--stage", stage, *arguments(tmp_path / out, "--plain", "--steps", "3",
-                                            "--evaluate")]
+                                            "--evaluate", stage=stage)]
         if needs:
             argv += ["--no-compare", "--batch-size", "4"]
             argv += ["--init", str(earlier[needs])] if behind else ["--sft-steps", "3"]
@@ -131,7 +131,8 @@ def refused(arguments, tmp_path, capsys):
     """A function that checks that a command ends with status 2 and one line that has some words."""
     def check(wanted, stage, *more):
         with pytest.raises(SystemExit) as stop:
-            train.main(["--stage", stage, *arguments(tmp_path / "refused", "--plain", *more)])
+            train.main(["--stage", stage, *arguments(tmp_path / "refused", "--plain", *more,
+                                                     stage=stage)])
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
         assert wanted in error

@@ -16,7 +16,8 @@ from methods.settings import parse_config
 def make_run(arguments, tmp_path):
     """make_run(stage, *flags): a run of the tiny world as train.py makes it, with its checks."""
     def make(stage, *more):
-        cfg, method = parse_config(["--stage", stage, *arguments(tmp_path / "run", *more)])
+        cfg, method = parse_config(["--stage", stage, *arguments(
+            tmp_path / "run", *more, stage=stage)])
         return train.make_run(cfg, method, train.Alone())
     return make
 

@@ -43,7 +43,7 @@ def make_run(arguments):
     from methods.settings import parse_config
 
     def make(stage, out, *more):
-        cfg, method = parse_config(["--stage", stage, *arguments(out, *more)])
+        cfg, method = parse_config(["--stage", stage, *arguments(out, *more, stage=stage)])
         Path(out).mkdir(exist_ok=True)
         return train.make_run(cfg, method, train.Alone())
     return make

@@ -34,7 +34,7 @@ def command(arguments, candidates):
     """A function that makes the command of one of runs.RUNS: command(name, out)."""
     def make(name, out):
         more = ["--candidates", str(candidates)] if name in ("cat", "dpo") else []
-        return [*arguments(out), *runs.RUNS[name], *more]
+        return arguments(out, *runs.RUNS[name], *more)
     return make
 
 
@@ -71,7 +71,7 @@ def taught(world, tmp_path_factory):
 def taught_command(arguments, world, taught):
     """A function that makes a command line for that model: taught_command(out, *more)."""
     def make(out, *more):
-        return [x.replace(str(world), str(taught)) for x in [*arguments(out), *more]]
+        return [x.replace(str(world), str(taught)) for x in arguments(out, *more)]
     return make
 
 

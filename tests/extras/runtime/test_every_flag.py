@@ -16,17 +16,12 @@ import data
 import train
 from extras import judges
 from methods import finding, settings
+from methods.flags import spelled
 
 ABOUT_SETTINGS = {"settings.py", "folders.py", "flags.py", "defaults.py", "dataclasses.py",
                   "identity.py"}
 # Settings.py alone reads these: they decide which stage and which run it is, and where from.
 DECIDED_THERE = {"init", "sft_steps", "sft_lr", "stage"}
-# Flags that a stage takes and nobody reads. Each is a fault, to be removed from that stage.
-DEAD = {
-    **dict.fromkeys(("conditional", "expert", "kto", "rso"), {"max_worse"}),
-    **dict.fromkeys(("critic", "cut", "forward", "hindsight", "ilf", "unlikelihood"),
-                    {"eval_wordings"}),  # error rates are under the task's own instruction
-    "reward": {"eval_per_task", "eval_wordings"}}
 SHORT = ["--steps", "2", "--batch-size", "4"]
 COLLECT = [*SHORT, "--sft-steps", "1", "--pool-per-task", "3", "--no-compare"]
 
@@ -84,7 +79,7 @@ def commands(taught, taught_command, candidates, judged, tmp_path):
             more.append([*COLLECT, "--no-fit-reward", "--max-new-tokens", "1"])
         if stage == "rlaif":
             more.append([*COLLECT, "--labels", "scores"])
-        return [["--stage", stage, *taught_command(tmp_path / str(number)), *words]
+        return [taught_command(tmp_path / str(number), "--stage", stage, *words)
                 for number, words in enumerate(more)]
     return make
 
@@ -99,7 +94,11 @@ def test_every_flag_of_a_stage_is_read(stage, commands, monkeypatch):
     with recorded_reads(monkeypatch) as reads:
         for argv in commands(stage):
             assert runs.call(train, argv) == (0, ""), argv
-    assert unread_flags(stage, reads) == DEAD.get(stage, set())
+    method = finding.find_method(stage)
+    assert unread_flags(stage, reads) == set(method.unread)
+    for name in method.unread:  # so they are refused
+        assert f"does not read {spelled(name)}" in runs.call(
+            train, ["--stage", stage, spelled(name), "3"])[1]
 
 
 OWN = '''"""Imitate, with a flag that nobody reads."""
