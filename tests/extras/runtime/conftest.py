@@ -1,4 +1,4 @@
-"""Runs of train.py, in this process or in children; runs.py becomes importable by its name."""
+"""Runs of train.py, in this process or in children; makes short_runs.py importable by its name."""
 
 import importlib.util
 import shutil
@@ -20,7 +20,7 @@ def load(path):
     return sys.modules[path.stem]
 
 
-runs = load(HERE / "runs.py")
+runs = load(HERE / "short_runs.py")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -31,7 +31,7 @@ def one_thread():
 
 @pytest.fixture
 def command(arguments, candidates):
-    """A function that makes the command of one of runs.RUNS: command(name, out)."""
+    """A function that makes the command of one of short_runs.RUNS: command(name, out)."""
     def make(name, out):
         more = ["--candidates", str(candidates)] if name in ("cat", "dpo") else []
         return arguments(out, *runs.RUNS[name], *more)

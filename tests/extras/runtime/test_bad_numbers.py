@@ -3,7 +3,7 @@
 import random
 
 import pytest
-import runs
+import short_runs as runs
 import torch
 
 import data

@@ -11,7 +11,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import runs
+import short_runs as runs
 from damage import garbled, in_children, spoilt, spoilt_text
 
 import eval as evaluation

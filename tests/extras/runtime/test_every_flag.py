@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
+import short_runs as runs
 
 import data
 import train

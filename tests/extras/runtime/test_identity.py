@@ -11,7 +11,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-import runs
+import short_runs as runs
 import torch
 
 import data

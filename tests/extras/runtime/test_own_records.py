@@ -6,7 +6,7 @@ import random
 import time
 
 import pytest
-import runs
+import short_runs as runs
 
 import data
 import train

@@ -5,7 +5,7 @@ import random
 import shutil
 
 import pytest
-import runs
+import short_runs as runs
 import torch
 
 import train

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
+import short_runs as runs
 import torch
 from damage import in_children
 from safetensors.torch import load_file, save_file

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-import runs
+import short_runs as runs
 import torch
 from safetensors.torch import load_file
 

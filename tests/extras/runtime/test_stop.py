@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-import runs
+import short_runs as runs
 
 import train
 from extras.runtime.guard import Guard, Stopped

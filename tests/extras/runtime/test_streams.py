@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-import runs
+import short_runs as runs
 
 import train
 from extras.runtime import guard, streams

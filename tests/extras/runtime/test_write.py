@@ -11,8 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import runs
 import safetensors.torch
+import short_runs as runs
 import torch
 from safetensors.torch import load_file
 
