@@ -153,11 +153,6 @@ def consistency_rate(similar):
     return float((similar & similar.T)[np.triu_indices(n, 1)].mean())
 
 
-def max_consistency_rate(similar):
-    """MCR = size of the largest set of mutually similar responses / n."""
-    return len(clusters(similar)[0]) / len(similar)
-
-
 def clusters(similar) -> list:
     """The responses 0 .. n-1 in sets of mutually similar ones; `similar` is (n, n) bool.
 
@@ -199,6 +194,11 @@ def largest_clique(clique, candidates, neighbours, best) -> list:
     return max(best, clique, key=len)
 
 
+def max_consistency_rate(similar, find=clusters):
+    """MCR = size of the largest cluster / n; by default of mutually similar responses."""
+    return len(max(find(similar), key=len)) / len(similar)
+
+
 # ----- From responses to metrics -----
 TABLE = {"cr": "CR", "mcr": "MCR", "rouge1": "R-1", "rougeL": "R-L", "exact_match": "EM",
          "consistent_and_correct": "C&C"}  # what the table shows, and under which title
@@ -212,7 +212,8 @@ def bootstrap(values, *, resamples=1000, seed=0, span=(0, 1)):
         return {"mean": next(iter(known.tolist()), None), "ci95": None, "n": n}
     draws = np.random.default_rng(seed).integers(0, n, (resamples, n), dtype=np.int32)
     bounds = np.quantile(known[draws].mean(1), (0.025, 0.975))
-    # Where all are equal, so are all resamples: Wilson's bounds instead, with z^2 = 1.96^2 = 3.84.
+    # Where all are equal, so are all resamples, and the interval would be empty.
+    # Wilson's instead, with z^2 = 1.96^2 = 3.84.
     if span and not np.ptp(known):
         bounds += (span - bounds) * 3.84 / (n + 3.84)
     return {"mean": float(known.mean()), "ci95": bounds.tolist(), "n": n}
@@ -248,12 +249,11 @@ def similarity(responses, said: dict, symmetrize: str):
 def evaluate_question(question, similar, find=clusters):
     """One question with its metrics, and for each response its cluster and whether it is exact."""
     responses, targets, n = question["responses"], question["targets"], len(similar)
-    # Clusters, the largest first: MCR is the share of the first.
-    # Each response gets the number of its own.
-    found = sorted(sorted(find(similar)), key=len, reverse=True)
-    row = question | {"cr": consistency_rate(similar), "mcr": len(found[0]) / n,
-                      "cluster": [0] * n}
-    for number, members in enumerate(found):
+    row = question | {"cr": consistency_rate(similar), "mcr": max_consistency_rate(similar, find)}
+    # Each response gets the number of its cluster: the largest first, and of equally large ones
+    # that of the earlier response.
+    row["cluster"] = [0] * n
+    for number, members in enumerate(sorted(sorted(find(similar)), key=len, reverse=True)):
         for member in members:
             row["cluster"][member] = number
     # Exact match, and C&C: CR where only pairs of right answers count.

@@ -72,3 +72,9 @@ def test_a_long_prefix_is_truncated_from_the_left(tokenizer, world):
     (long,), (short,) = (examples.keyword_logprobs(model, tokenizer, [text], *arguments, max_len=60)
                          for text in ("red hat " * 500 + "\n", "red hat " * 400 + "\n"))
     assert long == short
+
+
+def test_a_suffix_without_room_for_its_prefix_is_refused(tokenizer, world):
+    model, arguments = load_model(world / "model"), [["### Type:"], [judging.TYPE_WORDS]]
+    with pytest.raises(ValueError, match="--max-len 4 leaves no room for a judge's prompt before"):
+        examples.keyword_logprobs(model, tokenizer, ["red hat\n"], *arguments, max_len=4)
