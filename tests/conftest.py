@@ -6,6 +6,7 @@ One thread for every test: the models are tiny, and threads that wait for each o
 import json
 import os
 import random
+import signal
 import threading
 from pathlib import Path
 
@@ -20,6 +21,10 @@ from tqdm import tqdm  # noqa: E402
 import data  # noqa: E402
 import model as model_file  # noqa: E402
 from methods import finding  # noqa: E402
+
+# A shell that starts pytest in the background has it ignore Ctrl-C, which children would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # tqdm's lock is shared with forked children: one that is killed while it holds it would stop all.
 os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
