@@ -37,7 +37,6 @@ def extra(room, plain):
 def pick_device(cfg) -> tuple:
     """The device, and the type of the weights (torch.dtype), that the flags mean here."""
     import torch
-
     device, dtype = cfg.device, cfg.dtype
     n = torch.cuda.device_count()
     if device == "auto" and not n:
@@ -163,6 +162,7 @@ def clusters(similar) -> list:
     both = similar & similar.T
     neighbours = [set(np.flatnonzero(row).tolist()) - {i} for i, row in enumerate(both)]
     found, rest = [], set(range(len(both)))
+    sys.setrecursionlimit(1000 + len(both))  # a call for each member of a clique
     while rest:
         members = largest_clique([], rest, neighbours, [])
         found.append(sorted(members))

@@ -12,6 +12,7 @@ pipeline, `main`.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections import Counter
@@ -284,9 +285,9 @@ def run_stage(run: Run, name: str) -> Path:
 
 
 def trainable_model(cfg, before: Path | None):
-    """The model that a stage trains: with a new adapter, or that of the stage before it."""
+    """The model that a stage trains, on the device that the flags mean."""
     import lora
-
+    # With a new adapter, or going on with that of the stage before it.
     if before:
         model = open_trained(cfg, before, trainable=True)
     else:
@@ -361,7 +362,6 @@ def align(run: Run) -> None:
 def report(run: Run, ladder: dict[str, Path | None]) -> None:
     """Evaluate {title: run folder} on the same held-out questions, and write the results."""
     from model import Sampling
-
     cfg, results, tables = run.cfg, {}, {}
     if not cfg.evaluate or not run.tasks:
         run.say(f"{cfg.stage}: nothing is evaluated. The adapter is in {cfg.out}.")
@@ -392,14 +392,13 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         cfg, method = parse_config(argv)
-    except ValueError as error:
-        fail(str(error))
-    runtime = extra("runtime", cfg.plain)
-    if runtime:
-        return runtime.supervise(cfg, method, run_method)
-    try:
+        if runtime := extra("runtime", cfg.plain):
+            return runtime.supervise(cfg, method, run_method)
         run_method(cfg, method, Alone())
+    # Mistakes in the flags end here, and without extras/ all others too.
     except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(5)  # under torchrun, the first process says it, and its end ends the others
         fail(str(error))
     return 0
 

@@ -13,8 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from eval import fail
-
 
 def flag(default, help: str, **limits):
     """A field that becomes a flag.
@@ -48,12 +46,12 @@ def same(one, other) -> bool:
 
 
 def parse_flags(flags: type, argv: list[str], title: str, defaults: dict, unread=()) -> dict:
-    """{field: value} of the flags that were given. A mistake prints one sentence and exits.
+    """{field: value} of the flags that were given. Raises ValueError for a mistake.
 
     unread: fields that the stage does not read, though its class has them.
     """
     parser = argparse.ArgumentParser(usage=title, allow_abbrev=False, epilog="Rarely needed:")
-    parser.formatter_class, parser.error = Help, fail
+    parser.formatter_class, parser.error = Help, refuse
     hints, read = get_type_hints(flags), [x for x in fields(flags) if x.name not in unread]
     for item in read:
         kind, name = hints[item.name], spelled(item.name)
@@ -78,12 +76,18 @@ def parse_flags(flags: type, argv: list[str], title: str, defaults: dict, unread
         parser.add_argument(name, **options)
     found, unknown = parser.parse_known_args(argv)
     if unknown:
-        fail(unknown_flag(unknown, read))
+        refuse(unknown_flag(unknown, read))
     found, plain = vars(found), "--plain" in argv or find_spec("extras") is None
     for item in read:
         if item.metadata.get("extras") and item.name in found and plain:
-            fail(f"{spelled(item.name)} needs extras/, which is not there, or left out by --plain.")
+            refuse(f"{spelled(item.name)} needs extras/, which is not there, or left out by "
+                   "--plain.")
     return found
+
+
+def refuse(message: str):
+    """What argparse calls for a mistake in the flags."""
+    raise ValueError(message)
 
 
 class Help(argparse.HelpFormatter):
@@ -136,8 +140,6 @@ def expected(value, limits) -> str:
     if "above" in limits and not limits["above"] < value < float("inf"):
         return "a positive number"
     return ""
-
-
 
 
 def check_folder(name: str, path: Path) -> None:

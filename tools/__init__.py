@@ -8,10 +8,10 @@ import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from eval import find_template, open_model, open_tokenizer
+from eval import fail, find_template, open_model, open_tokenizer
 from eval import parse_flags as parse_eval_flags
 from methods import merged_copy
-from methods.flags import fail, spelled
+from methods.flags import spelled
 
 
 def make_main(work: Callable, about: str, *, demo: bool = False, **own) -> Callable:

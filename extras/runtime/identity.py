@@ -24,8 +24,8 @@ FILE, ROOT = "identity.json", Path(__file__).parents[2]
 FLAGS = ("model", "tokenizer", "tasks", "paraphrases", "candidates", "records", "examples",
          "preferences", "principles", "corpus", "reward_model", "critic")
 ADAPTERS = ("adapter", "reference", "reward_model", "critic")  # flags that name finished runs
-EARLIER, RESULT = "the earlier stage", "its result"
-RUNS = (EARLIER, RESULT, "--adapter", "--reward-model", "--critic")
+EARLIER, BESIDE, RESULT = "the earlier stage", "the stage beside it", "its result"
+RUNS = (EARLIER, BESIDE, RESULT, "--adapter", "--reward-model", "--critic")
 # What is read in the folder of a run, and in that of a model or of tasks.
 TRAINED = ("adapter_*", "value_head.safetensors", "model/*")
 GIVEN = ("*", "annotations/*", "execute/*")
@@ -39,6 +39,9 @@ def find_inputs(cfg, folder: Path | None = None) -> dict[str, Path]:
     found = {spelled(name): Path(getattr(cfg, name)) for name in FLAGS if getattr(cfg, name, "")}
     if folder:
         found[EARLIER] = find_earlier(cfg, folder)
+        for name in find_method(cfg.stage).also_needs(cfg):  # one at most, a reward model
+            places = Path(getattr(cfg, "init", "") or cfg.out, name), Path(cfg.out, name)
+            found[BESIDE] = next(filter(has_result, places), None)
     return {what: place for what, place in found.items() if place and place.exists()}
 
 
@@ -162,8 +165,22 @@ def check_run(folder: Path, places: dict) -> None:
 
 
 def check_inputs(folder: Path, cfg) -> None:
-    """Raise ValueError if the inputs of a run, or its result, are not what its folder says."""
+    """Raise ValueError if the inputs of a run, or its result, are not what its folder says.
+
+    That a finished one comes from other versions is said, once.
+    """
     check_run(folder, find_inputs(cfg, folder))
+    was, now = read_identity(folder).get("machine", {}), describe_machine(cfg)
+    said = [f"{name} {was[name][-1]}, now {now[name]}" for name in ("torch", "program")
+            if was.get(name) and was[name][-1] != now[name]]
+    if said and has_result(folder) and os.environ.get("RANK", "0") == "0":
+        note(f"note: {folder} was trained with {'; '.join(said)}. It is used as it is.")
+
+
+@functools.cache
+def note(message: str) -> None:
+    """Print a line, the first time."""
+    print(message, flush=True)
 
 
 def check_adapters(cfg) -> None:

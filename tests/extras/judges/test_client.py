@@ -279,7 +279,7 @@ def test_prompts_that_are_too_long_fail_alone():
 def test_no_server_is_a_sentence():
     with ChatServer() as server:
         url = server.url
-    match = (r"no judge at http://127.0.0.1:\d+/v1/chat/completions: no connection in 5 tries. "
+    match = (r"no judge at http://127.0.0.1:\d+/v1/chat/completions \(connections tried: 5\). "
              "Start the server")
     stops(url, match)
 

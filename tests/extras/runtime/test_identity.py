@@ -198,6 +198,35 @@ def test_another_number_of_threads_is_said_once(home, tmp_path, capsys, monkeypa
     assert found["device"] == ["cpu"]
 
 
+def test_another_version_of_torch_is_said_of_what_is_found(home, capsys, monkeypatch):
+    """Once, and the run is used."""
+    monkeypatch.setattr(torch, "__version__", "0.0.1")
+    program, argv = home.commands["finished"]
+    now = json.loads((home.path / "finished" / identity.FILE).read_text())["machine"]["torch"][-1]
+    assert program.main(argv) == 0
+    said = [x for x in capsys.readouterr().out.splitlines() if x.startswith("note: ")]
+    assert said == [f"note: {home.path}/finished was trained with torch {now}, now 0.0.1. It is "
+                    "used as it is."]
+
+
+@pytest.mark.parametrize("init", ["", "before"])
+def test_the_reward_model_beside_ppo_is_an_input(init, tmp_path):
+    """Found where the stage finds it: in the folder of --init, or in that of the run."""
+    home = tmp_path / (init or "run")
+    (home / "reward").mkdir(parents=True)
+    for name in ("adapter_config.json", "value_head.safetensors"):
+        (home / "reward" / name).write_bytes(bytes(100))
+    cfg = settings.parse_config(["--stage", "ppo", "--out", f"{tmp_path}/run"])[0]
+    cfg.init = init and str(home)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    identity.record_inputs(SimpleNamespace(cfg=cfg, folder=tmp_path / "run", say=print), None)
+    identity.check_inputs(tmp_path / "run", cfg)
+    change(home / "reward/value_head.safetensors", "flip", random.Random(2))
+    with pytest.raises(ValueError, match="reward/value_head.safetensors is not as it was when .*"
+                                         "the stage beside it"):
+        identity.check_inputs(tmp_path / "run", cfg)
+
+
 # ----- All flags that name a file -----
 
 def test_every_flag_that_names_a_file_is_an_input():

@@ -138,9 +138,6 @@ def test_what_one_process_alone_finds_or_dies_of_is_one_line(command, tmp_path, 
     assert runs.saved_steps(tmp_path / "b") == [2, 3]
 
 
-ONCE_EACH = pytest.mark.xfail(strict=True, reason="eval.fail speaks once for each process")
-
-
 @pytest.mark.parametrize("change, words", [
     (["--max-len", "100000"], "--max-len is 100000, but"),
     (["--batch-size", "2"], "--batch-size 2 is less than 3 processes. Raise it."),
@@ -149,16 +146,26 @@ ONCE_EACH = pytest.mark.xfail(strict=True, reason="eval.fail speaks once for eac
         (["--template", "nobody"], "unknown template 'nobody'"),
         (["--model", "/tmp"], "no model at /tmp (no config.json)"),
         (["--template", "chatml"], "template chatml ends responses with"),
-        (["--tasks", str(ROOT / "demo/base")], "config.json: field \"Definition\" is missing")]),
-    *(pytest.param(*row, marks=[FAULTS, ONCE_EACH]) for row in [
-        (["--stepz", "3"], "does not read --stepz"), (["--stage", "sfft"], "unknown stage"),
-        (["--tasks", "/nowhere"], "--tasks /nowhere does not exist")])])
+        (["--tasks", str(ROOT / "demo/base")], "config.json: field \"Definition\" is missing")])])
 def test_a_mistake_that_all_find_is_one_line(change, words, command, tmp_path, capfd):
     capfd.readouterr()
     assert set(runs.run_together([*command("sft", tmp_path), *change], 3)) <= {1, 2}
     error = capfd.readouterr().err  # in which torch may say that a peer has gone
     line, = [line for line in error.splitlines() if line.startswith("error: ")]
     assert words in line and "extras/runtime" not in error  # no traceback
+
+
+@pytest.mark.parametrize("change, words", [
+    (["--stepz", "3"], "does not read --stepz"), (["--stage", "sfft"], "unknown stage"),
+    pytest.param(["--tasks", "/nowhere"], "--tasks /nowhere does not exist", marks=FAULTS)])
+def test_a_mistake_in_the_flags_is_said_once_under_torchrun(change, words, command, tmp_path):
+    """The first process says it, and torchrun ends the others, which wait for that."""
+    argv = [*command("sft", tmp_path), *change]
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                          "--nproc-per-node", "3", str(ROOT / "train.py"), *argv],
+                         capture_output=True, text=True, timeout=120)
+    line, = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert run.returncode and words in line
 
 
 def test_where_the_first_process_fails_alone_it_alone_speaks(command, tmp_path, monkeypatch, capfd):

@@ -235,7 +235,7 @@ SLOW = [  # those of a server, and those that train first
     (1, lambda s: s.cat(status=429, body=NO_CREDIT), f"the judge's account at {CHAT} is out of "
      f"credit.{SAVED}"),
     (1, lambda s: s.cat(url="http://127.0.0.1:9"), "no judge at http://127.0.0.1:9/v1/chat/"
-     "completions: no connection in 1 tries. Start the server, or check --judge-url (it should end "
+     "completions (connections tried: 1). Start the server, or check --judge-url (it should end "
      f"in /v1).{SAVED}"),
     (1, lambda s: s.cat(status=404), f"{CHAT} has no chat completions (404). Does --judge-url end "
      f'in /v1, and is the model "m" served?{SAVED}'),
