@@ -11,6 +11,7 @@ import numpy as np
 import data
 import judge as judging
 from eval import DEMO, answer_questions, evaluate_responses, open_model, write_results
+from extras.formats.checks import reading
 from extras.formats.records import read_judged
 from extras.judges.judges import confusion
 from extras.reports import masks, plots
@@ -26,8 +27,9 @@ def report_training(folder: Path) -> None:
     """Curves of log.jsonl in plots/training.png, and of PPO's phases in plots/ppo.png."""
     drawn = {"training": (data.read_records(folder / "log.jsonl"), "step"),
              "ppo": (data.read_records(folder / "rollouts.jsonl"), "phase")}
-    plots.save_plots(folder, {name: (plots.plot_training, rows, x)
-                              for name, (rows, x) in drawn.items() if rows})
+    with reading(folder, "rows as a run writes them"):
+        plots.save_plots(folder, {name: (plots.plot_training, rows, x)
+                                  for name, (rows, x) in drawn.items() if rows})
 
 
 # ----- Methods on judged responses -----

@@ -97,7 +97,13 @@ def read_identity(folder: Path) -> dict:
     """The identity.json of a run folder; {} where there is none. Raises ValueError for damage."""
     path = folder / FILE
     found = data.read_json(path) if path.is_file() else {}
-    if not isinstance(found, dict) or not all(isinstance(x, dict) for x in found.values()):
+    try:
+        places = [*found.get("inputs", {}).values(), found.get("result", {})]
+        sound = all(isinstance(sha, str) for place in places for sha in place.values())
+        sound = sound and all(data.as_list(seen)[-1:] for seen in found.get("machine", {}).values())
+    except AttributeError:  # something is no object
+        sound = False
+    if not sound:
         raise ValueError(f"{path} holds no identities. Delete it to go on without.")
     return found
 
@@ -171,8 +177,9 @@ def check_inputs(folder: Path, cfg) -> None:
     """
     check_run(folder, find_inputs(cfg, folder))
     was, now = read_identity(folder).get("machine", {}), describe_machine(cfg)
-    said = [f"{name} {was[name][-1]}, now {now[name]}" for name in ("torch", "program")
-            if was.get(name) and was[name][-1] != now[name]]
+    said = [f"{name} {data.as_list(was[name])[-1]}, now {now[name]}"
+            for name in ("torch", "program")
+            if name in was and data.as_list(was[name])[-1] != now[name]]
     if said and has_result(folder) and os.environ.get("RANK", "0") == "0":
         note(f"note: {folder} was trained with {'; '.join(said)}. It is used as it is.")
 
