@@ -89,10 +89,14 @@ def to_jinja(template: ChatTemplate, tokenizer: HFTokenizer) -> str:
     pieces["{opening}"] = "".join([
         "{%- if ns.system and not ns.begun -%}", say(before, tokenizer), "{{- ns.system -}}",
         say(behind, tokenizer), "{%- endif -%}"])
+    # Behind BOS, some tokenizers leave out the blank that they put before a text.
+    begin = "{{- bos_token -}}" * tokenizer.add_bos
+    if begin and tokenizer.encode_behind("a") != tokenizer.encode_first("a"):
+        begin += "{{- ' ' -}}"
     turn = [pieces.get(piece) or say(piece, tokenizer)
             for piece in re.split(r"(\{user\}|\{opening\})", template.turn)]
     return "".join([
-        "{{- bos_token -}}" * tokenizer.add_bos,
+        begin,
         "{%- set ns = namespace(begun=false, system=", quote(template.system), ") -%}",
         "{%- for message in messages -%}",
         "{%- if message['role'] == 'system' -%}{%- set ns.system = message['content'] -%}",
