@@ -138,8 +138,8 @@ TEMPLATES = {
 }
 
 
-def find_template(name: str) -> Template:
-    """TEMPLATES[name]. Raises ValueError for another name; extras/formats has chat templates."""
+def find_template(name: str, *folders) -> Template:
+    """TEMPLATES[name]. Raises ValueError for others; extras/formats looks into the folders, too."""
     if name not in TEMPLATES:
         raise ValueError(f"unknown template {name!r:.60}. Templates: {', '.join(TEMPLATES)}.")
     return TEMPLATES[name]

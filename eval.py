@@ -86,7 +86,8 @@ def find_template(cfg, model, adapter=""):
     if not name and adapter and settings.is_file():
         name = dict(data.read_json(settings)).get("template")
     formats = extra("formats", cfg.plain) or data
-    return formats.find_template(name or model.config.prompt_template or "alpaca")
+    name = name or model.config.prompt_template or "alpaca"
+    return formats.find_template(name, adapter, cfg.model)
 
 
 # ----- Text in, text out -----

@@ -245,7 +245,7 @@ def make_run(cfg, method, guard) -> Run:
         raise ValueError(f"--max-len is {cfg.max_len}, but {cfg.model} takes "
                          f"{model.config.context} tokens. Lower it.")
     cfg = replace(cfg, template=cfg.template or model.config.prompt_template or "alpaca")
-    template = readers.find_template(cfg.template)
+    template = readers.find_template(cfg.template, cfg.model)
     run = Run(cfg, method, model, tokenizer, template, tasks, Path(cfg.out), guard)
     if formats:
         formats.check_inputs(run)

@@ -116,8 +116,8 @@ def save_model_folder(run: Run, target: Path, dtype=None) -> None:
 
     formats = extra("formats", run.cfg.plain)
     if formats:
-        formats.copy_tokenizer(run.tokenizer, run.cfg.model, target)
-        formats.save_model(run.model, target, dtype=dtype)
+        formats.export_model(run.model, run.tokenizer, run.cfg.template, run.cfg.model, target,
+                             run.folder, dtype=dtype)
     else:
         save_model(run.model, target, dtype=dtype)
         shutil.copy(run.tokenizer.path, target / "tokenizer.model")

@@ -28,10 +28,8 @@ def merge(cfg) -> None:
         lora.merge_lora(formats.open_adapter(model, adapter), in_place=True)
         if Path(adapter, "config.json").is_file():
             template = template or read_json(Path(adapter, "config.json")).get("template")
-    if template and not template.endswith(".json"):
-        model.config.prompt_template = template
-    formats.save_model(model, cfg.out)
-    formats.copy_tokenizer(tokenizer, cfg.model, cfg.out)
+    formats.export_model(model, tokenizer, template or model.config.prompt_template, cfg.model,
+                         cfg.out, *cfg.adapter)
     print(f"wrote {cfg.out}: {', '.join(sorted(path.name for path in Path(cfg.out).iterdir()))}")
 
 

@@ -7,8 +7,8 @@ import importlib
 
 DOORS = {
     "config": "read_config", "weights": "open_model save_model", "peft": "open_adapter",
-    "tokenizer": "open_tokenizer check_vocabulary copy_tokenizer",
-    "templates": "find_template check_template encode_conversation",
+    "tokenizer": "open_tokenizer check_vocabulary", "export": "export_model",
+    "templates": "find_template check_template encode_conversation keep_template",
     "tasks": "read_tasks add_paraphrases frame_bare_tasks",
     "records": "read_judged read_candidates read_labelled read_examples read_corpus "
                "read_instructions",

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import as_list
+from extras.formats.chat import NAME, find_source
 from extras.formats.checks import read_object, read_value, reading, refuse
 from extras.formats.rope import LENGTH, read_rope, scale_frequencies, yarn_strength
 from model import HF_KEYS, ModelConfig
@@ -65,7 +66,10 @@ def read_config(path) -> HFConfig:
                          "format: config.json, *.safetensors, tokenizer.model.")
     raw = read_object(file, 10**6)
     with reading(file, "a config.json"):
-        return from_hf(raw)
+        config = from_hf(raw)
+    if config.prompt_template is None and find_source(file.parent) is not None:
+        config.prompt_template = NAME
+    return config
 
 
 def from_hf(raw: dict) -> HFConfig:

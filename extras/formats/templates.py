@@ -1,6 +1,7 @@
 """Chat templates: prompts that know who says what in them, and conversations as documents."""
 
 import re
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,10 +19,10 @@ class Prompt(str):
     """
 
     @classmethod
-    def of(cls, parts, end: str = "</s>") -> "Prompt":
-        """A prompt of these parts."""
+    def of(cls, parts, end: str = "</s>", *, whole: bool = False) -> "Prompt":
+        """A prompt of these parts; where it is `whole`, no BOS is added."""
         prompt = cls("".join(text for text, _ in parts))
-        prompt.parts, prompt.end = tuple(parts), end
+        prompt.parts, prompt.end, prompt.whole = tuple(parts), end, whole
         return prompt
 
 
@@ -165,20 +166,47 @@ PLACES = {"with_input": ("instruction", "input"), "without_input": ("instruction
           "judged_without_input": ("instruction", "judgment"), "turn": ("user",)}
 
 
-def find_template(name: str) -> ChatTemplate:
-    """TEMPLATES[name], or the template in a JSON file. Raises ValueError that lists the names."""
+def find_template(name: str, *folders):
+    """TEMPLATES[name], the template in a JSON file, or "chat", the chat template of a checkpoint.
+
+    folders: of an adapter and a model, where the checkpoint's own is, and copies of files that are
+    not found by their names. Raises ValueError that lists the names.
+    """
+    from extras.formats import chat
+
     refuse(not isinstance(name, str), f"the template in a config.json is {show(name)}. Expected a "
            "name.")
     if name in TEMPLATES:
         return TEMPLATES[name]
+    if name == chat.NAME:
+        return chat.open_chat_template(*folders)
     refuse(not name.endswith(".json"), f"unknown template {name!r:.60}. Templates: "
-           f"{', '.join(TEMPLATES)}, or a JSON file of your own (--template, or prompt_template in "
-           "the model's config.json).")
-    refuse(not Path(name).is_file(), f"there is no template file {name}. Templates: "
-           f"{', '.join(TEMPLATES)}, or a JSON file that exists.")
-    given = {THEIRS.get(key, key): value for key, value in read_object(Path(name)).items()
+           f"{', '.join(TEMPLATES)}, chat (the checkpoint's own), or a JSON file of your own "
+           "(--template, or prompt_template in the model's config.json).")
+    file = find_file(name, *folders)
+    refuse(not file, f"there is no template file {name}. Templates: {', '.join(TEMPLATES)}, chat "
+           "(the checkpoint's own), or a JSON file that exists.")
+    return read_template(file)
+
+
+def find_file(name: str, *folders) -> Path | None:
+    """A template file by its name, or its copy in one of the folders."""
+    places = [Path(name), *(Path(folder, Path(name).name) for folder in folders if folder)]
+    return next((place for place in places if name.endswith(".json") and place.is_file()), None)
+
+
+def keep_template(name: str, folder: Path) -> None:
+    """Copy a template file into a run folder, where it is found from any working directory."""
+    file = find_file(name)
+    if file and file.resolve() != (folder / file.name).resolve():
+        shutil.copyfile(file, folder / file.name)
+
+
+def read_template(file: Path) -> ChatTemplate:
+    """The template in a JSON file."""
+    given = {THEIRS.get(key, key): value for key, value in read_object(file).items()
              if key not in ("description", "response_split")}
-    with reading(name, "the fields of extras/formats/templates.toml"):
+    with reading(file, "the fields of extras/formats/templates.toml"):
         template = make_template(given)
         for key, value in asdict(template).items():
             kind = bool if key == "strip" else str

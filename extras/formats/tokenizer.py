@@ -1,6 +1,5 @@
 """A sentencepiece tokenizer with all that a checkpoint brings along: added and control tokens."""
 
-import json
 import re
 from pathlib import Path
 
@@ -49,6 +48,7 @@ class HFTokenizer(Tokenizer):
                       if text not in special and token not in ids}
         self.text_of = {token: text for text, token in self.added.items()}
         self.control = set(self.special.values())
+        self.drops = {}
 
     def __len__(self) -> int:
         """One more than the highest id that this can give."""
@@ -57,8 +57,8 @@ class HFTokenizer(Tokenizer):
     def encode_prompt(self, text: str) -> list[int]:
         """BOS, once, and the ids of `text`."""
         runs = self.split_runs(text)
-        ids = self.model.encode(runs[0]) + self.encode_rest(runs)
-        begun = not self.add_bos or ids[:1] == [self.bos_id]
+        ids = self.encode_first(runs[0]) + self.encode_rest(runs)
+        begun = not self.add_bos or ids[:1] == [self.bos_id] or getattr(text, "whole", False)
         return ids if begun else [self.bos_id] + ids
 
     def encode_continuation(self, text: str, tail: str = "\n") -> list[int]:
@@ -85,6 +85,10 @@ class HFTokenizer(Tokenizer):
                     runs += [names[piece], ""]
                 else:
                     runs[-1] += piece
+        for k in range(1, len(runs), 2) if self.drops else ():
+            left, right = self.drops.get(runs[k], (False, False))
+            runs[k - 1] = runs[k - 1].rstrip() if left else runs[k - 1]
+            runs[k + 1] = runs[k + 1].lstrip() if right else runs[k + 1]
         return runs
 
     def encode_rest(self, runs: list) -> list[int]:
@@ -92,9 +96,24 @@ class HFTokenizer(Tokenizer):
         ids = []
         for token, text in zip(runs[1::2], runs[2::2], strict=True):
             ids += [] if token is None else [token]
-            if text:
-                ids += self.model.encode(text) if self.legacy else self.encode_continuation(text)
+            ids += self.encode_behind(text) if text else []
         return ids
+
+    def encode_first(self, text: str) -> list[int]:
+        """The ids of a text that begins a prompt."""
+        return self.model.encode(text)
+
+    def encode_behind(self, text: str) -> list[int]:
+        """The ids of a text behind a control token."""
+        return self.model.encode(text) if self.legacy else self.encode_continuation(text)
+
+    def describe(self) -> dict:
+        """A tokenizer_config.json for a tokenizer.model that stands alone."""
+        name = self.model.id_to_piece
+        return {"tokenizer_class": "LlamaTokenizer", "legacy": self.legacy,
+                "add_bos_token": self.add_bos, "add_eos_token": False,
+                "clean_up_tokenization_spaces": False, "bos_token": name(self.bos_id),
+                "eos_token": name(self.eos_id), "unk_token": name(self.model.unk_id())}
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids` without control tokens, unknown ids and surrounding blanks."""
@@ -114,7 +133,46 @@ class HFTokenizer(Tokenizer):
         return [self.eos_id, *sorted(tokens & self.control - {self.eos_id})]
 
 
-open_tokenizer = HFTokenizer  # what the course calls, as it calls open_model
+def open_tokenizer(path, model_folder="") -> HFTokenizer:
+    """The tokenizer of a folder, or that in a file tokenizer.model or tokenizer.json.
+
+    Raises ValueError where a folder has both and they are of different tokenizers.
+    """
+    from extras.formats.tokenizer_json import FILE, JsonTokenizer
+
+    path = Path(path)
+    pieces, library = path / "tokenizer.model", path / FILE
+    if path.suffix == ".json" or library.is_file() and (
+            not pieces.is_file() or is_tiktoken(pieces.read_bytes())):
+        return JsonTokenizer(path, model_folder)
+    tokenizer = HFTokenizer(path, model_folder)
+    if library.is_file():
+        check_agreement(tokenizer, library)
+    return tokenizer
+
+
+def check_agreement(tokenizer: HFTokenizer, file: Path) -> None:
+    """Raise ValueError where a tokenizer.json has other tokens than the tokenizer.model beside it.
+
+    transformers reads the one, llama.cpp and this program the other.
+    """
+    raw = read_object(file)
+    with reading(file, "a tokenizer.json of the tokenizers library"):
+        known = (raw.get("model") or {}).get("vocab") or {}
+        if isinstance(known, list):  # with scores, of a unigram model
+            known = {row[0]: token for token, row in enumerate(known)}
+        known = {token: text for text, token in known.items()}
+        known |= {entry["id"]: entry["content"] for entry in raw.get("added_tokens") or []}
+    for token in range(len(tokenizer.model)):
+        piece = tokenizer.model.id_to_piece(token)
+        refuse(known and known.get(token) != piece, f"{tokenizer.path} and {file.name} beside it "
+               f"are of different tokenizers: token {token} is {piece!r:.40} in the first, "
+               f"{known.get(token)!r:.40} in the second. Name the right one with --tokenizer FILE.")
+
+
+def is_tiktoken(blob: bytes) -> bool:
+    """Whether a tokenizer.model is Meta's text form, of LLaMA 3 and later."""
+    return re.match(rb"[A-Za-z0-9+/=]+ \d+\n", blob) is not None
 
 
 def check_vocabulary(tokenizer, vocab_size: int, bos_id: int | None, eos_ids: list[int],
@@ -131,29 +189,6 @@ def check_vocabulary(tokenizer, vocab_size: int, bos_id: int | None, eos_ids: li
     eos = ", ".join(map(str, eos_ids)) or "none"
     return (f"warning: config.json of {where} says BOS {bos_id} and EOS {eos}, its tokenizer says "
             f"{tokenizer.bos_id} and {tokenizer.eos_id}; the tokenizer is believed.")
-
-
-def copy_tokenizer(tokenizer: HFTokenizer, model_folder, target) -> None:
-    """Copy all tokenizer files, and the model's generation_config.json, into `target`.
-
-    A tokenizer.model that stands alone gets a tokenizer_config.json, without which transformers
-    would not know its kind.
-    """
-    folders = (tokenizer.folder, tokenizer.path.parent)
-    files = [folder / name for folder in folders for name in ALL_FILES]
-    files += [Path(model_folder) / "generation_config.json"] * bool(model_folder)
-    found = {file.name: file.read_bytes() for file in files if file.is_file()}
-    found["tokenizer.model"] = tokenizer.path.read_bytes()
-    if "tokenizer_config.json" not in found:
-        name = tokenizer.model.id_to_piece
-        config = {"tokenizer_class": "LlamaTokenizer", "legacy": tokenizer.legacy,
-                  "add_bos_token": tokenizer.add_bos, "add_eos_token": False,
-                  "clean_up_tokenization_spaces": False, "bos_token": name(tokenizer.bos_id),
-                  "eos_token": name(tokenizer.eos_id), "unk_token": name(tokenizer.model.unk_id())}
-        found["tokenizer_config.json"] = (json.dumps(config, indent=2) + "\n").encode()
-    Path(target).mkdir(parents=True, exist_ok=True)
-    for name, blob in found.items():
-        Path(target, name).write_bytes(blob)
 
 
 # ----- Files -----
@@ -176,13 +211,19 @@ def added_tokens(folder: Path, config: dict) -> tuple[dict[str, int], set[str]]:
         names += [entry for entry in entries if entry.get("special") is True]
     for value in names:
         for item in as_list(value):
-            text = item.get("content") if isinstance(item, dict) else item
-            special |= {text} if isinstance(text, str) else set()
+            text = special_name(item)
+            special |= {text} if text is not None else set()
     for text, token in added.items():
         known = text and isinstance(text, str) and type(token) is int and 0 <= token < 2**24
         refuse(not known, f"{folder}: added token {text!r:.60} has the id {token!r:.20}. Expected "
                f"a text and a number from 0 to {2**24}.")
     return added, special
+
+
+def special_name(value) -> str | None:
+    """The text of a token as the files name it: a text, or an object with its content."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
 
 
 def read_sentencepiece(file: Path, special: set[str]) -> SentencePieceProcessor:
@@ -191,16 +232,12 @@ def read_sentencepiece(file: Path, special: set[str]) -> SentencePieceProcessor:
     Raises ValueError that says what the file is instead.
     """
     if not file.exists():
-        refuse((file.parent / "tokenizer.json").exists(),
-               f"{file.parent} has tokenizer.json but no tokenizer.model, and this program reads "
-               "sentencepiece only. Newer transformers versions do not save that file: take it "
-               "from the original model and pass --tokenizer FILE.")
-        raise ValueError(f"no tokenizer at {file}. Give the model's tokenizer.model with "
-                         "--tokenizer FILE.")
+        raise ValueError(f"no tokenizer at {file}, and no tokenizer.json. Give the model's "
+                         "tokenizer.model or tokenizer.json with --tokenizer FILE.")
     blob = file.read_bytes()
-    refuse(re.match(rb"[A-Za-z0-9+/=]+ \d+\n", blob),
-           f"{file} is a tiktoken file (LLaMA 3 and later), not sentencepiece. Use a LLaMA-1/2, "
-           "Mistral, Vicuna or TinyLlama checkpoint.")
+    refuse(is_tiktoken(blob), f"{file} is Meta's tokenizer of LLaMA 3 and later, not "
+           "sentencepiece. Put the tokenizer.json of the same model in Hugging Face's format "
+           "beside it, or name that with --tokenizer FILE.")
     refuse(blob.startswith(b"version https://git-lfs"), f"{file} is a Git LFS pointer of "
            f"{len(blob)} bytes, not a tokenizer. Run \"git lfs pull\" there.")
     try:

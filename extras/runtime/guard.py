@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 import data
 from eval import pick_device
+from extras.formats import templates
 from extras.runtime import checkpoint, identity, ranks
 from extras.runtime.files import read_keys, write_folder
 from extras.runtime.streams import Disturbed, Watch
@@ -112,6 +113,7 @@ class Guard:
             if not place:
                 for name in checkpoint.GROWING:
                     (run.folder / name).unlink(missing_ok=True)
+            templates.keep_template(getattr(self.cfg, "template", ""), run.folder)
             identity.record_inputs(run, place)
             return str(place or "")
         place = self.first(prepare)

@@ -15,6 +15,7 @@ import torch
 
 import data
 from eval import pick_device
+from extras.formats.templates import find_file
 from extras.runtime.files import checksum
 from methods.finding import find_method
 from methods.flags import spelled
@@ -37,6 +38,8 @@ KINDS = (".json", ".jsonl", ".safetensors", ".model", ".jinja")
 def find_inputs(cfg, folder: Path | None = None) -> dict[str, Path]:
     """{what: path} of all that the flags name and, for a run folder, of what it starts from."""
     found = {spelled(name): Path(getattr(cfg, name)) for name in FLAGS if getattr(cfg, name, "")}
+    template = find_file(getattr(cfg, "template", ""))
+    found |= {"--template": template} if template else {}
     if folder:
         found[EARLIER] = find_earlier(cfg, folder)
         for name in find_method(cfg.stage).also_needs(cfg):  # one at most, a reward model

@@ -1,6 +1,7 @@
-"""Shared by the tests of extras/formats: tiny models, a tokenizer, real files."""
+"""Shared by the tests of extras/formats: tiny models, tokenizers, real files."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from extras.formats.tokenizer import HFTokenizer
 from model import Llama
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
+sys.path.append(str(Path(__file__).parent))  # for saved_tokenizers.py
 TINY = {"vocab_size": 300, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8,
         "hidden_dim": 64, "norm_eps": 1e-5, "max_position_embeddings": 512}
 
@@ -111,6 +113,15 @@ def folder(tmp_path_factory, write):
 def tokenizer(folder):
     """The tokenizer of that folder."""
     return HFTokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, shared):
+    """{kind: a folder with a tokenizer.json as transformers saves it}."""
+    pytest.importorskip("transformers")
+    from saved_tokenizers import save_tokenizers
+    return save_tokenizers(shared / "tokenizers/mistral-v1.tokenizer.model",
+                           tmp_path_factory.mktemp)
 
 
 class Payload:

@@ -10,7 +10,8 @@ import pytest
 import sentencepiece
 
 import data
-from extras.formats import check_template, check_vocabulary, copy_tokenizer, open_tokenizer
+from extras.formats import check_template, check_vocabulary, open_tokenizer
+from extras.formats.export import write_tokenizer
 from extras.formats.templates import TEMPLATES, Prompt
 
 HF_TEMPLATES = {  # Jinja, as the checkpoints' tokenizer_config.json hold them in substance
@@ -217,13 +218,12 @@ def test_a_file_that_stands_alone_goes_with_the_model_folders_files(
     shutil.copy(folder / "tokenizer.model", alone)
     given = json.loads((folder / "tokenizer_config.json").read_text()) | {"add_bos_token": False}
     write(model / "tokenizer_config.json", given)
-    write(model / "generation_config.json", {"temperature": 1})
     ours = open_tokenizer(alone / "tokenizer.model", model)
     assert (ours.special, ours.added) == (tokenizer.special, tokenizer.added)
     assert (ours.legacy, ours.add_bos) == (False, False)
-    copy_tokenizer(ours, model, out)
+    write_tokenizer(ours, None, out)
     assert sorted(path.name for path in out.iterdir()) == [
-        "generation_config.json", "tokenizer.model", "tokenizer_config.json"]
+        "tokenizer.model", "tokenizer_config.json"]
     assert json.loads((out / "tokenizer_config.json").read_text()) == given
     assert open_tokenizer(out).special == ours.special
     assert (out / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
@@ -234,7 +234,7 @@ def test_a_file_that_stands_alone_goes_with_the_model_folders_files(
 def test_a_bare_tokenizer_is_copied_with_a_config_that_transformers_knows(folder, tmp_path):
     shutil.copy(folder / "tokenizer.model", tmp_path)
     shutil.move(tmp_path / "tokenizer.model", tmp_path / "v1.model")
-    copy_tokenizer(open_tokenizer(tmp_path / "v1.model"), "", tmp_path / "out")
+    write_tokenizer(open_tokenizer(tmp_path / "v1.model"), None, tmp_path / "out")
     assert open_tokenizer(tmp_path / "out").encode_prompt("a")  # under its usual name
     assert json.loads((tmp_path / "out/tokenizer_config.json").read_text()) == {
         "tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True,
