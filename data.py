@@ -176,12 +176,12 @@ class Task:
     def labels(self) -> list[str] | None:
         """The closed set of outputs of a classification task; None if answers are free text.
 
-        A task counts as classification if its outputs repeat: at most 50 different ones of at most
-        six words, each found twice or more on average.
+        Outputs that repeat: at most 50 of at most six words, each found twice or more on average.
         """
         outputs = [output for instance in self.instances for output in instance.outputs]
         labels = sorted(set(outputs))
-        short = all(len(label.split()) <= 6 for label in labels)
+        pair = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff]{2}"  # no spaces: a word
+        short = all(len(re.sub(pair, "x ", label).split()) <= 6 for label in labels)
         closed = len(labels) <= 50 and 2 * len(labels) <= len(outputs) and short
         return labels if closed else None
 

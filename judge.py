@@ -3,7 +3,6 @@
     LocalJudge    two questions to the model itself, answered by the probability of a keyword:
                   CAT's self-reward, arXiv 2403.14221
     RuleJudge     exact match for labels, ROUGE-L for free text: offline, without a model
-                  (ROUGE by the package rouge_score; Lin 2004)
     HttpJudge     the same questions to a chat model behind an OpenAI-compatible server
 
 A judge has `judge(items) -> [Verdict]`, and where it can compare `similar_pairs(pairs)`. An item is
@@ -15,7 +14,6 @@ that never loses a paid answer, and the evaluation of judges.
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import re
@@ -24,6 +22,7 @@ import string
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 # The self-judge's keywords. A model answers with the one that it finds more probable.
 TYPE_WORDS = (" expected", " unexpected")
@@ -37,6 +36,11 @@ WITHOUT_TARGET = TASK.format(criterion="answers the instruction rightly")
 
 SHORT_WORDS = 2  # answers of up to so many words are compared exactly: ROUGE takes -5 for 5
 LENGTH_FACTOR = 3  # free text of a third to three times the target's length has the expected type
+ENDINGS = " .,;:!?。、।॥؟،؛۔։።၊။។"  # what may end a sentence
+INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
+# Thai, Lao, Burmese, Khmer, Japanese and Chinese are written without spaces between words.
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u9fff"
+                      "\U00020000-\U0003ffff]")
 
 
 @dataclass
@@ -155,9 +159,8 @@ def judged_verdict(key: tuple, p_expected: dict, p_correct: dict, config: JudgeC
     reward = combine_reward(expected, correct, mode=config.mode)
     if config.steps == "one":
         reward = None if correct is None else 2 * correct
-    how = "judged"
-    if None in (p_expected.get(key, 0.0), p_correct.get(key, 0.0)):  # 0.0: it was not asked
-        how = "unparsed"
+    unread = None in (p_expected.get(key, 0.0), p_correct.get(key, 0.0))  # 0.0: it was not asked
+    how = "unparsed" if unread else "judged"
     return Verdict(expected, correct, reward, how, p_expected.get(key), p_correct.get(key))
 
 
@@ -166,16 +169,14 @@ def verdict_unasked(key: tuple) -> Verdict | None:
     *_, target, response = key
     if not response.strip():
         return Verdict(False, False, 0, "empty")
-    if target is not None and response.strip().lower() == target.strip().lower():
+    if target is not None and fold(response) == fold(target):
         return Verdict(True, True, 2, "exact")
     return None
 
 
 def exceeds(probability: float | None, threshold: float) -> bool | None:
     """Whether a probability is above a threshold; None where there is none."""
-    if probability is None:
-        return None
-    return probability > threshold
+    return None if probability is None else probability > threshold
 
 
 class LocalJudge:
@@ -240,17 +241,15 @@ class RuleJudge:
         else:
             expected = any(similar_length(response, target) for target in targets)
         exact = normalize(response) in map(normalize, targets)
-        reward, how = combine_reward(expected or correct, correct), "rule"
-        if exact:
-            how = "exact"
-        return Verdict(expected or correct, correct, reward, how)
+        reward = combine_reward(expected or correct, correct)
+        return Verdict(expected or correct, correct, reward, ("rule", "exact")[exact])
 
     def similar(self, a: str, b: str, labels: list[str] | None = None) -> bool:
         """Do two responses say the same? Equal when normalized, or free text close by ROUGE-L."""
         a, b = normalize(a), normalize(b)
         if a == b:
             return True
-        if labels or min(len(a.split()), len(b.split())) <= SHORT_WORDS:
+        if labels or min(count_words(a), count_words(b)) <= SHORT_WORDS:
             return False
         return rouge_l(a, b) >= self.rouge_threshold
 
@@ -259,66 +258,68 @@ class RuleJudge:
         return [self.similar(a, b, question.get("labels")) for question, a, b in pairs]
 
 
+def fold(text: str) -> str:
+    """The form in which texts are compared: case, spacing and encoding do not matter.
+
+    NFKC makes a letter and its accent one character and ﬁ two; casefold makes ß ss.
+    """
+    text = unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).casefold()
+    return " ".join(unicodedata.normalize("NFKC", text).split())
+
+
 def normalize(text: str) -> str:
-    """Lower case, one space between words, no punctuation at the end."""
-    text = " ".join(text.lower().split())
-    return text.rstrip(" .,;:!?。，；：！？") or text
+    """Folded, without punctuation at the end."""
+    return fold(text).rstrip(ENDINGS) or fold(text)
+
+
+def split_words(text: str) -> list[str]:
+    """Runs of letters, digits and vowel signs; each letter of UNSPACED scripts alone; é is e."""
+    plain = unicodedata.normalize("NFKD", fold(text))
+    plain = unicodedata.normalize("NFKC", re.sub("(?<=[a-z])[\u0300-\u036f]+", "", plain))
+    kept = [char if unicodedata.category(char)[0] in "LMN" else " " for char in plain]
+    return UNSPACED.sub(r" \g<0> ", "".join(kept)).split()
 
 
 def rouge_l(target: str, prediction: str) -> float:
-    """ROUGE-L F1 (Lin 2004), accents dropped; 0 where a text has letters that it does not know.
-
-    The stock tokenizer deletes all but a-z and 0-9: of "paris 巴黎" it would see "paris" alone.
-    """
-    target, prediction = without_accents(target), without_accents(prediction)
-    if any(letter.isalnum() and not letter.isascii() for letter in target + prediction):
-        return 0.0
-    return rouge_scorer(False).score(target, prediction)["rougeL"].fmeasure
+    """ROUGE-L F1 (Lin 2004) of the words of all scripts; the package itself sees a-z and 0-9."""
+    tokenizer = SimpleNamespace(tokenize=split_words)
+    return rouge_scores(prediction, [target], tokenizer=tokenizer)["rougeL"]
 
 
-@functools.cache
-def rouge_scorer(use_stemmer: bool):
-    """The package's scorer, made once."""
-    from rouge_score.rouge_scorer import RougeScorer
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=use_stemmer)
-
-
-def rouge_scores(prediction: str, references: list[str], *, use_stemmer: bool = False) -> dict:
+def rouge_scores(prediction: str, references: list[str], *, use_stemmer: bool = False,
+                 tokenizer=None) -> dict:
     """{"rouge1", "rouge2", "rougeL"}: F1 as the package counts it, the best over the references."""
-    best = {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
-    for text in references:
-        for name, score in rouge_scorer(use_stemmer).score(text, prediction).items():
-            best[name] = max(best[name], score.fmeasure)
-    return best
+    from rouge_score.rouge_scorer import RougeScorer
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer, tokenizer=tokenizer)
+    scores = scorer.score_multi(references or [""], prediction)
+    return {name: score.fmeasure for name, score in scores.items()}
 
 
 def exact_match(prediction: str, references: list[str]) -> bool:
-    """Equal to a reference but for case, ASCII punctuation and spacing (Super-NI's rule)."""
+    """Equal to a reference but for case, punctuation and spacing (Super-NI's rule)."""
     return without_punctuation(prediction) in map(without_punctuation, references)
 
 
 def without_punctuation(text: str) -> str:
-    """Lower case, ASCII punctuation dropped, one space between words.
+    """Folded, without ASCII's punctuation and symbols and without all scripts' punctuation.
 
     DEVIATION from Super-NI: text of punctuation alone stays, else "+" would equal "-".
     """
-    kept = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(kept.split()) or text.strip()
-
-
-def without_accents(text: str) -> str:
-    """é becomes e."""
-    letters = unicodedata.normalize("NFKD", text)
-    return "".join(letter for letter in letters if not unicodedata.combining(letter))
+    kept = [char for char in fold(text) if char not in string.punctuation]
+    kept = "".join(char for char in kept if unicodedata.category(char)[0] != "P")
+    return " ".join(kept.split()) or fold(text)
 
 
 def similar_length(response: str, target: str) -> bool:
-    """Whether a response has a third to three times as many words (or letters) as the target."""
-    unit = list
-    if re.search("[a-z0-9]", target.lower()):
-        unit = str.split
-    size, wanted = len(unit(normalize(response))), len(unit(normalize(target)))
+    """Whether a response has a third to three times as many words (or signs) as the target."""
+    count = count_words if any(map(str.isalnum, target)) else len
+    size, wanted = count(normalize(response)), count(normalize(target))
     return size <= LENGTH_FACTOR * wanted and wanted <= LENGTH_FACTOR * size
+
+
+def count_words(text: str) -> float:
+    """Words between spaces; two letters of UNSPACED scripts count as one."""
+    return len(UNSPACED.sub(" ", text).split()) + len(UNSPACED.findall(text)) / 2
 
 
 # ----- A judge behind a server -----

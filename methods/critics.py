@@ -4,7 +4,7 @@ A critic has `critique(items) -> [judgment, ...]`: what is wrong, in words; None
 satisfies; FAILED if no judgment came. `make_critic` of methods/judged.py picks one.
 """
 
-from judge import flatten, normalize
+from judge import flatten, fold, normalize
 
 PERFECT = "perfect ."
 FAILED = "$ERROR$"  # the CUT authors' files have the same mark
@@ -107,7 +107,7 @@ def wrong_words(response: str, target: str) -> list[bool]:
 
     That is the least number of words to take out so that the rest stands in the target, in order.
     """
-    words, wanted = response.lower().split(), target.lower().split()
+    words, wanted = ([fold(word) for word in text.split()] for text in (response, target))
     # common[i][j]: the length of that subsequence for the words from i and the target from j
     common = [[0] * (len(wanted) + 1) for _ in range(len(words) + 1)]
     for i in reversed(range(len(words))):

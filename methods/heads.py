@@ -103,6 +103,6 @@ def length_scores(items: list[dict]) -> list[float]:
     """1 - |len / L - 1|, with L the target's length in words   (arXiv 2310.03716)."""
     found = []
     for item in items:
-        wanted = max(1, len(item["target"].split()))
-        found.append(1 - abs(len(item["response"].split()) / wanted - 1))
+        wanted = max(1, judging.count_words(item["target"]))
+        found.append(1 - abs(judging.count_words(item["response"]) / wanted - 1))
     return found

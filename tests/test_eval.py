@@ -29,6 +29,7 @@ from judge import RuleJudge, rouge_scores
 from model import Sampling, generate, load_model
 
 ROOT = Path(__file__).parent.parent
+SCRIPTS = json.loads((Path(__file__).parent / "scripts.json").read_text(encoding="utf-8"))
 needs_extras = pytest.mark.skipif(importlib.util.find_spec("extras") is None,
                                   reason="extras/ was deleted")
 
@@ -239,6 +240,17 @@ def test_metrics_are_means_over_questions():
 def test_the_best_of_several_references_counts():
     _, [row] = evaluate_responses([question(["a big cat"], ["a dog", "a big cat"])], EqualJudge())
     assert row["exact_match"] == row["rougeL"] == row["rouge2"] == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_cr_by_rules_is_one_or_zero_in_all_scripts(script):
+    near, far = SCRIPTS[script].values()
+    asked = [question(near, [near[0]]), question(far, [far[0]])]
+    asked.append(asked[1] | {"labels": far})
+    metrics, rows = evaluate_responses(asked, RuleJudge())
+    assert [row["cr"] for row in rows] == [1, 0, 0]
+    assert [row["mcr"] for row in rows] == pytest.approx([1, 1 / 3, 1 / 3])
+    assert rows[1]["correct"] == [True, False, False] and rows[0]["correct"][:2] == [True, True]
 
 
 def test_unparsed_verdicts_count_as_different_and_are_counted():

@@ -5,13 +5,19 @@ import json
 import math
 import random
 import re
+import string
 import threading
+import unicodedata
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
+import data
 import judge as judging
 from judge import HttpJudge, JudgeConfig, LocalJudge, RuleJudge
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"  # real files beside the repository
 
 
 class FakeAsk:
@@ -262,12 +268,59 @@ def test_labels_are_compared_exactly():
     assert RuleJudge().similar_pairs(asked) == [False, True, True]
 
 
-@pytest.mark.parametrize("a, b", [
-    ("猫在床下", "狗在床下"), ("he flew to paris 巴黎", "he flew to paris 伦敦"),
-    ("кошка под кроватью сегодня", "собака под кроватью сегодня")])
-def test_letters_that_rouge_would_delete_are_compared_exactly(a, b):
-    judge = RuleJudge(rouge_threshold=0.1)
-    assert judge.similar(a, a + "。") and not judge.similar(a, b) and judging.rouge_l(a, a) == 0
+# Four nearly identical sentences, and three that differ, in one script each
+SCRIPTS = json.loads((Path(__file__).parent / "scripts.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_letters_of_all_scripts_are_letters(script):
+    """CR is 1 for nearly identical sentences and 0 for different ones, however they are encoded."""
+    judge, (near, far) = RuleJudge(), SCRIPTS[script].values()
+    for form in ("NFC", "NFD"):
+        texts = [unicodedata.normalize(form, text) for text in near[::2]] + near[1::2]
+        for a, b in itertools.permutations(texts, 2):
+            assert judge.similar(a, b), (a, b)
+        for a, b in itertools.permutations(far, 2):
+            assert not judge.similar(a, b)
+            assert not judging.exact_match(a, [b])
+        assert judging.exact_match(texts[0], [near[0]]) and judging.exact_match(near[0], [near[1]])
+        assert rule(texts[0], target=near[1]) == (True, True, 2, "exact")
+        assert rule(texts[1], target=near[0])[:3] == (True, True, 2)
+        labels = [unicodedata.normalize(form, text) for text in far]
+        assert rule(far[1].upper(), target=far[0], labels=labels) == (True, False, 1, "rule")
+        assert rule(near[2][:-5], target=far[0], labels=labels)[0] is False
+    assert rule(far[1] * 9, target=near[0])[0] is False  # too long
+    assert rule(far[1], target=near[0])[:3] == (True, False, 1)
+
+
+@pytest.mark.parametrize("a, b, similar, rouge", [
+    ("猫在床下", "狗在床下", False, 0.75),  # four letters are as short as two words
+    ("北京", "南京", False, 0.5), ("한국어 문장", "한국어 문제", False, 0.5),
+    ("he flew to paris 巴黎", "he flew to paris 伦敦", False, 4 / 6),
+    ("кошка под кроватью сегодня", "собака под кроватью сегодня", True, 0.75),
+    ("हिन्दी", "हिन्दा", False, 0), ("か", "が", False, 0), ("й", "и", False, 0),
+    ("cat猫dog", "cat 猫 dog", True, 1), ("ﬁne Ⅷ ① ＡＢＣ", "fine viii 1 abc", True, 1),
+    ("slee\u00adping\u200b cat ❤\ufe0f", "sleeping cat", False, 1), ("½", "1⁄2", True, 1)])
+def test_words_of_other_scripts_by_hand(a, b, similar, rouge):
+    assert RuleJudge().similar(a, b) == RuleJudge().similar(b, a) == similar
+    assert judging.rouge_l(a, b) == pytest.approx(rouge) == judging.rouge_l(b, a)
+    assert judging.rouge_l(a, a) == 1 and RuleJudge().similar(a, a + "。")
+
+
+@pytest.mark.parametrize("text, words", [
+    ("猫在床下, cat_2!", ["猫", "在", "床", "下", "cat", "2"]), ("हिन्दी में।", ["हिन्दी", "में"]),
+    ("カメラ・ガ", ["カ", "メ", "ラ", "ガ"]), ("ก็ดี", ["ก", "็", "ด", "ี"]),
+    ("Zoë’s Ærø", ["zoe", "s", "ærø"]), ("한국어", ["한국어"]), ("", []), ("+-", [])])
+def test_words_by_hand(text, words):
+    for form in ("NFC", "NFD"):
+        assert judging.split_words(unicodedata.normalize(form, text)) == words
+
+
+def test_folding_twice_changes_nothing_and_composition_never_matters():
+    for code in [*range(0x3400), *random.sample(range(0xE000, 0x110000), 9000)]:
+        text = f"a{chr(code)}b"
+        once = judging.fold(text)
+        assert judging.fold(once) == once == judging.fold(unicodedata.normalize("NFD", text))
 
 
 def test_length_without_words_is_in_characters():
@@ -336,8 +389,8 @@ def test_rouge_l_is_an_f1_of_the_longest_common_subsequence():
         return 0
 
     rng = random.Random()
-    for _ in range(30):
-        a, b = ([rng.choice("abc") for _ in range(rng.randint(1, 7))] for _ in range(2))
+    for _ in range(60):
+        a, b = ([rng.choice("abдж") for _ in range(rng.randint(1, 7))] for _ in range(2))
         wanted = 2 * common(a, b) / (len(a) + len(b))
         assert judging.rouge_l(" ".join(a), " ".join(b)) == pytest.approx(wanted)
 
@@ -347,6 +400,97 @@ def test_exact_match_ignores_case_punctuation_and_spacing_only():
     assert match(" The  red-lamp. ", ["blue", "the redlamp"]) and not match("a red lamp", ["red"])
     assert match("+", ["-", "+"]) and not match("", ["-"]) and not match("+", ["-"])
     assert not match("red", []) and match("", [""]) and match("«é»", ["«é»"])
+    assert match("«e\u0301» – “Straße”…", ["É STRASSE"]) and not match("é", ["e"])
+    assert match("¿北京？", ["「北京」"]) and match("ﬁt Ⅷ ① ＡＢＣ", ["fit VIII 1 abc"])
+    assert match("كتاب؟", ["كتاب"]) and match("हाँ।", ["हाँ"]) and not match("हाँ", ["हा"])
+    assert match("＋", ["+"]) and not match("＋", ["-"]) and not match("。", ["、"])
+    assert match("$5", ["5"]) and not match("€5", ["5"])  # symbols go only where they are ASCII
+
+
+def random_ascii(rng):
+    """A text, and one that differs in a few places, of all ASCII characters."""
+    marks, text = [chr(code) for code in range(128)], []
+    for _ in range(rng.randrange(30)):
+        text.append(rng.choice(rng.choice([marks, list("abcdAB  12.-+")])))
+    other = list(text)
+    for _ in range(rng.randrange(4)):
+        place = rng.randrange(len(other) + 1)
+        other[place:place + rng.randrange(3)] = [rng.choice([" ", ".", "-", "a", "B 2", "é", "e"])]
+    return "".join(text), "".join(other)
+
+
+def test_ascii_texts_are_compared_as_the_package_and_super_ni_do():
+    """`normalize_answer` of Super-NI's evaluation: lower, ASCII punctuation out, spaces fixed."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer, rng, close = RougeScorer(["rougeL"]), random.Random(), 0
+    for _ in range(4000):
+        a, b = random_ascii(rng)
+        wanted = scorer.score(a, b.replace("é", "e"))["rougeL"].fmeasure
+        assert judging.rouge_l(a, b) == wanted == judging.rouge_l(b, a)
+        close += 0.5 < wanted < 1
+        b = b.replace("é", "e")
+        first, second = (" ".join("".join(char for char in text.lower() if char not in set(
+            string.punctuation)).split()) for text in (a, b))
+        if first or second:  # Super-NI takes all texts of punctuation alone for equal
+            assert judging.exact_match(a, [b]) == (first == second)
+        for text in (a, b):
+            lower = " ".join(text.lower().split())
+            assert judging.normalize(text) == (lower.rstrip(" .,;:!?") or lower)
+            assert judging.count_words(judging.normalize(text)) == len(lower.rstrip(
+                " .,;:!?").split()) or not lower.rstrip(" .,;:!?")
+    assert close > 400  # the control: they are neither equal nor strangers
+
+
+def test_real_german_and_spanish_answers_are_equal_to_themselves_only():
+    """Instruction Induction's translations, however they are encoded."""
+    folder = SHARED / "instruction_induction" / "execute"
+    if not folder.is_dir():
+        pytest.skip("the real translations are not beside the project")
+    for language in ("de", "es"):
+        file = folder / f"translation_en-{language}.json"
+        examples = json.loads(file.read_text(encoding="utf-8"))["examples"].values()
+        words = sorted({judging.fold(row["output"]) for row in examples})
+        assert len(words) > 80
+        for a, b in itertools.product(words, random.sample(words, 20)):
+            other = unicodedata.normalize("NFD", b).upper() + "!"
+            assert judging.exact_match(other, [a]) == RuleJudge().similar(other, a) == (a == b)
+
+
+def test_real_texts_in_other_scripts_agree_with_themselves_and_with_no_other():
+    """Hindi and Arabic sentences among the preference pairs; a tenth of the words is dropped."""
+    file = SHARED / "preference" / "dpo_en_demo.json"
+    if not file.is_file():
+        pytest.skip("the real preference pairs are not beside the project")
+    found = re.findall(r"[\u0600-\u06ff\u0900-\u097f][\u0600-\u06ff\u0900-\u0963 ,،-]{40,}",
+                       json.dumps(json.loads(file.read_text()), ensure_ascii=False))
+    texts, judge = sorted(set(found)), RuleJudge()
+    assert len(texts) > 10
+    for text in texts:
+        words = text.split()
+        del words[::10]
+        shorter = unicodedata.normalize("NFD", " ".join(words))
+        assert judge.similar(text, shorter) and not judging.exact_match(text, [shorter])
+        assert judge.verdict(item(shorter, target=text)).reward == 2
+    different = [judge.similar(a, b) for a, b in itertools.combinations(texts, 2)]
+    assert sum(different) <= len(texts) // 4  # a few begin alike
+
+
+def test_real_labels_and_answers_are_compared_as_before():
+    """On Super-NI's own tasks: what has ASCII letters alone keeps Super-NI's rule."""
+    folder = SHARED / "ni_tasks"
+    if not folder.is_dir():
+        pytest.skip("the real task files are not beside the project")
+    answers = set()
+    for task in data.read_tasks(folder):
+        for instance in task.instances:
+            answers.update(instance.outputs)
+    assert len(answers) > 1000
+    for text in answers:
+        plain = "".join(char for char in text.lower() if char not in string.punctuation)
+        if text.isascii() and plain.strip():
+            assert judging.without_punctuation(text) == " ".join(plain.split())
+        assert judging.exact_match(unicodedata.normalize("NFD", text), [text])
 
 
 # ----- A server -----

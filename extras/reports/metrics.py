@@ -5,8 +5,8 @@
 
 import math
 import re
-import unicodedata
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -146,42 +146,20 @@ def paired_difference(before: list[dict], after: list[dict], metric: str, seed: 
 
 # ----- ROUGE for any script -----
 NON_LATIN = re.compile(r"[^\W\d_\u0000-\u024f\u1e00-\u1eff]")  # a letter of another script
-# Thai and Lao, Burmese, Khmer, Japanese, Chinese: written without spaces
-UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf"
-                      "\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-
-
-class Characters:
-    """A tokenizer for rouge_score: words of any script, each character of UNSPACED ones."""
-
-    def tokenize(self, text: str) -> list[str]:
-        """The tokens of a text."""
-        words = [""]
-        for char in text.lower():
-            if UNSPACED.match(char):
-                words += [char, ""]
-            elif char.isalnum() or unicodedata.category(char).startswith("M"):
-                words[-1] += char
-            else:
-                words.append("")
-        return [word for word in words if word]
 
 
 def rouge_scores(prediction: str, references: list[str], use_stemmer: bool = False) -> dict:
     """The F1 of ROUGE, each the best over the references, and the "tokenizer" that was used.
 
     The package's own tokenizer deletes every letter but a-z ("words"); where a reference holds a
-    letter of another script than Latin, `Characters` is used ("characters").
+    letter of another script than Latin, `judge.split_words` is used ("characters").
     """
-    from rouge_score.rouge_scorer import RougeScorer
-
-    if not any(NON_LATIN.search(text) for text in references):
-        scores = judging.rouge_scores(prediction, references, use_stemmer=use_stemmer)
-        return scores | {"tokenizer": "words"}
-    scorer = RougeScorer(ROUGE, tokenizer=Characters())
-    scored = [scorer.score(text, prediction) for text in references]
-    best = {name: max(score[name].fmeasure for score in scored) for name in ROUGE}
-    return best | {"tokenizer": "characters"}
+    if any(NON_LATIN.search(text) for text in references):
+        tokenizer = SimpleNamespace(tokenize=judging.split_words)
+        scores = judging.rouge_scores(prediction, references, tokenizer=tokenizer)
+        return scores | {"tokenizer": "characters"}
+    scores = judging.rouge_scores(prediction, references, use_stemmer=use_stemmer)
+    return scores | {"tokenizer": "words"}
 
 
 # ----- Sampled answers -----

@@ -148,7 +148,7 @@ def report_rewards(run) -> None:
         part = "held out" if run.method.is_held_out(record) else "trained on"
         rows[part].append({"group": (record["task"], record["id"]), "reward": score,
                            "judge": record["reward"], "truth": truth.reward,
-                           "length": len(record["response"].split())})
+                           "length": judging.count_words(record["response"])})
     found = {part: compare_rewards(some) for part, some in rows.items()}
     (run.folder / "rewards.json").write_text(json.dumps(found, indent=1) + "\n")
     run.say(f"rewards against the judge, exact rules and length: {run.folder / 'rewards.json'}")

@@ -13,7 +13,14 @@ from damage import in_children
 from safetensors.torch import load_file, save_file
 
 from extras.formats import open_adapter, open_model, save_model
-from lora import LoraConfig, adapter_weights, apply_lora, lora_modules, save_adapter
+from lora import (
+    LoraConfig,
+    adapter_weights,
+    apply_lora,
+    lora_modules,
+    merge_lora,
+    save_adapter,
+)
 
 IDS = torch.randint(0, 300, (3, 11), generator=torch.Generator().manual_seed(0))
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -119,6 +126,106 @@ def their_adapter(base, folder, resize=0, **options):
     return theirs
 
 
+ENDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LAYERS = [{}, {"layers_to_transform": 0}, {"layers_to_transform": [1]},
+          {"layers_to_transform": [0, 1], "layers_pattern": "layers"},
+          {"layers_to_transform": 1, "layers_pattern": ["blocks", "lay.rs"]}]
+
+
+def random_options(rng):
+    """LoraConfig's options: targets, layers, and what differs from module to module."""
+    ends = rng.sample(ENDS, rng.randint(2, 7))
+    keys = ends + [rf"{end[:2]}.*" for end in ends] + [f"layers.{k}.mlp.{ends[0]}" for k in "01"]
+    keys += ["^model.layers.1.self_attn.q_proj", r".*\.1\..*", "mlp.(up|down)_proj"]
+    options = {"target_modules": ends, **rng.choice(LAYERS)}
+    if rng.random() < 0.2:
+        options = {"target_modules": rng.choice(["all-linear", ".*(q|v|up)_proj"])}
+    options["exclude_modules"] = rng.choice(
+        [None, ends[:1], [f"0.mlp.{ends[1]}", "lm_head"], r".*\.1\.mlp\..*", ".*self_attn.k_proj"])
+    for field, value in (("rank_pattern", lambda: rng.randint(1, 12)),
+                         ("alpha_pattern", lambda: rng.randint(1, 30))):
+        chosen = sorted(rng.sample(keys, rng.randint(0, 4)))  # as peft sorts them on saving
+        options[field] = {key: value() for key in chosen}
+    return options | {"r": rng.randint(1, 12), "lora_alpha": rng.randint(1, 30),
+                      "use_rslora": rng.random() < 0.3}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("trials", [20])
+def test_an_adapter_that_differs_from_module_to_module_becomes_one(trials, llama, tmp_path):
+    """Ranks, scalings, layers and exceptions: read, merged, saved by us, and read by peft again."""
+    peft, rng, different = pytest.importorskip("peft"), random.Random(), 0
+    for trial in range(trials):
+        options, path, again = random_options(rng), tmp_path / f"{trial}", tmp_path / f"{trial}b"
+        try:
+            theirs = their_adapter(twin_of(llama(), tmp_path), path, **options)
+        except ValueError as error:  # nothing is left to adapt
+            assert re.search("No modules were targeted|not found in the base model|excluded",
+                             str(error)), options
+            continue
+        wanted = theirs(IDS).logits
+        ours = open_adapter(open_model(tmp_path / "base"), path).eval()
+        ranks = {len(x) for name, x in theirs.named_parameters() if "lora_A" in name}
+        different += len(ranks) > 1
+        assert {len(module.lora_A) for module in lora_modules(ours).values()} == {max(ranks)}
+        save_adapter(ours, again)
+        back = peft.PeftModel.from_pretrained(twin_of(llama(), tmp_path), again).eval()
+        for found in (ours(IDS), merge_lora(ours)(IDS), back(IDS).logits,
+                      open_adapter(llama(), again)(IDS)):
+            assert (found - wanted).abs().max() < 1e-5, options
+        assert (wanted - llama()(IDS)).abs().max() > 1e-4
+    assert different > trials // 4  # the control: peft took the patterns
+
+
+def test_what_is_added_to_a_rank_stays_zero_in_training(llama, tmp_path):
+    their_adapter(twin_of(llama(), tmp_path), tmp_path / "a", r=2, rank_pattern={"v_proj": 5},
+                  target_modules=["q_proj", "v_proj"])
+    ours = open_adapter(llama(), tmp_path / "a", trainable=True)
+    ours(IDS).float().square().sum().backward()
+    for name, module in lora_modules(ours).items():
+        added = slice(2 if "q_proj" in name else 5, None)
+        assert not module.lora_A.grad[added].any() and not module.lora_B.grad[:, added].any()
+        assert module.lora_A.grad[:2].all(1).any() and module.lora_B.grad[:, :2].any()
+
+
+@pytest.mark.parametrize("options, resize", [
+    ({"use_dora": True}, 0), ({"trainable_token_indices": [3, 5]}, 0),
+    ({"modules_to_save": ["embed_tokens", "lm_head"]}, 303), ({"modules_to_save": ["lm_head"]}, 0),
+    ({"target_parameters": ["mlp.up_proj.weight"]}, 0), ({"bias": "all"}, 0)])
+def test_what_is_more_than_low_rank_is_refused_with_a_way_out_that_works(options, resize, llama,
+                                                                         tmp_path):
+    theirs = their_adapter(twin_of(llama(), tmp_path), tmp_path / "a", resize, r=4,
+                           target_modules=["q_proj", "v_proj"], **options)
+    for name, weight in theirs.named_parameters():
+        if weight.requires_grad and "lora_" not in name:
+            weight.data += 0.1 * torch.randn_like(weight)
+    theirs.save_pretrained(tmp_path / "a")
+    field, = options
+    refused(llama(), tmp_path / "a", f'field "{field}" is .*Merge it with peft, and give DIR')
+    import peft
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    if resize:
+        base.resize_token_embeddings(resize)
+    peft.PeftModel.from_pretrained(base, tmp_path / "a").merge_and_unload().save_pretrained(
+        tmp_path / "merged")
+    with torch.no_grad():
+        wanted = theirs(IDS).logits
+        assert (open_model(tmp_path / "merged")(IDS) - wanted).abs().max() < 1e-4
+        assert (llama()(IDS) - wanted[..., :300]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": []}, {"modules_to_save": None},
+                                     {"rank_pattern": {}, "alpha_pattern": None},
+                                     {"layers_to_transform": [], "layers_pattern": ""},
+                                     {"exclude_modules": []}, {"trainable_token_indices": None}])
+def test_options_that_say_nothing_are_fine(options, adapter, llama):
+    file = adapter[0] / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | options))
+    assert torch.equal(open_adapter(llama(), adapter[0])(IDS), adapter[1](IDS))
+
+
 @pytest.mark.parametrize("trials", [20])
 def test_an_adapter_on_the_head_comes_with_the_head(trials, llama, tmp_path):
     """Random ranks and targets, a base as it is or rounded; whatever differs is refused."""
@@ -179,7 +286,10 @@ def test_a_regular_expression_that_never_ends_is_refused(trials, adapter, llama,
     file, rng = adapter[0] / "adapter_config.json", random.Random(0)
     raw = json.loads(file.read_text())
     for pattern in ["(.+)+x$", *(nasty_pattern(rng) for _ in range(trials - 1))]:
-        file.write_text(json.dumps(raw | {"target_modules": pattern}))
+        option = rng.choice([{"target_modules": pattern}, {"exclude_modules": pattern},
+                             {"alpha_pattern": {pattern: 3}}, {"rank_pattern": {pattern: 4}},
+                             {"layers_to_transform": [0], "layers_pattern": pattern}])
+        file.write_text(json.dumps(raw | option))
         refused(llama(), adapter[0], "a regular expression that fails, or takes over 2 seconds")
 
 
@@ -201,14 +311,32 @@ def refused(base, path, words):
 
 @pytest.mark.parametrize("changes, words", [
     ({"peft_type": "IA3"}, 'field "peft_type" is "IA3". Expected LORA'),
-    ({"use_dora": True}, 'field "use_dora" is true. Expected nothing: it is not implemented'),
-    ({"bias": "all"}, 'field "bias" is "all"'),
-    ({"rank_pattern": {"q_proj": 8}}, 'field "rank_pattern" is'),
-    ({"alpha_pattern": {"q_proj": 8}}, 'field "alpha_pattern" is'),
-    ({"modules_to_save": ["lm_head"]}, 'field "modules_to_save" is'),
+    ({"use_dora": True}, 'field "use_dora" is true. Expected nothing: DoRA rescales the whole '
+     "weight. Merge it with peft, and give DIR with --model: base = AutoModelFor.*save_pretrained"),
+    ({"trainable_token_indices": [3]}, "Expected nothing: rows of the embedding were trained. Mer"),
+    ({"lora_bias": True}, 'field "lora_bias" is true. Expected nothing: it is not implemented'),
+    ({"use_qalora": True}, 'field "use_qalora" is true. Expected nothing: it is not implemented'),
+    ({"bias": "all"}, 'field "bias" is "all". Expected none: the biases were trained. Merge it'),
+    ({"rank_pattern": {"q_proj": 0}}, 'field "rank_pattern" is .* modules with ranks of at least'),
+    ({"rank_pattern": ["q_proj"]}, 'field "rank_pattern" is .* an object of modules with ranks'),
+    ({"rank_pattern": {"q_proj": 8}}, r"q_proj.lora_A.weight .* is \(4, .*\), expected \(8, .*\)"),
+    ({"rank_pattern": {"(": 8}}, r"rank_pattern has .*: a regular expression that fails"),
+    ({"alpha_pattern": {"q_proj": "8"}}, 'field "alpha_pattern" is .* with positive numbers'),
+    ({"alpha_pattern": {"q_proj": 0}}, 'field "alpha_pattern" is .* with positive numbers'),
+    ({"modules_to_save": ["lm_head"]}, 'field "modules_to_save" is .* were trained in full; if the'
+     r" vocabulary has grown to N, base.resize_token_embeddings\(N\) comes first. Merge it with"),
     ({"layer_replication": [[0, 1]]}, 'field "layer_replication" is'),
-    ({"target_parameters": ["x"]}, 'field "target_parameters" is'),
-    ({"layers_to_transform": [0]}, 'field "layers_to_transform" is'),
+    ({"target_parameters": ["x"]}, "it adapts weights that are not of a linear layer. Merge it"),
+    ({"layers_to_transform": [0.5]}, 'field "layers_to_transform" is .* a list of them, or null'),
+    ({"layers_to_transform": [0]}, "layers.1.*expected none of this name"),
+    ({"layers_to_transform": [0], "layers_pattern": [1]}, 'field "layers_pattern" is'),
+    ({"layers_to_transform": [0], "layers_pattern": "("}, "layers_pattern has .* that fails"),
+    ({"layers_pattern": "layers"}, "layers_pattern is 'layers', but layers_to_transform is null"),
+    ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, "layers_to_transform and layers_"
+     "pattern go with a list as target_modules, and it is '.*q_proj'. Put the layers into that"),
+    ({"exclude_modules": {"q_proj": 1}}, 'field "exclude_modules" is .* a regular expression, or'),
+    ({"exclude_modules": ["q_proj"]}, "q_proj.* expected none of this name"),
+    ({"exclude_modules": "((("}, r"exclude_modules has .*: a regular expression that fails"),
     ({"init_lora_weights": "pissa"}, 'field "init_lora_weights" is "pissa"'),
     ({"r": 0}, 'field "r" is 0'), ({"r": None}, 'field "r" is null'),
     ({"r": 2.5}, 'field "r" is 2.5'),
