@@ -5,7 +5,6 @@ rows are in another order; all else differs in name only. A model of n files is 
 some matrices by rows, some by columns, norms not at all.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -122,25 +121,3 @@ def find_division(shapes: list[tuple], whole: tuple, name: str) -> int | None:
                 return dim
     raise ValueError(f"tensor {name} is {shapes[0]} in each of {len(shapes)} files, params.json "
                      f"says {whole} in all. They are from different models.")
-
-
-def save_meta(model: Llama, folder: Path) -> None:
-    """Write params.json and consolidated.00.pth, as Meta reads them, in the type of the weights."""
-    config, tensors = model.config, {}
-    refuse(config.attention_bias or config.mlp_bias or config.rope_scaling or config.sliding_window
-           or config.head_dim * config.n_heads != config.dim, "Meta's layout has no biases, no "
-           "RoPE scaling, no sliding window, and no head_dim other than dim / n_heads.")
-    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
-    raw = {name: getattr(config, name) for name in names} | {"multiple_of": 256}
-    wide = int(2 * 4 * config.dim / 3)  # multiple_of, or a multiplier of it, gives hidden_dim
-    if config.hidden_dim != 256 * -(-wide // 256):
-        raw |= {"multiple_of": 1, "ffn_dim_multiplier": (config.hidden_dim + 0.5) / wide}
-    if config.rope_theta != 10000.0:
-        raw["rope_theta"] = config.rope_theta
-    named = dict(model.named_parameters()) | {"lm_head.weight": model.lm_head.weight}
-    for name, weight in named.items():
-        weight = reorder(name, weight.detach(), config.head_dim, to_meta=True)
-        tensors[meta_name(name)] = weight.clone()
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(tensors, folder / "consolidated.00.pth")
-    (folder / "params.json").write_text(json.dumps(raw, indent=2))
