@@ -13,11 +13,13 @@ from pathlib import Path
 from extras.formats.checks import read_value, reading, refuse
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of tokens, as in sentencepiece
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-SPLITS = {  # by tokenizer.ggml.pre: what text is split by before pairs are merged
-    "gpt-2": (GPT2,), "smollm": (r"\p{N}", GPT2), "llama-bpe": (LLAMA3,)}
+OLD = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+# What text is split by before pairs are merged, by tokenizer.ggml.pre: patterns that are applied
+# one after the other. Without any, GPT-2's pattern, which the byte level knows by itself.
+SPLITS = {"gpt-2": (), "smollm": (), "llama-bpe": (LLAMA3,),
+          "default": (r"[\p{P}\$\+<=>\^~\|]+", OLD, r"\p{N}+", "[0-9][0-9][0-9]")}
 CLASS = "PreTrainedTokenizerFast"
 
 
@@ -113,10 +115,11 @@ def make_bpe(vocabulary: dict[str, int], merges: list[tuple], pre: str, added: d
     except Exception as error:  # the library raises plain Exception
         reason = " ".join(str(error).split())[:150]
         raise ValueError(f"the tokens and their merges do not fit together: {reason}") from None
-    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=SPLITS[pre][-1] == GPT2)
-    steps = [pre_tokenizers.Split(Regex(LLAMA3), "isolated")] * (pre == "llama-bpe")
-    steps += [pre_tokenizers.Digits(individual_digits=True)] * (pre == "smollm")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, whole]) if steps else whole
+    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS[pre]]
+    if pre == "smollm":
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not SPLITS[pre]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     for text, special in added.items():
         token = AddedToken(text, normalized=False, special=special)
