@@ -291,17 +291,13 @@ def recover_llama3(found: Gguf, config: HFConfig, raw: dict) -> dict | None:
 
 
 def find_ends(values: dict, rows: int) -> list[int]:
-    """The ids that end a response: EOS, and the end of a turn, as a key or the chat template says.
-
-    """
+    """The ids that end a response: EOS, and what a key or the chat template ends a turn with."""
     keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
     refuse(keys[0] not in values, f"{keys[0]} is missing")
     ends = [read_value(values, key, None, 0, rows - 1) for key in keys]
-    tokens, template = values.get("tokenizer.ggml.tokens", []), values.get(
-        "tokenizer.chat_template", "")
-    for text in ENDS:
-        if text in template and text in tokens:
-            ends.append(tokens.index(text))
+    tokens, template = values.get("tokenizer.ggml.tokens"), values.get("tokenizer.chat_template")
+    if isinstance(tokens, list) and isinstance(template, str):
+        ends += [tokens.index(text) for text in ENDS if text in template and text in tokens]
     return list(dict.fromkeys(end for end in ends if end is not None))
 
 

@@ -68,7 +68,7 @@ def write_gguf(file, model, *, tokenizer=None, kind="F32", values=None, drop=(),
              "attention.layer_norm_rms_epsilon": config.norm_eps, "vocab_size": config.vocab_size,
              "rope.freq_base": config.rope_theta, "rope.dimension_count": config.head_dim}
     if config.head_dim * config.n_heads != config.dim:
-        found |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
+        found |= dict.fromkeys(("attention.key_length", "attention.value_length"), config.head_dim)
     found = {f"llama.{key}": value for key, value in found.items()}
     found |= {f"tokenizer.ggml.{key}": value for key, value in (tokenizer or {}).items()}
     found |= values or {}
