@@ -4,6 +4,7 @@ What it does is compared with transformers (weights and logits), with llama.cpp 
 with what its authors publish: digits one by one, no BOS, <|im_end|> ends a turn.
 """
 
+import functools
 import importlib.util
 import json
 import random
@@ -65,6 +66,7 @@ def test_weights_and_logits_are_transformers(folder, file, tokenizer, monkeypatc
             del found.fields[f"tokenizer.ggml.{name}"]
         return found
     monkeypatch.setattr(gguf, "GGUFReader", read)
+    monkeypatch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     state = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=theirs)["tensors"]
     weights = theirs.state_dict()

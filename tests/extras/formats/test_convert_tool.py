@@ -278,6 +278,60 @@ def test_an_adapter_in_a_bin(make_model, payload, tmp_path, capsys):
     assert not (tmp_path / "marker").exists()
 
 
+# Files from before torch 1.6 --------------------------------------------------------------------
+
+
+def test_bins_of_the_older_form(bins, same_weights, tmp_path):
+    path, model = bins
+    state, file = dict(model.bfloat16().state_dict()), path / "pytorch_model.bin"
+    state["lm_head.weight"] = state["lm_head.weight"].T.contiguous().T  # strides are kept
+    torch.save(state, file, _use_new_zipfile_serialization=False)
+    assert not zipfile.is_zipfile(file)
+    assert same_weights(open_model(converted(path, tmp_path / "out"), dtype=None), model)
+    out = converted(path, tmp_path / "in float32", "--dtype", "float32")
+    assert same_weights(open_model(out, dtype=None), model.float())
+
+
+def old_form(state, sizes):
+    """The bytes of a file of the older form, with other sizes of the storages: {old: new}."""
+    stream = io.BytesIO()
+    torch.save(state, stream, _use_new_zipfile_serialization=False)
+    blob = stream.getvalue()
+    for old, new in sizes.items():
+        blob = blob.replace(pickle.dumps(old, 2)[2:-1], pickle.dumps(new, 2)[2:-1])
+    return blob
+
+
+@pytest.mark.parametrize("how, words", [
+    ("huge", "it claims 1099511627776 numbers in"), ("larger", "damaged or not weights"),
+    ("cut off", "damaged or not weights"), ("long pickle", "damaged or not weights"),
+    ("stride 0", "is not a plain tensor of floats")])
+def test_older_files_that_claim_too_much(how, words, bins, tmp_path):
+    path, model = bins
+    state, file = dict(model.state_dict()), path / "pytorch_model.bin"
+    state["model.norm.weight"] = torch.ones(1237)
+    if how == "stride 0":
+        state["model.norm.weight"] = torch.ones(1).expand(2**20)
+    changes = {"huge": {1237: 2**40}, "larger": {1237: 30000}}.get(how, {})
+    blob = old_form(state, changes)
+    if how == "cut off":
+        blob = blob[:len(blob) * 2 // 3]
+    if how == "long pickle":
+        blob = blob[:15] + b"\x80\2" + b"\x8f" * (4 << 20) + b"."
+    if how == "stride 0":
+        blob += bytes(2**22)  # so that the shape is not above the size of the file
+    file.write_bytes(blob)
+
+    def work(case):
+        error, before = io.StringIO(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with contextlib.redirect_stderr(error):
+            status = run(path, tmp_path / "refused")
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        well = status == 2 and words in error.getvalue() and grown < 300
+        return "" if well else f"{status}, {grown:.0f} MB: {error.getvalue()}"
+    assert in_children(work, [0]) == [""] and not (tmp_path / "refused").exists()
+
+
 # Meta's layout ---------------------------------------------------------------------------------
 
 
