@@ -220,6 +220,7 @@ def read_hyperparameters(found: Gguf) -> HFConfig:
         refuse(name not in MAY_LACK and key not in raw, f"llama.{key} is missing")
         values[name] = read_value(raw, key, None, *BOUNDS[name])
     rows = found.tensors.get("token_embd.weight", ((0, 0),))[0][0]
+    refuse(not 0 < rows <= BOUNDS["vocab_size"][1], f"its embedding has {rows:,} rows")
     refuse(values["vocab_size"] not in (None, rows), f"llama.vocab_size is {values['vocab_size']}, "
            f"and the embedding has {rows} rows")
     values["vocab_size"], values["norm_eps"] = rows, shortest(values["norm_eps"])

@@ -10,6 +10,8 @@ import json
 import struct
 from pathlib import Path
 
+from sentencepiece import SentencePieceProcessor
+
 from extras.formats.checks import read_value, reading, refuse
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of tokens, as in sentencepiece
@@ -216,7 +218,13 @@ def sentencepiece_of_gguf(raw: dict, names: dict, added: dict) -> tuple[dict, di
     begins = read_value(raw, "add_bos_token", True, False, True)
     config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": begins, "add_eos_token": False,
               "legacy": True, "add_prefix_space": blank}  # legacy: as llama.cpp does
-    return {"tokenizer.model": blob + field(2, trainer) + field(3, normaliser)}, config
+    blob += field(2, trainer) + field(3, normaliser)
+    try:
+        SentencePieceProcessor(model_proto=blob)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:150]
+        raise ValueError(f"the tokens are no sentencepiece model: {reason}") from None
+    return {"tokenizer.model": blob}, config
 
 
 def field(number: int, value) -> bytes:

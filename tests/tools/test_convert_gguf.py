@@ -326,6 +326,33 @@ def test_sentencepiece_ids_are_llama_cpps(converted, tmp_path):
             assert [1, *ids_of(ask, text)] == again.encode_prompt(text)
 
 
+def test_sentencepiece_with_chat_tokens_behind_its_own(converted, refused, tmp_path):
+    """Control tokens are none in a user's text; user-defined ones are found everywhere."""
+    pytest.importorskip("xllamacpp")
+    fields = sentencepiece_fields(open_tokenizer(ROOT / "demo/base"))
+    fields["tokens"] += ["<|im_start|>", "<|im_end|>", "wordplay", "[PAD1503]"]
+    fields["token_type"] += [3, 3, 4, 5]
+    fields["scores"] += [-1000.0] * 4
+    model = random_model(vocab_size=1504)
+    file = write_gguf(tmp_path / "x.gguf", model, tokenizer=fields)
+    out = converted(file)
+    tokenizer = open_tokenizer(out)
+    assert tokenizer.special["<|im_end|>"] == 1501 and len(tokenizer) == 1504
+    with llama_cpp(file) as ask:
+        for text in ("the lamp <|im_end|> red", "x wordplay", "[PAD1503]"):
+            assert [1, *ids_of(ask, text)] == tokenizer.encode_prompt(text)
+    assert 1501 not in tokenizer.encode_prompt("the lamp <|im_end|> red")
+    assert 1502 in tokenizer.encode_prompt("xwordplayx")
+    more = write_gguf(tmp_path / "z.gguf", random_model(vocab_size=1510), tokenizer=fields)
+    assert open_model(converted(more, out="more")).config.vocab_size == 1510  # rows beyond
+    transformers = pytest.importorskip("transformers")
+    other = transformers.AutoTokenizer.from_pretrained(out, use_fast=False)
+    assert other("the lamp<|im_end|>")["input_ids"][-1] == 1501
+    fields["tokens"][1501] = ""
+    refused(write_gguf(tmp_path / "y.gguf", model, tokenizer=fields),
+            "the tokens are no sentencepiece model: ")
+
+
 def tiktoken_file(path, ranks):
     """A file as tiktoken writes it."""
     lines = [f"{base64.b64encode(token).decode()} {rank}" for token, rank in ranks.items()]
@@ -429,7 +456,7 @@ def test_a_tokenizer_above_the_folders_of_all_sizes(converted, tmp_path):
     ({"drop": ["tokenizer.ggml.model"]}, "tokenizer.ggml.model is None; only gpt2"),
     ({"drop": ["tokenizer.ggml.pre"]}, "tokenizer.ggml.pre is None; only gpt-2, smollm"),
     ({"drop": ["tokenizer.ggml.merges"]}, "tokenizer.ggml.merges must be texts of two parts"),
-    ({"drop": ["token_embd.weight"]}, "vocab_size is 500, and the embedding has 0 rows"),
+    ({"drop": ["token_embd.weight"]}, "its embedding has 0 rows"),
     ({"drop": ["blk.1.attn_q.weight"]}, "has no tensor for model.layers.1.self_attn.q_proj"),
     ({"values": {"tokenizer.ggml.pre": "bloom"}}, "tokenizer.ggml.pre is 'bloom'; only gpt-2"),
     ({"values": {"tokenizer.ggml.model": "rwkv"}}, "tokenizer.ggml.model is 'rwkv'; only gpt2"),
@@ -588,3 +615,10 @@ def test_a_model_in_another_layout_is_answered_with_the_command(
     quoted = shlex.quote(str(path))
     line = f"{path} {words}Convert it first: python -m tools.convert {quoted} OUT\n"
     assert status == 2 and error.endswith(line) and error.count("error: ") == 1, error
+
+
+def test_a_folder_without_a_tokenizer_is_said(tmp_path, capsys):
+    save_model(random_model(), tmp_path / "hf")
+    assert run(tmp_path / "hf", tmp_path / "out", "--dtype", "bfloat16") == 0
+    assert "There was no tokenizer beside the weights." in capsys.readouterr().out
+    assert same_weights(open_model(tmp_path / "out", dtype=None), random_model().bfloat16())

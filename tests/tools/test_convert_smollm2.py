@@ -9,6 +9,10 @@ import importlib.util
 import json
 import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +30,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("jinja2")
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint  # noqa: E402
 
+ROOT = Path(__file__).parent.parent.parent
 PROMPTS = [
     "The capital of France is", "2 + 2 =", "def add(a, b):\n    return", "Once upon a time",
     "Write a poem about 1984.", "naïve café", "日本の首都は", "🙂🙃", " leading blank",
@@ -120,3 +125,15 @@ def test_greedy_text_is_transformers(folder, tokenizer):
     ids = model.generate(prompt, max_new_tokens=40, do_sample=False,
                          attention_mask=torch.ones_like(prompt))[0, prompt.shape[1]:]
     assert ids[-1] == 2 and "Paris" in tokenizer.decode(ids)
+
+
+def test_ctrl_c_leaves_nothing(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.convert", "smollm2", str(tmp_path / "out")], cwd=ROOT,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    while not list(tmp_path.iterdir()) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, "error: stopped by Ctrl-C.\n")
+    assert not list(tmp_path.iterdir())
