@@ -189,8 +189,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     parser.add_argument("--to", choices=("hf", "meta"), default="hf", help="layout to write")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="auto",
-                        help="of the weights; auto: as they are stored, and float32, which loses "
-                        "nothing, for what was quantised (4 bytes a weight)")
+                        help="of the weights; auto: as they are stored, and float32 for what was "
+                        "quantised (4 bytes a weight; bfloat16 takes half and rounds)")
     parser.error = fail
     return run_program(convert, parser.parse_args(argv))
 

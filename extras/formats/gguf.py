@@ -43,6 +43,7 @@ ROPE = {"factor": "rope.scaling.factor", LENGTH: "rope.scaling.original_context_
 WITHOUT_EFFECT = ("rope.scaling.finetuned", "tensor_data_layout", "expert_count",
                   "expert_used_count", "attention.value_length", "rope.dimension_count")
 OTHERS = ("rope.freq_base", "rope.scaling.type", "rope.scale_linear", "attention.sliding_window")
+CUT = "it is cut off or damaged. Download it again"
 ENDS = ("<|eot_id|>", "<|im_end|>", "<|end_of_turn|>")  # of a turn, where a chat template has them
 
 
@@ -67,7 +68,7 @@ class Cursor:
         kind = np.dtype(form)
         begin, left = self.place, len(self.blob) - self.place
         refuse(count * kind.itemsize > left, f"{count:,} values of {kind.itemsize} bytes are "
-               f"claimed where {left:,} bytes are left: it is cut off or damaged")
+               f"claimed where {left:,} bytes are left: {CUT}")
         self.place += count * kind.itemsize
         return np.frombuffer(self.blob, kind, count, begin).tolist()
 
@@ -75,8 +76,8 @@ class Cursor:
         """A text behind its length."""
         length, = self.numbers("<u8", 1)
         left = len(self.blob) - self.place
-        refuse(length > left, f"a text of {length:,} bytes is claimed where {left:,} are left: it "
-               "is cut off or damaged")
+        refuse(length > left, f"a text of {length:,} bytes is claimed where {left:,} are left: "
+               f"{CUT}")
         self.place += length
         return self.blob[self.place - length:self.place].decode()
 
@@ -91,7 +92,7 @@ class Cursor:
                 return self.numbers(FORMS[inner], count)
             left = len(self.blob) - self.place
             refuse(8 * count > left, f"{count:,} texts are claimed where {left:,} bytes are left: "
-                   "it is cut off or damaged")
+                   f"{CUT}")
             return [self.text() for _ in range(count)]
         refuse(kind not in FORMS, f"it holds a value of the unknown type {kind}")
         return self.numbers(FORMS[kind], 1)[0]
@@ -114,7 +115,7 @@ def read_gguf(file: Path) -> Gguf:
         n_tensors, n_values = cursor.numbers("<u8", 2)
         # a key or a tensor takes at least 12 bytes
         refuse(12 * (n_tensors + n_values) > len(blob), f"{n_tensors:,} tensors and {n_values:,} "
-               f"keys are claimed in {len(blob):,} bytes: it is cut off or damaged")
+               f"keys are claimed in {len(blob):,} bytes: {CUT}")
         values, places = {}, {}
         for _ in range(n_values):
             key, (kind,) = cursor.text(), cursor.numbers("<u4", 1)
@@ -139,10 +140,11 @@ def check_places(places: dict, begin: int, size: int, file: Path) -> dict[str, t
         for rows in shape[:-1]:
             n_bytes *= rows
         refuse(begin + offset + n_bytes > size, f"tensor {name!r:.100} ends at byte "
-               f"{begin + offset + n_bytes:,} of {size:,}: it is cut off or damaged")
+               f"{begin + offset + n_bytes:,} of {size:,}: {CUT}")
         total += n_bytes
         tensors[name] = shape, kind, begin + offset
-    refuse(begin + total > size, f"its tensors take {total:,} bytes, and it has {size:,}")
+    refuse(begin + total > size, f"its tensors take {total:,} bytes of {size:,}: it is damaged. "
+           "Download it again")
     return tensors
 
 
