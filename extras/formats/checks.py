@@ -1,8 +1,10 @@
 """What all readers of other people's files check. Whatever is wrong raises ValueError."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from data import read_json
 
@@ -11,6 +13,9 @@ TEXT = "a text", lambda value: isinstance(value, str)
 FILLED = "a text that is not empty", lambda value: isinstance(value, str) and value.strip()
 TEXT_OR_NULL = "a text or null", lambda value: value is None or isinstance(value, str)
 NUMBER = "a number", lambda value: type(value) in (int, float) and abs(value) <= 1e300
+# Models that are not in Hugging Face's layout, by what find_layout calls theirs.
+LAYOUTS = {"gguf": "is in llama.cpp's GGUF format", "meta": "is in Meta's layout",
+           "bin": "has its weights in .bin files"}
 
 
 def refuse(when, sentence: str) -> None:
@@ -67,3 +72,27 @@ def read_object(file, most: int = 10**8) -> dict:
     raw = read_json(file)
     refuse(type(raw) is not dict, f"{file} holds a {type(raw).__name__}. Expected a JSON object.")
     return raw
+
+
+# ----- Layouts of models -----
+def find_layout(path) -> str:
+    """How a model is kept: hf, gguf, meta or bin; "" for none of these."""
+    path = Path(path)
+    if path.is_file():
+        with open(path, "rb") as stream:
+            return "gguf" if path.suffix == ".gguf" or stream.read(4) == b"GGUF" else ""
+    config = (path / "config.json").is_file()
+    if config and any(path.glob("model*.safetensors*")):
+        return "hf"
+    if not config and (path / "params.json").is_file():
+        return "meta"
+    if any(path.glob("pytorch_model*.bin*")):
+        return "bin"
+    return "gguf" if any(path.glob("*.gguf")) else ""
+
+
+def check_layout(path, others=tuple(LAYOUTS)) -> None:
+    """Raise ValueError that says how to convert a model in one of the other layouts."""
+    found = find_layout(path)
+    refuse(found in others, f"{path} {LAYOUTS.get(found)}. Convert it first: python -m "
+           f"tools.convert {shlex.quote(str(path))} OUT")

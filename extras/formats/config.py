@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data import as_list
 from extras.formats.chat import NAME, find_source
-from extras.formats.checks import read_object, read_value, reading, refuse
+from extras.formats.checks import check_layout, read_object, read_value, reading, refuse
 from extras.formats.rope import LENGTH, read_rope, scale_frequencies, yarn_strength
 from model import HF_KEYS, ModelConfig
 
@@ -57,11 +57,10 @@ class HFConfig(ModelConfig):
 
 def read_config(path) -> HFConfig:
     """The config of a model folder, or of a config.json. Raises ValueError that names the file."""
+    check_layout(path, ("gguf", "meta"))
     file = Path(path)
     file = file if file.is_file() else file / "config.json"
     if not file.is_file():
-        refuse((file.parent / "params.json").is_file(), f"{path} is in Meta's layout. Convert it "
-               f"first: python -m tools.convert {path} --out DIR.")
         raise ValueError(f"no model at {path} (no config.json). Give a folder in Hugging Face "
                          "format: config.json, *.safetensors, tokenizer.model.")
     raw = read_object(file, 10**6)

@@ -4,6 +4,7 @@ import json
 import math
 import operator
 import re
+import shlex
 import subprocess
 import sys
 import warnings
@@ -266,7 +267,7 @@ def read_adapter_weights(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of adapter_model.safetensors, by PEFT's names. Raises ValueError."""
     if not file.is_file():
         refuse(file.with_suffix(".bin").is_file(), f"{file.parent} has its weights in a .bin file. "
-               f"Convert it first: python -m tools.convert {file.parent} --out DIR.")
+               f"Convert it first: python -m tools.convert {shlex.quote(str(file.parent))} OUT")
         raise ValueError(f"no adapter at {file.parent} (no {file.name}). Give a folder in PEFT's "
                          "format.")
     try:

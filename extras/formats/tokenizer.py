@@ -6,7 +6,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from data import Tokenizer, as_list
-from extras.formats.checks import read_object, reading, refuse
+from extras.formats.checks import check_layout, read_object, reading, refuse
 from extras.formats.records import LONGEST_TEXT
 from extras.formats.templates import Prompt
 
@@ -26,6 +26,7 @@ class HFTokenizer(Tokenizer):
     """
 
     def __init__(self, path, model_folder=""):
+        check_layout(path)
         path = Path(path)
         self.path = path / "tokenizer.model" if path.is_dir() else path
         self.folder = self.path.parent

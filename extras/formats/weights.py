@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from extras.formats.checks import read_object, refuse
+from extras.formats.checks import check_layout, read_object, refuse
 from extras.formats.config import read_config, to_hf
 from extras.runtime.files import write_folder
 from model import Llama
@@ -40,6 +40,7 @@ def open_model(path, *, dtype: torch.dtype | None = torch.float32, device="cpu",
     quantize = quantize.removeprefix("none")
     refuse(quantize not in ("", "int8", "nf4"),
            f"quantize is {quantize!r:.60}; expected int8 or nf4.")
+    check_layout(path)
     config = read_config(path)
     headers = {file: read_header(file) for file in weight_files(Path(path))}
     untie_other_head(config, headers, lambda file, name: safe_open(file, "pt").get_slice(name))
@@ -114,8 +115,6 @@ def weight_files(folder: Path, single: str = SINGLE) -> list[Path]:
         return [folder / single]
     index = folder / f"{single}.index.json"
     if not index.is_file():
-        refuse(any(folder.glob("pytorch_model*.bin")), f"{folder} has its weights in .bin files. "
-               f"Convert it first: python -m tools.convert {folder} --out DIR.")
         raise ValueError(f"no weights at {folder} (no {single}, no index of shards). Give a folder "
                          "in Hugging Face format: config.json, *.safetensors, tokenizer.model.")
     listed = read_object(index).get("weight_map")

@@ -1,4 +1,4 @@
-"""An adapter for the tiny world's model, and the chat server of tests/extras/judges."""
+"""An adapter for the tiny world's model, the chat server of tests/extras/judges, GGUF files."""
 
 import importlib.util
 import sys
@@ -10,10 +10,11 @@ import torch
 import lora
 from model import load_model
 
-place = Path(__file__).parent.parent / "extras/judges/chatserver.py"
-spec = importlib.util.spec_from_file_location("chatserver", place)
-sys.modules["chatserver"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules["chatserver"])
+HERE = Path(__file__).parent
+for place in (HERE.parent / "extras/judges/chatserver.py", HERE / "gguf_files.py"):
+    spec = importlib.util.spec_from_file_location(place.stem, place)
+    sys.modules[place.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[place.stem])
 
 
 @pytest.fixture(scope="module")

@@ -18,23 +18,33 @@ from damage import in_children
 from safetensors.torch import load_file, save_file
 
 from extras.formats import open_adapter, open_model, save_model
+from extras.formats.meta import read_params
 from lora import LoraConfig, apply_lora, lora_modules, save_adapter
 from tools import convert
 
 
+def run(*words):
+    """The exit status of the program."""
+    try:
+        return convert.main([str(word) for word in words])
+    except SystemExit as end:
+        return end.code
+
+
 def converted(folder, out, *more):
     """Run the program, which must go well; returns `out`."""
-    assert convert.main([str(folder), "--out", str(out), *more]) == 0
+    assert run(folder, out, *more) == 0
     return out
 
 
 def refused(folder, tmp_path, capsys, words):
     """Run the program, which must say one sentence."""
     capsys.readouterr()
-    assert convert.main([str(folder), "--out", str(tmp_path / "refused")]) == 2
+    assert run(folder, tmp_path / "refused") == 2
     sentence = capsys.readouterr().err
     assert sentence.startswith("error: ") and sentence.count("\n") == 1 and words in sentence
     assert len(sentence) < 700 + 3 * len(str(tmp_path)), sentence
+    assert not (tmp_path / "refused").exists()  # nor a part of it
 
 
 @pytest.fixture
@@ -86,8 +96,7 @@ def test_bins_run_nothing(bins, payload, tmp_path, capsys):
     for new_form in (True, False):
         torch.save({"model.norm.weight": payload(marker)}, file,
                    _use_new_zipfile_serialization=new_form)
-        words = "contains posix.system, which is code, not weights" if new_form else "damaged"
-        refused(path, tmp_path, capsys, words)
+        refused(path, tmp_path, capsys, "contains posix.system, which is code, not weights")
     norm = "model.norm.weight"
     for odd, words in (
             ([1.0], "not a plain tensor"),
@@ -97,8 +106,6 @@ def test_bins_run_nothing(bins, payload, tmp_path, capsys):
         torch.save(state | {norm: odd}, file)
         refused(path, tmp_path, capsys, words)
     torch.save(torch.ones(3), file)
-    refused(path, tmp_path, capsys, "damaged or not weights")
-    torch.save(state, file, _use_new_zipfile_serialization=False)
     refused(path, tmp_path, capsys, "damaged or not weights")
     for damage in (b"", b"x" * 100, b"PK\x03\x04" + b"x" * 100):
         file.write_bytes(damage)
@@ -168,7 +175,7 @@ def test_bins_that_claim_a_huge_size_are_refused_in_little_time_and_memory(how, 
         begin, error = time.process_time(), io.StringIO()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with contextlib.redirect_stderr(error):
-            status = convert.main([str(path), "--out", str(tmp_path / "refused")])
+            status = run(path, tmp_path / "refused")
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         seconds = time.process_time() - begin
         well = status == 2 and words in error.getvalue() and seconds < 5 and grown < 600
@@ -215,7 +222,7 @@ def test_adapters_that_unpack_to_gigabytes_are_refused_in_little_memory(how, tri
     def ours(_):
         with contextlib.redirect_stderr(io.StringIO()) as error:
             status, megabytes = grown(
-                lambda: convert.main([str(tmp_path / "a"), "--out", str(tmp_path / "b")]))
+                lambda: run(tmp_path / "a", tmp_path / "b"))
         well = status == 2 and megabytes < 150 and error.getvalue().count("\n") == 1
         return "" if well else f"{status}, {megabytes:.0f} MB: {error.getvalue()}"
 
@@ -269,6 +276,60 @@ def test_an_adapter_in_a_bin(make_model, payload, tmp_path, capsys):
     torch.save({"x": payload(tmp_path / "marker")}, file.with_suffix(".bin"))
     refused(tmp_path / "a", tmp_path, capsys, "contains posix.system, which is code")
     assert not (tmp_path / "marker").exists()
+
+
+# Files from before torch 1.6 --------------------------------------------------------------------
+
+
+def test_bins_of_the_older_form(bins, same_weights, tmp_path):
+    path, model = bins
+    state, file = dict(model.bfloat16().state_dict()), path / "pytorch_model.bin"
+    state["lm_head.weight"] = state["lm_head.weight"].T.contiguous().T  # strides are kept
+    torch.save(state, file, _use_new_zipfile_serialization=False)
+    assert not zipfile.is_zipfile(file)
+    assert same_weights(open_model(converted(path, tmp_path / "out"), dtype=None), model)
+    out = converted(path, tmp_path / "in float32", "--dtype", "float32")
+    assert same_weights(open_model(out, dtype=None), model.float())
+
+
+def old_form(state, sizes):
+    """The bytes of a file of the older form, with other sizes of the storages: {old: new}."""
+    stream = io.BytesIO()
+    torch.save(state, stream, _use_new_zipfile_serialization=False)
+    blob = stream.getvalue()
+    for old, new in sizes.items():
+        blob = blob.replace(pickle.dumps(old, 2)[2:-1], pickle.dumps(new, 2)[2:-1])
+    return blob
+
+
+@pytest.mark.parametrize("how, words", [
+    ("huge", "it claims 1099511627776 numbers in"), ("larger", "damaged or not weights"),
+    ("cut off", "damaged or not weights"), ("long pickle", "damaged or not weights"),
+    ("stride 0", "is not a plain tensor of floats")])
+def test_older_files_that_claim_too_much(how, words, bins, tmp_path):
+    path, model = bins
+    state, file = dict(model.state_dict()), path / "pytorch_model.bin"
+    state["model.norm.weight"] = torch.ones(1237)
+    if how == "stride 0":
+        state["model.norm.weight"] = torch.ones(1).expand(2**20)
+    changes = {"huge": {1237: 2**40}, "larger": {1237: 30000}}.get(how, {})
+    blob = old_form(state, changes)
+    if how == "cut off":
+        blob = blob[:len(blob) * 2 // 3]
+    if how == "long pickle":
+        blob = blob[:15] + b"\x80\2" + b"\x8f" * (4 << 20) + b"."
+    if how == "stride 0":
+        blob += bytes(2**22)  # so that the shape is not above the size of the file
+    file.write_bytes(blob)
+
+    def work(case):
+        error, before = io.StringIO(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with contextlib.redirect_stderr(error):
+            status = run(path, tmp_path / "refused")
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        well = status == 2 and words in error.getvalue() and grown < 300
+        return "" if well else f"{status}, {grown:.0f} MB: {error.getvalue()}"
+    assert in_children(work, [0]) == [""] and not (tmp_path / "refused").exists()
 
 
 # Meta's layout ---------------------------------------------------------------------------------
@@ -369,13 +430,13 @@ def test_contexts_and_keys_of_params_json(write, tmp_path):
     for changes, context, theta in (
             ({}, 2048, 1e4), ({"norm_eps": 1e-5}, 4096, 1e4), ({"rope_theta": 1e6}, 16384, 1e6),
             ({"norm_eps": 1e-5, "sliding_window": 100}, 100, 1e4), ({"max_seq_len": 77}, 77, 1e4)):
-        config = convert.read_params(write(file, small | changes), 0)
+        config = read_params(write(file, small | changes), 0)
         assert (config.context, config.rope_theta) == (context, theta)
     seven = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-6,
              "vocab_size": 32000}
     large = {"dim": 8192, "n_heads": 64, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}
     for changes, hidden_dim in (({}, 11008), ({"dim": 5120, "n_heads": 40}, 13824), (large, 28672)):
-        assert convert.read_params(write(file, seven | changes), 0).hidden_dim == hidden_dim
+        assert read_params(write(file, seven | changes), 0).hidden_dim == hidden_dim
 
 
 def test_sentences_about_metas_files(make_model, write, tmp_path, capsys):
@@ -410,13 +471,12 @@ def test_sentences_about_metas_files(make_model, write, tmp_path, capsys):
     {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}])
 def test_what_metas_layout_cannot_say(changes, make_model, tmp_path, capsys):
     save_model(make_model(**changes), tmp_path / "hf")
-    argv = [str(tmp_path / "hf"), "--out", str(tmp_path / "out"), "--to", "meta"]
-    assert convert.main(argv) == 2
+    assert run(tmp_path / "hf", tmp_path / "out", "--to", "meta") == 2
     assert "error: Meta's layout has no biases" in capsys.readouterr().err
 
 
 def test_the_folder_that_is_read_is_not_written_to(bins, capsys):
     path = str(bins[0])
-    assert convert.main([path, "--out", path]) == 2
-    sentence = f"error: --out {path} is the folder that is read. Give another.\n"
+    assert run(path, path) == 2
+    sentence = f"error: OUT {path} is the folder that is read. Give another.\n"
     assert capsys.readouterr().err == sentence

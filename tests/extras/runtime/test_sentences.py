@@ -164,7 +164,7 @@ def put_code_in_a_bin(scene):
 def convert_code_in_a_bin(scene):
     put_code_in_a_bin(scene)
     scene.program = "tools.convert"
-    return [str(scene.model), "--out", str(scene.out)]
+    return [str(scene.model), str(scene.out)]
 
 
 def fill_the_disk(scene):
@@ -206,7 +206,7 @@ SENTENCES = [  # (status, what provokes it, the sentence; <n> is a number, <*> a
     (1, lambda s: s.sft("--rank", 10**12), "out of memory: <*>DefaultCPUAllocator: can't allocate "
      "memory: you tried to allocate <n> bytes. Error code 12 (Cannot allocate memory). What was "
      "finished is kept; lower --micro-tokens or --eval-batch, or add --checkpointing."),
-    (2, put_code_in_a_bin, f"{CONVERT} --out DIR."),
+    (2, put_code_in_a_bin, f"{CONVERT} OUT"),
     (2, convert_code_in_a_bin, "{model}/pytorch_model.bin contains posix.system, which is code, "
      "not weights. It was not loaded. Get a safetensors version of this model."),
     (2, point_outside, "{model}/model.safetensors.index.json points outside its folder "
