@@ -57,7 +57,6 @@ def open_model(cfg, adapter="", *, folder="", trainable=False):
     """The base model, or the one in `folder`, with an adapter over it."""
     import lora
     from model import load_model
-
     (device, dtype), formats = pick_device(cfg), extra("formats", cfg.plain)
     if formats:
         shard = trainable and getattr(cfg, "shard", False) and extra("runtime", False).spread

@@ -319,7 +319,7 @@ def train_stage(run: Run) -> None:
 def save_trained(run: Run, folder: Path) -> None:
     """The adapter, or with --full the model in the folder `model`."""
     import lora
-
+    # A method may have put modules of its own into the model, such as a head for values.
     if hasattr(run.method, "detach"):
         run.method.detach(run, folder)
     if run.cfg.full:

@@ -174,8 +174,9 @@ def find_template(name: str, *folders):
     """
     from extras.formats import chat
 
-    refuse(not isinstance(name, str), f"the template in a config.json is {show(name)}. Expected a "
-           "name.")
+    place = next(filter(None, folders), "a model")
+    refuse(not isinstance(name, str), f"the template in config.json of {place} is {show(name)}. "
+           "Expected a name.")
     if name in TEMPLATES:
         return TEMPLATES[name]
     if name == chat.NAME:

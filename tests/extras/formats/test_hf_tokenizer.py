@@ -280,7 +280,7 @@ def test_vocabulary_and_config_are_compared(tokenizer):
 
 
 @pytest.mark.parametrize("blob, sentence", [
-    (b"IQ== 0\nIg== 1\n", "is a tiktoken file"),
+    (b"IQ== 0\nIg== 1\n", "is Meta's tokenizer of LLaMA 3 and later"),
     (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
     (b"<html>", "is not a sentencepiece model")])
 def test_other_tokenizer_files_are_named(tmp_path, blob, sentence):
@@ -293,7 +293,7 @@ def test_a_missing_tokenizer_says_where_to_get_it(tmp_path):
     with pytest.raises(ValueError, match="no tokenizer at"):
         open_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="Newer transformers versions do not save that file"):
+    with pytest.raises(ValueError, match="is not a tokenizer that the tokenizers library reads"):
         open_tokenizer(tmp_path)
 
 

@@ -180,12 +180,11 @@ SENTENCES = [  # (status, what provokes it, the sentence; <n> is a number, <*> a
      "or give the path of a file like those in methods/."),
     (2, lambda s: s.file("config.json", None), "no model at {model} (no config.json). Give a "
      "folder in Hugging Face format: config.json, *.safetensors, tokenizer.model."),
-    (2, keep_tokenizer_json, "{model} has tokenizer.json but no tokenizer.model, and this program "
-     "reads sentencepiece only. Newer transformers versions do not save that file: take it from "
-     "the original model and pass --tokenizer FILE."),
-    (2, lambda s: s.file("tokenizer.model", "IQ== 0\nIg== 1\n"), "{model}/tokenizer.model is a "
-     "tiktoken file (LLaMA 3 and later), not sentencepiece. Use a LLaMA-1/2, Mistral, Vicuna or "
-     "TinyLlama checkpoint."),
+    (2, keep_tokenizer_json, "{model}/tokenizer.json is not a tokenizer that the tokenizers "
+     "library reads (<*>). Get it again."),
+    (2, lambda s: s.file("tokenizer.model", "IQ== 0\nIg== 1\n"), "{model}/tokenizer.model is "
+     "Meta's tokenizer of LLaMA 3 and later, not sentencepiece. Put the tokenizer.json of the same "
+     "model in Hugging Face's format beside it, or name that with --tokenizer FILE."),
     (2, lambda s: s.file("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"
                                               "oid sha256:00\nsize 13476831232\n"),
      "{model}/model.safetensors is a Git LFS pointer of 74 bytes, not weights. Run \"git lfs "
