@@ -44,7 +44,7 @@ def check(row, forms: dict[str, tuple], where) -> None:
 
 def show(value) -> str:
     """The beginning of a value, as JSON."""
-    return json.dumps(value)[:60]
+    return json.dumps(value, default=str)[:60]  # Parquet has dates
 
 
 def read_value(raw: dict, key: str, default, low, high):

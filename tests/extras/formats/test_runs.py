@@ -8,7 +8,7 @@ import pytest
 
 import data
 import train
-from extras.formats.runs import check_lengths, check_tasks, example_items, usable_candidates
+from extras.formats.runs import check_tasks, example_items, fitting_records, usable_candidates
 from methods.settings import parse_config
 
 
@@ -93,22 +93,26 @@ def test_what_a_run_is_given_is_read_before_anything_is_trained(make_run, tmp_pa
         make_run("cut", "--records", str(tmp_path / "bad.jsonl"))
 
 
-def test_a_judgment_and_a_response_must_fit_together(make_run, judged, tmp_path):
+# ----- What is left out -----
+
+def test_judged_responses_that_do_not_fit_are_left_out_and_counted(
+        make_run, judged, tmp_path, capsys):
     rows = data.read_records(judged)
     rows[3]["response"] = "red hat " * 40  # it satisfies, so that no judgment stands before it
-    fits = write_rows(tmp_path / "fits.jsonl", rows)
-    make_run("cut", "--records", fits, "--max-len", "60")
     rows[4]["judgment"] = "wrong : blue " * 20
-    long = write_rows(tmp_path / "long.jsonl", rows)
-    with pytest.raises(ValueError, match=r"long.jsonl, record 4: its judgment \(\d+ tokens\) and "
-                                         r"response \(\d+\) do not fit --max-len 60. Raise it"):
-        make_run("cut", "--records", long, "--max-len", "60")
-    make_run("cut", "--records", long)
-    run = make_run("unlikelihood", "--records", long, "--max-len", "60")  # reads no judgments
-    assert check_lengths(run, rows) is None
+    path = write_rows(tmp_path / "long.jsonl", rows)
+    for stage, left in (("cut", [3, 4]), ("unlikelihood", [3])):  # the second reads no judgments
+        run = make_run(stage, "--records", path, "--max-len", "60")
+        capsys.readouterr()
+        found = fitting_records(run, rows)
+        assert found == [row for k, row in enumerate(rows) if k not in left]
+        assert capsys.readouterr().out == (
+            f"{stage}: records of {path} that are left out: {len(left)} longer than --max-len 60 "
+            "allows.\n")
+    assert fitting_records(make_run("cut", "--records", path), rows) == rows
+    with pytest.raises(ValueError, match="all 2 records are longer than --max-len 60 allows"):
+        fitting_records(run, [rows[3]] * 2)
 
-
-# ----- What is left out -----
 
 def test_other_peoples_answers_that_are_empty_or_too_long_are_left_out_and_counted(
         make_run, tmp_path, capsys):
