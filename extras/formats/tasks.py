@@ -31,7 +31,7 @@ def read_task(path: Path) -> Task:
     with open(path, "rb") as file:
         whole = file.readline().rstrip().endswith(b"}")
         refuse(whole and file.read(100).strip(), f"{path} is JSON Lines, and a task is one "
-               "object with Definition and Instances. Rows that hold whole prompts (full_prompt and "
+               "object with Definition and Instances. Rows of whole prompts (full_prompt and "
                "output, or prompt and completion) are read by --stage sft --examples FILE.")
     record, instances = read_object(path), []
     check(record, TASK, f"{path}")

@@ -9,6 +9,7 @@ import pytest
 import data
 import train
 from extras.formats.runs import check_tasks, example_items, fitting_records, usable_candidates
+from methods.pairing import pair_items
 from methods.settings import parse_config
 
 
@@ -159,3 +160,98 @@ def test_examples_become_items_and_what_is_left_out_is_said(make_run, tmp_path, 
     for reason in ("sft: 2 examples", "1 with an empty instruction or output", "1 without an answ",
                    "1 whose first answer is longer than --max-len 60"):
         assert reason in said
+
+
+def turns(*texts):
+    """A conversation in which user and assistant say these."""
+    roles = ("user", "assistant") * len(texts)
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+
+
+def learnt(run, items):
+    """What each item teaches to say."""
+    found = []
+    for item in items:
+        labels = [x for x in item["documents"][0]["labels"] if x != data.IGNORE_INDEX]
+        found.append(run.tokenizer.decode(labels))
+    return found
+
+
+@pytest.mark.parametrize("train_on", ["all", "last"])
+def test_the_answers_that_are_learnt_are_those_that_were_asked_for(
+        train_on, make_run, tmp_path, capsys):
+    one = turns("who ?", "red", "which ?", "hat")
+    first = [*one[:1], one[1] | {"weight": 0}, *one[2:]]
+    last = [*one[:3], one[3] | {"weight": 0}]
+    long = turns("who ?", "red", "which ?", "hat " * 60)
+    rows = [{"messages": one}, {"messages": first}, {"prompt": one[:2] + turns("and ?"),
+                                                      "completion": turns("", "blue")[1:]},
+            {"messages": last}, {"messages": long}]
+    rows[2]["prompt"][1] = rows[2]["prompt"][1] | {"weight": 1}  # a prompt is not learnt
+    path = write_rows(tmp_path / "examples.jsonl", rows)
+    run = make_run("sft", "--examples", path, "--max-len", "60", "--judge-share", "0",
+                   "--train-on", train_on)
+    capsys.readouterr()
+    found = learnt(run, example_items(run))
+    said = capsys.readouterr().out
+    if train_on == "all":  # of what is too long, the turns that fit
+        assert found == ["red hat", "hat", "blue", "red", "red"] and "left out" not in said
+    else:
+        assert found == ["hat", "hat", "blue"]
+        assert "left out 2 of whose learnt answers none fits --max-len 60" in said
+
+
+def test_learning_last_answers_needs_conversations(make_run):
+    with pytest.raises(ValueError, match="--train-on last is about conversations. Add --examples"):
+        make_run("sft", "--train-on", "last")
+
+
+@pytest.mark.parametrize("template", ["plain", "vicuna", "llama2"])
+@pytest.mark.parametrize("system", [None, "be kind"])
+def test_a_preference_in_a_dialogue_has_the_ids_of_sft_and_chat(
+        template, system, make_run, tmp_path):
+    said = turns("who ?", "red hat", "which {input} ?")
+    row = {"prompt": said, "chosen": "anna", "rejected": " tom", "system": system}
+    path = write_rows(tmp_path / "pairs.jsonl", [row])
+    answers = [write_rows(tmp_path / f"{k}.jsonl", [
+        {"messages": [*said, *turns("", text)[1:]], "system": system}])
+        for k, text in enumerate(("anna", " tom"))]
+    more = ["--template", template, "--judge-share", "0"]
+    dpo = make_run("dpo", "--candidates", path, *more)
+    (pair,) = pair_items(dpo)
+    for document, file in zip(pair["documents"], answers, strict=True):
+        (item,) = example_items(make_run("sft", "--examples", file, *more))
+        assert document["input_ids"] == item["documents"][0]["input_ids"]
+    messages = usable_candidates(path, dpo)[0]["messages"]
+    prompt = dpo.tokenizer.encode_prompt(dpo.template.render_conversation(messages))
+    assert document["input_ids"][:len(prompt)] == prompt
+
+
+def test_equal_answers_and_broken_dialogues_are_left_out_and_counted(make_run, tmp_path, capsys):
+    rows = [{"prompt": "q", "chosen": "    return 1", "rejected": "return 1"},
+            {"prompt": "q", "chosen": "same", "rejected": "same"},
+            {"prompt": turns("a", "b") * 2, "chosen": "x", "rejected": "y"}]
+    rows[2]["prompt"] = [*turns("a"), *turns("b")]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    run = make_run("dpo", "--candidates", path)
+    capsys.readouterr()
+    assert [x["response"] for x in usable_candidates(path, run)] == ["    return 1", "return 1"]
+    assert (f"dpo: records of {path} that are left out: 1 whose answers are all the same and 1 "
+            "whose turns do not alternate.") in capsys.readouterr().out
+    with pytest.raises(ValueError, match="none of its records can be used .1 whose answers are al"):
+        usable_candidates(write_rows(tmp_path / "same.jsonl", rows[1:2]), make_run("dpo"))
+
+
+def test_single_answers_with_labels_are_for_methods_that_take_them(make_run, tmp_path):
+    rows = [{"prompt": f"what is hat {k} ?", "completion": "red", "label": k % 2 == 0}
+            for k in range(4)]
+    path = write_rows(tmp_path / "labels.jsonl", rows)
+    with pytest.raises(ValueError) as caught:
+        make_run("dpo", "--candidates", path)
+    assert str(caught.value) == (
+        f"{path} holds single answers (prompt, completion and label), and --stage dpo compares "
+        "answers. Use --stage kto, or give chosen and rejected answers.")
+    run = make_run("kto", "--candidates", path)
+    assert len(usable_candidates(path, run)) == 4
+    items = [(item["name"], item["values"]["desirable"]) for item in run.method.items(run)]
+    assert sorted(items) == [(f"labels/{k}", [float(k % 2 == 0)]) for k in range(4)]

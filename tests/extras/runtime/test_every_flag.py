@@ -107,6 +107,7 @@ from methods import sft, token_step
 from methods.flags import flag
 
 title, TERMS, step, items = "mine", {"ce": "tokens"}, token_step, sft.items
+check = sft.check
 
 
 @dataclass
