@@ -91,7 +91,8 @@ def set_steps(run, items: list[dict]) -> None:
     if not items:
         return
     if cfg.epochs:
-        steps = math.ceil(cfg.epochs * len(items) / cfg.batch_size)
+        steps = cfg.epochs * len(items) / cfg.batch_size
+        steps = math.ceil(round(steps, 6))  # 0.07 * 100 is a little more than 7
         run.cfg = cfg = replace(cfg, steps=steps)
         run.guard.first(lambda: save_settings(cfg, run.folder))
     passes = cfg.steps * cfg.batch_size / len(items)

@@ -23,7 +23,7 @@ kind = "sft"
 class Flags(common.Flags):
     """What stage sft reads beside the common flags."""
 
-    examples: str = flag("", "Alpaca, ShareGPT or messages to learn instead of tasks", path=True)
+    examples: str = flag("", "Alpaca, messages or prompts to learn instead of tasks", path=True)
     train_on: Literal["all", "last"] = flag("all", "answers of a conversation that are learnt")
 
 

@@ -54,11 +54,20 @@ def check_labels(run, records: list[dict]) -> None:
 
 
 # ----- What is left out -----
-def say_left_out(run, path, left_out: dict[str, int], what: str) -> None:
-    """Say how many records, or answers, are left out, by reason."""
-    reasons = " and ".join(f"{n} {reason}" for reason, n in left_out.items() if n)
+def say_left_out(run, path, left_out: dict[str, int]) -> None:
+    """Say how many records are left out, by reason."""
+    reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items() if n)
     if reasons:
-        run.say(f"{run.cfg.stage}: {what} of {path} that are left out: {reasons}.")
+        run.say(f"{run.cfg.stage}: of the records of {path}, these are left out: {reasons}.")
+
+
+def check_systems(run, conversations: list[list[dict]]) -> None:
+    """Say if the template does not show what a system says in them."""
+    given = any(messages[0]["role"] == "system" for messages in conversations)
+    told = [{"role": "system", "content": "@"}, {"role": "user", "content": "?"}]
+    if given and "@" not in run.template.render_conversation(told):
+        run.say(f"{run.cfg.stage}: template {run.cfg.template} has no place for a system, so what "
+                "it says is not used.")
 
 
 def fitting_records(run, records: list[dict]) -> list[dict]:
@@ -77,7 +86,7 @@ def fitting_records(run, records: list[dict]) -> list[dict]:
             found.append(record)
     path, reason = cfg.records or "judged.jsonl", f"longer than --max-len {cfg.max_len} allows"
     refuse(records and not found, f"{path}: all {len(records)} records are {reason}. Raise it.")
-    say_left_out(run, path, {reason: len(records) - len(found)}, "records")
+    say_left_out(run, path, {reason: len(records) - len(found)})
     return found
 
 
@@ -88,7 +97,8 @@ def usable_candidates(path, run) -> list[dict]:
     (records, left_out), most, found = read_preferences(path), run.cfg.max_len, []
     if all(record["how"] not in ("file", "label") for record in records):
         return records
-    say_left_out(run, path, left_out, "records")
+    say_left_out(run, path, left_out)
+    check_systems(run, [record["messages"] for record in records if "messages" in record])
     for record in records:
         length = len(run.template.encode_response(run.tokenizer, record["response"]))
         if record["response"].strip() and length + 16 <= most:
@@ -103,6 +113,7 @@ def usable_candidates(path, run) -> list[dict]:
 def example_items(run) -> list[dict]:
     """Items of --examples: one document per row or conversation; says what was left out."""
     (examples, left_out), found = read_examples(run.cfg.examples, run.say), []
+    check_systems(run, [example["messages"] for example in examples if "messages" in example])
     for number, example in enumerate(examples):
         document, fault = learnt_document(run, example)
         if document:

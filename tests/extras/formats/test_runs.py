@@ -108,8 +108,8 @@ def test_judged_responses_that_do_not_fit_are_left_out_and_counted(
         found = fitting_records(run, rows)
         assert found == [row for k, row in enumerate(rows) if k not in left]
         assert capsys.readouterr().out == (
-            f"{stage}: records of {path} that are left out: {len(left)} longer than --max-len 60 "
-            "allows.\n")
+            f"{stage}: of the records of {path}, these are left out: {len(left)} longer than "
+            "--max-len 60 allows.\n")
     assert fitting_records(make_run("cut", "--records", path), rows) == rows
     with pytest.raises(ValueError, match="all 2 records are longer than --max-len 60 allows"):
         fitting_records(run, [rows[3]] * 2)
@@ -227,6 +227,19 @@ def test_a_preference_in_a_dialogue_has_the_ids_of_sft_and_chat(
     assert document["input_ids"][:len(prompt)] == prompt
 
 
+@pytest.mark.parametrize("opening, said", [("", True), ("{opening}", False)])
+def test_a_system_that_a_template_does_not_show_is_said(opening, said, make_run, tmp_path, capsys):
+    template = tmp_path / "t.json"
+    template.write_text(json.dumps({"turn": opening + "{user}:", "opening": "{system}\n"}))
+    row = {"conversations": turns("who ?"), "system": "be kind", "chosen": "anna",
+           "rejected": "tom"}
+    path = write_rows(tmp_path / "pairs.jsonl", [row, row | {"system": ""}])
+    run = make_run("dpo", "--candidates", path, "--template", str(template))
+    usable_candidates(path, run)
+    sentence = f"dpo: template {template} has no place for a system, so what it says is not used."
+    assert (sentence in capsys.readouterr().out) == said
+
+
 def test_equal_answers_and_broken_dialogues_are_left_out_and_counted(make_run, tmp_path, capsys):
     rows = [{"prompt": "q", "chosen": "    return 1", "rejected": "return 1"},
             {"prompt": "q", "chosen": "same", "rejected": "same"},
@@ -236,8 +249,8 @@ def test_equal_answers_and_broken_dialogues_are_left_out_and_counted(make_run, t
     run = make_run("dpo", "--candidates", path)
     capsys.readouterr()
     assert [x["response"] for x in usable_candidates(path, run)] == ["    return 1", "return 1"]
-    assert (f"dpo: records of {path} that are left out: 1 whose answers are all the same and 1 "
-            "whose turns do not alternate.") in capsys.readouterr().out
+    assert (f"dpo: of the records of {path}, these are left out: 1 whose answers are all the same, "
+            "1 whose turns do not alternate.") in capsys.readouterr().out
     with pytest.raises(ValueError, match="none of its records can be used .1 whose answers are al"):
         usable_candidates(write_rows(tmp_path / "same.jsonl", rows[1:2]), make_run("dpo"))
 
