@@ -17,6 +17,8 @@ FREE = {"out", "init", "device", "evaluate", "compare", "split", "micro_tokens",
         "shard", "save_every", "plain", "eval_per_task", "eval_wordings", "eval_batch"}
 # What a run does not take over from that of an earlier stage.
 OWN = {"steps", "lr", "batch_size", "epochs", "validation"}
+# What runs of earlier versions did not say.
+ADDED = {"epochs": 0.0, "validation": 0.0, "train_on": "all"}
 
 
 def config_class(method, *, plain: bool = False, server: bool = False) -> type:
@@ -87,7 +89,8 @@ def is_finished(folder: Path, cfg) -> bool:
         return False  # a mistake stopped it before it had begun
     # How often a server is asked, and what it may cost, is free, too.
     server = flag_names((extra("judges", cfg.plain) or judging).ServerFlags)
-    saved, free = saved_settings(folder), FREE | server - {"judge_url", "judge_model"}
+    saved = ADDED | saved_settings(folder)
+    free = FREE | server - {"judge_url", "judge_model"}
     asked_as = getattr(cfg, "asked_as", {})
     if asked_as:  # a stage on the way, of which this command cannot set these
         free = free | {"batch_size", "validation"}

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from data import as_list
-from extras.formats.checks import FILLED, TEXT, TEXT_OR_NULL, check, refuse, show
+from extras.formats.checks import FILLED, TEXT, TEXT_OR_NULL, check, name_fields, refuse, show
 from extras.formats.messages import find_fault, read_alpaca, read_turns
 from extras.formats.rows import read_rows
 
@@ -45,7 +45,7 @@ def read_example(row: dict) -> tuple[dict, str, bool]:
     if "full_prompt" in given:  # collections for continual learning, made of Super-NI
         row = {"instruction": row["full_prompt"], "output": as_list(row.get("output"))[0]}
     refuse("instruction" not in row or "output" not in row,
-           f"it has the fields {', '.join(row):.80}. Expected {FORMS}.")
+           f"it has the fields {name_fields(row)}. Expected {FORMS}.")
     fields = {"instruction": row["instruction"], "input": row.get("input") or "",
               "output": row["output"]}
     check(fields, {"instruction": TEXT_OR_NULL, "input": TEXT, "output": TEXT_OR_NULL}, "its row")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import as_list
-from extras.formats.checks import NUMBER, TEXT, check, refuse, show
+from extras.formats.checks import NUMBER, TEXT, check, name_fields, refuse, show
 from extras.formats.messages import as_text, find_fault, read_alpaca, read_content, read_turns
 from extras.formats.rows import read_rows
 
@@ -97,7 +97,7 @@ def read_preference(row: dict) -> Preference:
 def read_pair(row: dict) -> tuple[Preference, list[tuple]]:
     """A chosen and a rejected answer: TRL, ShareGPT, Alpaca, HH-RLHF, UltraFeedback binarized."""
     refuse(row.get("chosen") is None or row.get("rejected") is None, 'fields "chosen" and '
-           f'"rejected" are missing; found: {", ".join(row):.80}. Expected {FORMS}.')
+           f'"rejected" are missing; found: {name_fields(row)}. Expected {FORMS}.')
     prompt = row.get("prompt") or row.get("conversations") or row.get("messages")
     pair = [row["chosen"], row["rejected"]]
     if prompt is None and row.get("instruction") is not None:

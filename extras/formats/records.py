@@ -5,7 +5,16 @@ All readers raise ValueError that names the file and the record.
 
 from pathlib import Path
 
-from extras.formats.checks import FILLED, NUMBER, TEXT, TEXT_OR_NULL, check, refuse, show
+from extras.formats.checks import (
+    FILLED,
+    NUMBER,
+    TEXT,
+    TEXT_OR_NULL,
+    check,
+    name_fields,
+    refuse,
+    show,
+)
 from extras.formats.rows import LONGEST_TEXT, read_lines, read_rows, read_text  # noqa: F401
 
 SATISFIED = 7  # as in the CUT authors' converter: a score of 7 or more is satisfaction
@@ -24,7 +33,7 @@ def judged_rows(row: dict) -> list[dict]:
     elif isinstance(row.get("data"), dict) and "passage" in row["data"]:
         found = judged_summaries(row["data"])
     else:  # our own, or the CUT authors' (arXiv 2312.14591)
-        refuse("judgment" not in row, f'field "judgment" is missing; found: {", ".join(row):.80}. '
+        refuse("judgment" not in row, f'field "judgment" is missing; found: {name_fields(row)}. '
                "Expected a text, or null for a satisfying response.")
         found = [{"response": row.get("output"), "refinement": row.get("i_ans")} | row]
     for part in found:

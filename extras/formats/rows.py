@@ -8,7 +8,7 @@ import io
 import json
 from pathlib import Path
 
-from extras.formats.checks import check, reading, refuse, show
+from extras.formats.checks import check, name_fields, reading, refuse, show
 
 LONGEST_TEXT = 4 * 10**6  # characters; sentencepiece takes some hundred bytes for each
 MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -104,7 +104,7 @@ def read_table(text: str, path: Path) -> list[dict]:
     found, columns = [], rows[0] if rows else []
     for number, row in enumerate(rows[1:]):
         refuse(len(row) != len(columns), f"{path}, record {number} has {len(row)} columns, and the "
-               f"first line names {len(columns)} ({', '.join(columns):.80}). Put texts that hold "
+               f"first line names {len(columns)} ({name_fields(columns)}). Put texts that hold "
                f"{delimiter!r} or a line break in double quotes.")
         cells = zip(columns, row, strict=True)
         found.append({name: read_cell(name, cell) for name, cell in cells})

@@ -1,13 +1,14 @@
 """schedule.py: passes over the items, and a held-out share that nothing is learnt from."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 
 import data
 import train
 from methods import schedule
-from methods.settings import parse_config, saved_settings, stage_config
+from methods.settings import is_finished, parse_config, saved_settings, stage_config
 
 SFT = ("sft", "--judge-share", "0")
 
@@ -65,6 +66,27 @@ def test_a_stage_on_the_way_has_steps_alone(scored_stage):
     before = stage_config(cfg, "sft")
     assert (before.steps, before.epochs, before.validation) == (7, 0, 0)
     assert (cfg.epochs, cfg.validation) == (2, 0.1)
+
+
+def test_a_folder_of_an_earlier_version_had_steps(tmp_path):
+    argv = ["--stage", "sft", "--plain", "--out", str(tmp_path)]
+    cfg = parse_config(argv)[0]
+    saved = {name: value for name, value in asdict(cfg).items() if name != "epochs"}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    (tmp_path / "log.jsonl").touch()
+    assert not is_finished(tmp_path, cfg)
+    with pytest.raises(ValueError, match="holds another run: --epochs was 0.0, now 2.0"):
+        is_finished(tmp_path, parse_config([*argv, "--epochs", "2"])[0])
+
+
+def test_a_stage_that_was_trained_by_epochs_is_continued(arguments, scored_stage, tmp_path, capsys):
+    argv = arguments(tmp_path / "sft-ia", "--plain", "--no-evaluate", "--epochs", "1")
+    assert train.main(["--stage", "sft-ia", "--batch-size", "8", "--validation", "0.2", *argv]) == 0
+    cfg = parse_config(["--stage", scored_stage, "--init", str(tmp_path / "sft-ia"), "--plain",
+                        "--out", str(tmp_path / "run")])[0]
+    before = stage_config(cfg, "sft-ia")
+    assert (cfg.sft_steps, cfg.epochs, cfg.validation, before.steps) == (3, 0, 0, 3)
+    assert is_finished(tmp_path / "sft-ia", before)
 
 
 # ----- Held-out items -----

@@ -4,6 +4,7 @@ import builtins
 import csv
 import io
 import json
+import random
 
 import pytest
 
@@ -100,6 +101,21 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(name, blob, sentence, tmp
         read_examples(tmp_path / name)
     assert str(caught.value).startswith(f"{tmp_path}/{sentence}")
     assert "\n" not in str(caught.value)
+
+
+def test_damaged_files_are_read_or_refused_in_one_line(tmp_path):
+    rng, blobs = random.Random(0), {"csv": as_table(",").encode(), "tsv": as_table("\t").encode(),
+                                    "json": LIST.encode("utf-16")}
+    for _ in range(300):
+        kind = rng.choice(list(blobs))
+        blob, path = bytearray(blobs[kind]), tmp_path / f"a.{kind}"
+        for _ in range(rng.choice((1, 3))):
+            blob[rng.randrange(len(blob))] = rng.randrange(256)
+        path.write_bytes(blob[:rng.choice((None, rng.randrange(len(blob))))])
+        try:
+            read_examples(path)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
 
 
 def test_tables_hold_numbers_and_empty_cells_where_these_are_meant(tmp_path):
