@@ -78,7 +78,7 @@ def fitting_records(run, records: list[dict]) -> list[dict]:
     cfg, found = run.cfg, []
     for record in records:
         texts = [record["response"], record["judgment"] or ""]
-        if cfg.stage == "unlikelihood":  # no prompt of its has a judgment
+        if cfg.stage == "unlikelihood":  # its prompts hold no judgments
             texts[1] = ""
         length = sum(len(run.tokenizer.encode_continuation(text)) for text in texts if text)
         # BOS, EOS and the template's words behind the judgment

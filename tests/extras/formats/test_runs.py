@@ -9,7 +9,8 @@ import pytest
 import data
 import train
 from extras.formats.runs import check_tasks, example_items, fitting_records, usable_candidates
-from methods.pairing import pair_items
+from methods.groups import candidate_document
+from methods.pairing import labelled_items, pair_items
 from methods.settings import parse_config
 
 
@@ -253,6 +254,33 @@ def test_equal_answers_and_broken_dialogues_are_left_out_and_counted(make_run, t
             "1 whose turns do not alternate.") in capsys.readouterr().out
     with pytest.raises(ValueError, match="none of its records can be used .1 whose answers are al"):
         usable_candidates(write_rows(tmp_path / "same.jsonl", rows[1:2]), make_run("dpo"))
+
+
+def test_a_mark_stands_before_what_the_user_says_last(make_run, tmp_path):
+    rows = [{"prompt": turns("who ?", "tom", f"hat {k} ?"), "chosen": "red", "rejected": "blue"}
+            for k in range(2)]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    run = make_run("sft", "--template", "plain")
+    record = usable_candidates(path, run)[0]
+    for mark in ("", "good : "):
+        ids = candidate_document(run, record, mark)["input_ids"]
+        text = run.tokenizer.decode(ids)
+        assert text.startswith("### Instruction: who ?\n### Response: tom")
+        assert text.endswith(f"\n### Instruction: {mark}hat 0 ?\n### Response: red")
+
+
+def test_soft_labels_of_dialogues_are_asked_as_dialogues(make_run, tmp_path):
+    rlaif = pytest.importorskip("methods.rlaif")
+    row = {"prompt": turns("who ?", "tom", "sure ?"), "chosen": "yes", "rejected": "no"}
+    path = write_rows(tmp_path / "pairs.jsonl", [row])
+    run = make_run("rlaif", "--candidates", path)
+    group = usable_candidates(path, run)
+    (pair,) = rlaif.answer_pairs(run, group)
+    assert pair["messages"] == row["prompt"] and pair["instruction"].startswith("user: who ?\n")
+    labelled = write_rows(tmp_path / "labelled.jsonl", [pair | {"probability": 0.7}])
+    (item,) = labelled_items(run, labelled)
+    wanted = {x["response"]: candidate_document(run, x) for x in group}
+    assert item["documents"] == [wanted[pair[side]["response"]] for side in ("first", "second")]
 
 
 def test_single_answers_with_labels_are_for_methods_that_take_them(make_run, tmp_path):
