@@ -25,6 +25,7 @@ import methods
 from eval import answer_questions, evaluate_responses, extra, fail, pick_device, write_results
 from methods import Run, collate, merged_copy, open_trained, settings, torch
 from methods.finding import find_method
+from methods.schedule import check_items, is_told, items_to_train, validation_means
 from methods.settings import parse_config
 
 
@@ -104,8 +105,9 @@ def train(run: Run) -> None:
                                   fused=True)  # its rate is set in every step
     torch.manual_seed(cfg.seed + guard.rank)  # dropout
     # A run that was stopped gets back its items, its optimizer and how far it came.
-    items, done = guard.resume(run, optimizer, lambda: method.items(run))
+    items, done = guard.resume(run, optimizer, lambda: items_to_train(run))
     check_items(run, items)
+    cfg = run.cfg  # its steps may follow from --epochs
     started = time.monotonic() - done["seconds"]
     phase = method.phase(cfg)
     run.model.train()
@@ -130,6 +132,7 @@ def train(run: Run) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # What is known of the step; a checkpoint, if one is due.
+        means |= validation_means(run, step, backward)
         tokens = sum(len(batch["input_ids"]) for batch in batches)
         done["tokens"] += int(guard.sum({"tokens": tokens})["tokens"])
         done["step"] = step + 1
@@ -139,21 +142,8 @@ def train(run: Run) -> None:
     run.model.eval()
 
 
-def check_items(run: Run, items: list[dict]) -> None:
-    """Say how many prompts were truncated. Raises ValueError if there is nothing to train on."""
-    cfg, truncated = run.cfg, 0
-    if not items:
-        raise ValueError(f"nothing to train on for stage {cfg.stage}: no item is left. See the "
-                         "counts above; more samples or another judge may help.")
-    for item in items:
-        truncated += sum(document["truncated"] for document in item["documents"])
-    if truncated:
-        run.say(f"{cfg.stage}: {truncated} documents are longer than --max-len {cfg.max_len}, and "
-                "were truncated.")
-
-
-def backward(run: Run, batches: list[dict]) -> dict:
-    """Gradients of one step; returns {term: mean}.
+def backward(run: Run, batches: list[dict], learn: bool = True) -> dict:
+    """Gradients of one step, unless the loss is only measured; returns {term: mean}.
 
     Each term is divided once, by its total over micro-batches and processes. A batch without a
     target adds nothing: its sum and its count are 0.
@@ -168,7 +158,7 @@ def backward(run: Run, batches: list[dict]) -> dict:
     prepare(run, batches)
     # Then differentiate, batch by batch; the gradients add up to those of the whole step.
     for batch, weight in run.guard.even(batches):
-        with run.precision():
+        with torch.set_grad_enabled(learn), run.precision():
             terms = method.step(run.model, batch, cfg)
         if terms.keys() != counts.keys():
             raise ValueError(f"step of {cfg.stage} returns {list(terms)}; expected the names "
@@ -176,7 +166,8 @@ def backward(run: Run, batches: list[dict]) -> dict:
         loss = 0.0
         for term in method.TERMS:
             loss = loss + terms[term] / max(1, totals[term])
-        (weight * loss).backward()
+        if learn:
+            (weight * loss).backward()
         for term, value in terms.items():
             sums[term] += weight * value.detach()
     sums = run.guard.sum({term: float(value) for term, value in sums.items()})
@@ -225,7 +216,7 @@ def log_step(run: Run, step: int, means: dict, update: dict, noted: dict, done: 
         "seconds": round(done["seconds"], 2),
     }
     data.append_records(run.folder / "log.jsonl", [row | noted])
-    if (step + 1) % max(1, cfg.steps // 10) == 0:
+    if is_told(step, cfg):
         shown = " | ".join(f"{name} {value:.3f}" for name, value in means.items())
         speed = done["tokens"] / done["seconds"] / 1000
         tqdm.write(f"{cfg.stage} step {step + 1}/{cfg.steps} | {shown} | {speed:.1f}k tok/s")

@@ -18,6 +18,7 @@ class CommonFlags:
     model: str = flag("", "Hugging Face folder of the base model (default: the demo's)", path=True)
     out: str = flag("", "run folder (default: runs/STAGE)", folder=True)
     steps: int = flag(200, "optimiser steps", at_least=1)
+    epochs: float = flag(0.0, "passes over the data, instead of --steps", below=10**6)
     batch_size: int = flag(24, "items per step", at_least=1)
     lr: float = flag(2e-4, "peak learning rate", above=0)
     max_len: int = flag(512, "longest document in tokens", at_least=1)
@@ -29,6 +30,7 @@ class CommonFlags:
     weight_decay: float = rare(0.0, "of AdamW")
     clip: float = rare(1.0, "largest gradient norm", above=0)
     full: bool = rare(False, "train all weights instead of an adapter")
+    validation: float = rare(0.0, "share of the items to hold out and measure the loss on", below=1)
     # The model's texts.
     template: str = rare("", "prompt template (default: the checkpoint's own, else alpaca)")
     tokenizer: str = rare("", "tokenizer.model, if the model has none", path=True)

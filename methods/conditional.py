@@ -12,7 +12,7 @@ from typing import Literal
 
 from methods import candidates, record_name, token_step
 from methods.flags import flag
-from methods.groups import best_answers, grouped_candidates
+from methods.groups import best_answers, candidate_document, grouped_candidates
 
 title = "SFT(IA)+conditional"
 base = candidates
@@ -46,8 +46,8 @@ def items(run) -> list[dict]:
         if cfg.conditional == "best" and quantile < cfg.quantiles:
             continue
         mark = reward_mark(cfg, good=good, quantile=quantile, reward=record["reward"])
-        document = run.document(mark + record["wording"], record["input"], record["response"])
-        found.append({"documents": [document], "name": record_name(record)})
+        found.append({"documents": [candidate_document(run, record, mark)],
+                      "name": record_name(record)})
     run.say(f"conditional: {len(found)} answers; the model will be asked with {prefix(run)!r}.")
     return found
 

@@ -115,7 +115,7 @@ def step(model, batch, cfg) -> dict:
     flagged = batch["flagged"].bool() if "flagged" in batch else None
     if cfg.detect == "all":
         flagged = torch.ones(int(twin.sum()), dtype=torch.bool, device=twin.device)
-    elif flagged is None and cfg.dropout and cfg.use_l1:
+    elif flagged is None and cfg.dropout and model.training and cfg.use_l1:
         flagged = flagged_tokens(model.eval(), batch, cfg)
         model.train()
     logprobs, complements = both_logprobs(model, batch)  # (M,), (M,)

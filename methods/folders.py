@@ -15,6 +15,10 @@ from methods.flags import expected, flag_names, same, spelled
 # A continued run may differ in these, and in how a server is asked; they change no result.
 FREE = {"out", "init", "device", "evaluate", "compare", "split", "micro_tokens", "checkpointing",
         "shard", "save_every", "plain", "eval_per_task", "eval_wordings", "eval_batch"}
+# What a run does not take over from that of an earlier stage.
+OWN = {"steps", "lr", "batch_size", "epochs", "validation"}
+# What runs of earlier versions did not say.
+ADDED = {"epochs": 0.0, "validation": 0.0, "train_on": "all"}
 
 
 def config_class(method, *, plain: bool = False, server: bool = False) -> type:
@@ -85,10 +89,15 @@ def is_finished(folder: Path, cfg) -> bool:
         return False  # a mistake stopped it before it had begun
     # How often a server is asked, and what it may cost, is free, too.
     server = flag_names((extra("judges", cfg.plain) or judging).ServerFlags)
-    saved, free = saved_settings(folder), FREE | server - {"judge_url", "judge_model"}
+    saved = ADDED | saved_settings(folder)
+    free = FREE | server - {"judge_url", "judge_model"}
     asked_as = getattr(cfg, "asked_as", {})
-    if asked_as:  # a stage on the way, whose batch this command cannot set
-        free = free | {"batch_size"}
+    if asked_as:  # a stage on the way, of which this command cannot set these
+        free = free | {"batch_size", "validation"}
+    if cfg.epochs:  # the steps follow from it
+        free = free | {"steps"}
+    elif asked_as:  # the steps say it all
+        free = free | {"epochs"}
     for item in fields(cfg):
         name, value = item.name, getattr(cfg, item.name)
         if name in saved and name not in free and not same(saved[name], value):

@@ -31,17 +31,23 @@ def read_fields(path, names: str) -> list[dict]:
             if name in ("wording", "instruction", "input", "response"):
                 if not isinstance(record[name], str):
                     raise ValueError(f'{path}, line {number}: "{name}" is no text. Fix that line.')
+        if "messages" in record:
+            raise ValueError(f"{path}, line {number}, is a dialogue (messages), which needs "
+                             "extras/formats. Leave out --plain.")
     return records
 
 
 def best_answers(group) -> tuple[list, list]:
     """The best answers to one question, and those below.
 
-    Among verdicts, the reward 2 is best; among other rewards (a reward model's), the highest.
+    Among verdicts, the reward 2 is best, among labels (good or bad) 1; among other rewards (a
+    reward model's), the highest.
     """
     known = [record for record in group if record["reward"] is not None]
     top, best, below = 2, [], []
-    if any(record["how"] not in judging.VERDICTS for record in known):
+    if any(record["how"] == "label" for record in known):
+        top = 1
+    elif any(record["how"] not in judging.VERDICTS for record in known):
         top = max(known, key=lambda record: record["reward"])["reward"]
     for record in known:
         if record["reward"] == top:
@@ -56,9 +62,18 @@ def group_rng(run, group: list[dict]) -> random.Random:
     return random.Random(f"{run.cfg.seed}/{group[0]['task']}/{group[0]['id']}")
 
 
-def candidate_document(run, record: dict) -> dict:
-    """A candidate under the wording that produced it."""
-    return run.document(record["wording"], record["input"], record["response"])
+def candidate_document(run, record: dict, mark: str = "") -> dict:
+    """A candidate under the wording, or in the dialogue, that produced it.
+
+    mark: words before what the user says last.
+    """
+    if not record.get("messages"):
+        return run.document(mark + record["wording"], record["input"], record["response"])
+    *before, last = record["messages"]
+    asked = last | {"content": mark + last["content"]}
+    prompt = run.template.render_conversation([*before, asked])
+    return data.encode_example(run.tokenizer, run.template, prompt, record["response"],
+                               max_len=run.cfg.max_len)
 
 
 def distinct(records: list[dict], *names: str) -> list[dict]:

@@ -116,7 +116,7 @@ def judged_records(run) -> list[dict]:
     cfg, formats = run.cfg, extra("formats", run.cfg.plain)
     path = cfg.records or run.folder / "judged.jsonl"
     if formats:
-        records = formats.read_judged(path)
+        records = formats.fitting_records(run, formats.read_judged(path))
     else:
         records = read_fields(path, "instruction input response judgment")
     negative = [record for record in records if record["judgment"] is not None]
@@ -128,8 +128,6 @@ def judged_records(run) -> list[dict]:
     run.say(f"{cfg.stage}: {len(negative)} unsatisfying responses ({len(negative) - len(usable)} "
             f"of them without a judgment, dropped), {len(positive)} satisfying ones, {len(kept)} "
             "of them kept.")
-    if formats:
-        formats.check_lengths(run, records)
     return usable + kept
 
 

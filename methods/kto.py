@@ -21,6 +21,7 @@ from methods.preference import add_reference
 
 title = "SFT(IA)+KTO"
 base = candidates
+takes_labels = True
 unread = ("max_worse",)
 
 
@@ -50,7 +51,7 @@ def items(run) -> list[dict]:
     random.Random(f"{run.cfg.seed}/kto").shuffle(labelled)
     for number, (record, desirable) in enumerate(labelled):
         other = other_answer(labelled, number)
-        mismatched = run.document(record["wording"], record["input"], other)
+        mismatched = candidate_document(run, record | {"response": other})
         found.append({"documents": [candidate_document(run, record), mismatched],
                       "indices": {"own": [0], "other": [1]},
                       "values": {"desirable": [desirable]}, "name": record_name(record)})

@@ -63,9 +63,11 @@ def ranked_item(run, best: dict, worse: list[dict], good: str) -> tuple[dict, in
     if cfg.condition == "worse":
         tops = list(dict.fromkeys(x[name] for x in worse))
     # The documents: the best answer under each of those, then the lower ones.
-    documents = [run.document(wording, best["input"], good) for wording in tops]
+    documents, good_one = [], best | {"response": good}
+    for wording in tops:
+        documents.append(candidate_document(run, good_one | {"wording": wording}))
     for x in worse:
-        documents.append(run.document(x[name], x["input"], x["response"]))
+        documents.append(candidate_document(run, x | {"wording": x[name]}))
     # The pairs, as the numbers of two documents each.
     if cfg.condition == "worse":
         better = [tops.index(x[name]) for x in worse]
@@ -130,7 +132,7 @@ def labelled_items(run, path) -> list[dict]:
     for record in records:
         documents = []
         for x in (record["first"], record["second"]):
-            documents.append(run.document(x["wording"], record["input"], x["response"]))
+            documents.append(candidate_document(run, record | x))
         found.append({"documents": documents, "indices": {"better": [0], "worse": [1]},
                       "values": {"probability": [record["probability"]], "pair_weights": [1.0]},
                       "name": record_name(record)})

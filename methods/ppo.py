@@ -29,6 +29,7 @@ from methods.rollouts import (
 
 title = "SFT(IA)+PPO"
 base = candidates
+unread = ("epochs", "validation")  # every phase has new answers
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Literal
 import data
 from methods import candidates, collate, document_logprobs, losses, torch
 from methods.flags import flag, rare
+from methods.schedule import items_seen
 
 METRICS = {"margin": "pairs", "accuracy": "pairs"}
 
@@ -73,12 +74,10 @@ def add_reference(run, items: list[dict]) -> list[dict]:
     """The items with values "reference": each document's log-probability under the model as it is
     now, before the stage trains it. Only for items that some step will see.
     """
-    cfg, device, seen = run.cfg, next(run.model.parameters()).device, set()
+    cfg, device = run.cfg, next(run.model.parameters()).device
     if not items:
         return items
-    for step in range(cfg.steps):
-        seen.update(data.batch_indices(len(items), cfg.batch_size, step, cfg.seed))
-    used = [items[index] for index in sorted(seen)]
+    used = items_seen(cfg, items)
     run.model.eval()
     with torch.no_grad(), run.precision():
         for part in data.micro_batches(used, cfg.micro_tokens):

@@ -81,8 +81,10 @@ def answer_pairs(run, group) -> list[dict]:
     group_rng(run, group).shuffle(answers)
     for number, pair in enumerate(list(combinations(answers, 2))[:run.cfg.max_worse]):
         first, second = ({name: x.get(name) for name in CHOSEN} for x in pair)
-        x = pair[0]
-        found.append({"task": x["task"], "id": x["id"], "number": number,
+        x, more = pair[0], {}
+        if "messages" in x:  # a dialogue
+            more["messages"] = x["messages"]
+        found.append({"task": x["task"], "id": x["id"], "number": number, **more,
                       "instruction": x["instruction"], "input": x["input"], "first": first,
                       "second": second})
     return found

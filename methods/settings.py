@@ -14,6 +14,7 @@ from methods.finding import find_method
 from methods.flags import check_flags, flag_names, parse_flags, same
 from methods.folders import (  # noqa: F401
     FREE,
+    OWN,
     config_class,
     has_result,
     is_finished,
@@ -37,6 +38,10 @@ def parse_config(argv: list[str]):
     flags = config_class(method, plain=plain, server=server)
     title = f"python train.py --stage {stage} [flags]\n\n{method.__doc__.splitlines()[0]}"
     given = parse_flags(flags, words, title, method.DEFAULTS, method.unread) | {"out": out}
+    if {"steps", "epochs"} <= given.keys():
+        raise ValueError("--steps and --epochs both say how long to train. Leave one of them out.")
+    if "steps" in given:
+        before = before | {"epochs": 0.0}
     # Each of these goes before the ones to its left.
     values = method.DEFAULTS | demo_settings(method, given, before) | before | given
     known = flag_names(flags)  # the demo has settings for several stages
@@ -75,7 +80,7 @@ def continued_settings(method, stage: str, out: Path, init: str) -> dict:
         return {name: value for name, value in saved.items() if name not in FREE}
     # The earlier stage's own steps and rate are --sft-steps and --sft-lr here.
     names = flag_names(config_class(find_method(needs)))
-    names -= FREE | {"stage", "steps", "lr", "batch_size"}
+    names -= FREE | OWN | {"stage"}
     found = {name: value for name, value in before.items() if name in names}
     return found | {"sft_steps": before["steps"], "sft_lr": before["lr"]}
 
@@ -93,7 +98,7 @@ def stage_config(cfg, name: str):
             values[item.name] = getattr(cfg, item.name)
     values["batch_size"] = method.DEFAULTS.get("batch_size", CommonFlags.batch_size)
     if hasattr(cfg, "sft_steps"):
-        values |= {"steps": cfg.sft_steps, "lr": cfg.sft_lr}
+        values |= {"steps": cfg.sft_steps, "lr": cfg.sft_lr, "epochs": 0.0, "validation": 0.0}
     values |= asker.also_needs(cfg).get(name, {})
     made = flags(**values | {"stage": name, "out": f"{cfg.out}/{name}"})
     made.asked_as = {"steps": "sft_steps", "lr": "sft_lr"}  # by the flags of this run

@@ -10,9 +10,9 @@ DOORS = {
     "tokenizer": "open_tokenizer check_vocabulary", "export": "export_model",
     "templates": "find_template check_template encode_conversation keep_template",
     "tasks": "read_tasks add_paraphrases frame_bare_tasks",
-    "records": "read_judged read_candidates read_labelled read_examples read_corpus "
-               "read_instructions",
-    "runs": "check_inputs check_lengths usable_candidates example_items"}
+    "records": "read_judged read_labelled read_corpus", "preferences": "read_candidates",
+    "conversations": "read_examples read_instructions",
+    "runs": "check_inputs fitting_records usable_candidates example_items"}
 
 
 def __getattr__(name):

@@ -43,13 +43,18 @@ def check(row, forms: dict[str, tuple], where) -> None:
     for name, (words, test) in forms.items():
         found = f"is {show(row.get(name))}"
         if name not in row:
-            found = f"is missing; found: {', '.join(row):.80}"
+            found = f"is missing; found: {name_fields(row)}"
         refuse(not test(row.get(name)), f'{where}: field "{name}" {found}. Expected {words}.')
+
+
+def name_fields(row) -> str:
+    """The names of a record's fields, on one line."""
+    return " ".join(", ".join(row).split())[:80]
 
 
 def show(value) -> str:
     """The beginning of a value, as JSON."""
-    return json.dumps(value)[:60]
+    return json.dumps(value, default=str)[:60]  # Parquet has dates
 
 
 def read_value(raw: dict, key: str, default, low, high):

@@ -1,8 +1,12 @@
 """What a run is given, read and checked before anything is trained."""
 
 import data
+from data import IGNORE_INDEX
 from extras.formats.checks import refuse
-from extras.formats.records import read_candidates, read_examples, read_judged
+from extras.formats.conversations import read_examples
+from extras.formats.messages import learnt_answers
+from extras.formats.preferences import read_preferences
+from extras.formats.records import read_judged
 from extras.formats.tasks import frame_bare_tasks
 from extras.formats.templates import check_template, encode_conversation
 from extras.formats.tokenizer import check_vocabulary
@@ -18,9 +22,9 @@ def check_inputs(run) -> None:
             run.say(warning)
     check_template(run.tokenizer, run.template, cfg.template)
     if getattr(cfg, "records", ""):
-        check_lengths(run, read_judged(cfg.records))
+        read_judged(cfg.records)
     if getattr(cfg, "candidates", ""):
-        read_candidates(cfg.candidates)
+        check_labels(run, read_preferences(cfg.candidates)[0])
     if run.tasks:
         check_tasks(run.tasks, cfg, kind)
 
@@ -40,30 +44,64 @@ def check_tasks(tasks: list[data.Task], cfg, kind: str) -> None:
            f"no training wordings for any of the {len(tasks)} tasks. Give --paraphrases FILE.")
 
 
-def check_lengths(run, records: list[dict]) -> None:
-    """Raise ValueError for a record whose judgment and response do not fit --max-len together."""
-    cfg = run.cfg
-    for number, record in enumerate(records):
-        if record["judgment"] is None or cfg.stage == "unlikelihood":
-            continue
-        judgment, response = (len(run.tokenizer.encode_continuation(record[name]))
-                              for name in ("judgment", "response"))
+def check_labels(run, records: list[dict]) -> None:
+    """Raise ValueError for answers without a rival where the method compares answers."""
+    single = any(record["how"] == "label" for record in records)
+    refuse(single and not getattr(run.method, "takes_labels", False),
+           f"{run.cfg.candidates} holds single answers (prompt, completion and label), and "
+           f"--stage {run.cfg.stage} compares answers. Use --stage kto, or give chosen and "
+           "rejected answers.")
+
+
+# ----- What is left out -----
+def say_left_out(run, path, left_out: dict[str, int]) -> None:
+    """Say how many records are left out, by reason."""
+    reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items() if n)
+    if reasons:
+        run.say(f"{run.cfg.stage}: of the records of {path}, these are left out: {reasons}.")
+
+
+def check_systems(run, conversations: list[list[dict]]) -> None:
+    """Say if the template does not show what a system says in them."""
+    given = any(messages[0]["role"] == "system" for messages in conversations)
+    told = [{"role": "system", "content": "@"}, {"role": "user", "content": "?"}]
+    if given and "@" not in run.template.render_conversation(told):
+        run.say(f"{run.cfg.stage}: template {run.cfg.template} has no place for a system, so what "
+                "it says is not used.")
+
+
+def fitting_records(run, records: list[dict]) -> list[dict]:
+    """The judged responses that fit --max-len together with their judgments; the rest is counted.
+
+    Raises ValueError if none fits.
+    """
+    cfg, found = run.cfg, []
+    for record in records:
+        texts = [record["response"], record["judgment"] or ""]
+        if cfg.stage == "unlikelihood":  # its prompts hold no judgments
+            texts[1] = ""
+        length = sum(len(run.tokenizer.encode_continuation(text)) for text in texts if text)
         # BOS, EOS and the template's words behind the judgment
-        refuse(judgment + response + 16 > cfg.max_len,
-               f"{cfg.records or 'judged.jsonl'}, record {number}: its judgment ({judgment} "
-               f"tokens) and response ({response}) do not fit --max-len {cfg.max_len}. Raise it, "
-               "or remove the record.")
+        if length + 16 <= cfg.max_len:
+            found.append(record)
+    path, reason = cfg.records or "judged.jsonl", f"longer than --max-len {cfg.max_len} allows"
+    refuse(records and not found, f"{path}: all {len(records)} records are {reason}. Raise it.")
+    say_left_out(run, path, {reason: len(records) - len(found)})
+    return found
 
 
 def usable_candidates(path, run) -> list[dict]:
     """The candidates to train on; of others' files those that are not empty and fit --max-len."""
-    records, most = read_candidates(path), run.cfg.max_len
-    if "usable" in run.memory or not any(record["how"] == "file" for record in records):
-        return run.memory.get("usable", records)
-    found = []
+    if "usable" in run.memory:
+        return run.memory["usable"]
+    (records, left_out), most, found = read_preferences(path), run.cfg.max_len, []
+    if all(record["how"] not in ("file", "label") for record in records):
+        return records
+    say_left_out(run, path, left_out)
+    check_systems(run, [record["messages"] for record in records if "messages" in record])
     for record in records:
         length = len(run.template.encode_response(run.tokenizer, record["response"]))
-        if record["response"] and length + 16 <= most:
+        if record["response"].strip() and length + 16 <= most:
             found.append(record)
     if len(found) < len(records):
         run.say(f"{run.cfg.stage}: {len(records) - len(found)} of {len(records)} answers of {path} "
@@ -74,14 +112,33 @@ def usable_candidates(path, run) -> list[dict]:
 
 def example_items(run) -> list[dict]:
     """Items of --examples: one document per row or conversation; says what was left out."""
-    (examples, left_out), most, found = read_examples(run.cfg.examples), run.cfg.max_len, []
+    (examples, left_out), found = read_examples(run.cfg.examples, run.say), []
+    check_systems(run, [example["messages"] for example in examples if "messages" in example])
     for number, example in enumerate(examples):
-        document = encode_conversation(run.tokenizer, run.template, example, max_len=most)
+        document, fault = learnt_document(run, example)
         if document:
             found.append({"documents": [document], "name": f"example {number}"})
-    if len(found) < len(examples):
-        reason = f"whose first answer is longer than --max-len {most}"
-        left_out[reason] = len(examples) - len(found)
+        else:
+            left_out[fault] = left_out.get(fault, 0) + 1
     reasons = "".join(f"; left out {n} {reason}" for reason, n in left_out.items())
     run.say(f"{run.cfg.stage}: {len(found)} examples{reasons}.")
     return found
+
+
+def learnt_document(run, example: dict) -> tuple[dict | None, str]:
+    """An example as a document, or None and why; its labels are those of the learnt answers."""
+    most, learnt = run.cfg.max_len, [True]
+    document = encode_conversation(run.tokenizer, run.template, example, max_len=most)
+    if not document:
+        return None, f"whose first answer is longer than --max-len {most}"
+    if "messages" in example:
+        learnt = learnt_answers(example["messages"], getattr(run.cfg, "train_on", "all"))
+    labels, number, before = [], -1, IGNORE_INDEX
+    for label in document["labels"]:
+        number += before == IGNORE_INDEX != label  # an answer begins behind its prompt
+        before = label
+        labels.append(label if learnt[number] else IGNORE_INDEX)
+    document["labels"] = labels
+    if all(label == IGNORE_INDEX for label in labels):
+        return None, f"of whose learnt answers none fits --max-len {most}"
+    return document, ""

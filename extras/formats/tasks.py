@@ -1,6 +1,7 @@
 """Tasks and wordings in other people's layouts, with errors that name the file and the record."""
 
 import difflib
+import re
 from pathlib import Path
 
 from data import Instance, Task, Wording, as_list, read_json, split_wordings
@@ -27,6 +28,11 @@ def read_tasks(path) -> list[Task]:
 
 def read_task(path: Path) -> Task:
     """A Super-NaturalInstructions file in any of its ages: texts or lists of texts, id or none."""
+    with open(path, "rb") as file:
+        whole = file.readline().rstrip().endswith(b"}")
+        refuse(whole and file.read(100).strip(), f"{path} is JSON Lines, and a task is one "
+               "object with Definition and Instances. Rows of whole prompts (full_prompt and "
+               "output, or prompt and completion) are read by --stage sft --examples FILE.")
     record, instances = read_object(path), []
     check(record, TASK, f"{path}")
     refuse(not record["Instances"], f"{path} has no instances. Give it some, or remove the file.")
@@ -80,6 +86,7 @@ def add_paraphrases(path, tasks: list[Task]) -> None:
             given = given["paraphrases"]
         if isinstance(given, list):
             texts = [wording.text for wording in read_wordings(given, where)]
+            check_places(texts, task, where)
             pairs = zip(given, texts, strict=True)
             others = [row for row, text in pairs if text != task.definition]
             task.wordings = split_wordings(name, others)
@@ -89,7 +96,9 @@ def add_paraphrases(path, tasks: list[Task]) -> None:
         seen = {task.definition}
         for split in SPLITS:
             task.wordings[split] = []
-            for wording in read_wordings(given.get(split, []), f"{where}, {split}"):
+            wordings = read_wordings(given.get(split, []), f"{where}, {split}")
+            check_places([wording.text for wording in wordings], task, where)
+            for wording in wordings:
                 if wording.text not in seen:
                     task.wordings[split].append(wording)
                 seen.add(wording.text)
@@ -105,6 +114,18 @@ def read_wordings(rows, where: str) -> list[Wording]:
         check(row, {"text": FILLED, "style": TEXT}, f"{where}, wording {number}")
         found.append(Wording(row["text"], row["style"]))
     return found
+
+
+def check_places(texts: list[str], task: Task, where: str) -> None:
+    """Raise ValueError for a wording with a place other than {input}: it would stay as it is.
+
+    What stands in the task's own definition is text.
+    """
+    for text in texts:
+        for name in re.findall(r"\{(?:[A-Za-z_]\w*|\d*)\}", text):
+            refuse(name != "{input}" and name not in task.definition, f"{where}: the wording "
+                   f"{show(text)} holds {name}, which is no place that is filled. Write {{input}} "
+                   "where the input goes, or leave it out: the input then follows the wording.")
 
 
 def frame_bare_tasks(tasks: list[Task]) -> str:

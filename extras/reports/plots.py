@@ -54,7 +54,8 @@ def plot_bars(found: dict[str, dict]):
 def plot_training(log_rows: list[dict], x: str = "step"):
     """A panel for each figure of the rows over x; for log.jsonl terms of the loss, norm and rate.
 
-    Rows with the same x, such as the answers of a phase of PPO, give their mean.
+    Rows with the same x, such as the answers of a phase of PPO, give their mean. What was measured
+    on held-out items is a second line in the panel of its term.
     """
     panels = {}  # {name: {x: [value]}}
     for row in log_rows:
@@ -64,13 +65,20 @@ def plot_training(log_rows: list[dict], x: str = "step"):
         for name, value in row.items():
             if type(value) in (int, float) and name not in (x, "tokens", "seconds", "n"):
                 panels.setdefault(name, {}).setdefault(row[x], []).append(value)
+    held_out = {name: panels.pop(name) for name in list(panels) if name.startswith("validation_")}
     rows = -(-len(panels) // 3)
     figure, grid = new_figure(10, 0.3 + 2.2 * rows, rows, 3)
     for axes in grid[len(panels):]:
         axes.set_visible(False)
     for axes, (name, points) in zip(grid, panels.items(), strict=False):
-        marker = "o" if len(points) < 10 else ""
-        axes.plot(list(points), [np.mean(values) for values in points.values()], marker=marker)
+        lines = {"trained on": points, "held out": held_out.get(f"validation_{name}", {})}
+        for label, line in lines.items():
+            if line:
+                means = [np.mean(values) for values in line.values()]
+                marker = "o" if len(line) < 10 else ""
+                axes.plot(list(line), means, marker=marker, label=label)
+        if lines["held out"]:
+            axes.legend()
         axes.set(title=name, xlabel=x)
     return figure
 

@@ -14,6 +14,9 @@ def test_best_answers_of_verdicts_and_of_numbers():
     assert groups.best_answers(group[1:3])[0] == []  # of verdicts none below 2 is best
     group = [{"reward": reward, "how": "scored"} for reward in (0.3, -1.0, None)]
     assert groups.best_answers(group) == ([group[0]], [group[1]])
+    group = [{"reward": reward, "how": "label"} for reward in (1.0, 0.0)]
+    assert groups.best_answers(group) == (group[:1], group[1:])
+    assert groups.best_answers(group[1:]) == ([], group[1:])  # a bad answer alone stays bad
     assert groups.best_answers([]) == groups.best_answers(group[2:]) == ([], [])
 
 
@@ -21,6 +24,17 @@ def test_groups_are_questions_in_the_order_of_the_file(make_run, scored_stage, c
     found = groups.grouped_candidates(make_run(scored_stage, "--candidates", str(candidates)))
     assert [x for group in found for x in group] == data.read_records(candidates)
     assert len(found) == 10 and all(len({(x["task"], x["id"]) for x in g}) == 1 for g in found)
+
+
+def test_dialogues_need_extras(make_run, scored_stage, candidates):
+    records = data.read_records(candidates)
+    candidates.unlink()
+    dialogue = {"messages": [{"role": "user", "content": "q"}]}
+    data.append_records(candidates, [records[0], records[1] | dialogue])
+    with pytest.raises(ValueError) as caught:
+        groups.grouped_candidates(make_run(scored_stage, "--candidates", str(candidates)))
+    assert str(caught.value) == (f"{candidates}, line 2, is a dialogue (messages), which needs "
+                                 "extras/formats. Leave out --plain.")
 
 
 def test_a_question_that_stands_in_two_places_is_one_group(make_run, scored_stage, candidates):

@@ -13,7 +13,7 @@ from extras.formats import (
     read_judged,
     read_labelled,
 )
-from extras.formats.records import ROLES
+from extras.formats.messages import ROLES, as_text
 
 
 def as_lines(rows):
@@ -105,7 +105,8 @@ USER, A, B = {"role": "user", "content": "q"}, {"role": "assistant", "content": 
     "role": "assistant", "content": "bad"}
 PAIR = [("good", 1.0), ("bad", 0.0)]
 PREFERENCES = [  # a row, its prompt, its responses with rewards
-    ({"prompt": " q ", "chosen": " good", "rejected": "bad"}, "q", PAIR),
+    ({"prompt": " q\n", "chosen": " good\n", "rejected": "good"}, " q\n",
+     [(" good\n", 1.0), ("good", 0.0)]),
     ({"prompt": "q", "chosen": [USER, A], "rejected": [USER, B]}, "q", PAIR),
     ({"prompt": [USER], "chosen": [A], "rejected": [B]}, "q", PAIR),
     ({"chosen": [USER, A], "rejected": [USER, B]}, "q", PAIR),
@@ -136,9 +137,12 @@ def test_every_form_of_preferences(row, prompt, answers, write, tmp_path):
     assert [(record["response"], record["reward"]) for record in found] == answers
     for k, record in enumerate(found):
         rest = {name: value for name, value in record.items() if name not in ("response", "reward")}
+        messages = rest.pop("messages", None)
         assert rest == {"task": "p", "id": "0", "instruction": prompt, "wording": prompt,
-                        "input": "", "target": "good", "how": "file", "sample": k,
-                        "expected": None, "correct": None}
+                        "input": "", "target": max(answers, key=lambda x: x[1])[0], "how": "file",
+                        "sample": k, "expected": None, "correct": None}
+        assert bool(messages) == ("\nuser: " in prompt)
+        assert not messages or as_text(messages) == prompt
 
 
 @pytest.mark.parametrize("row, words", [
@@ -234,7 +238,7 @@ def test_every_speaker_is_known(speaker, write, tmp_path):
 
 
 @pytest.mark.parametrize("row, words", [
-    (3, "record 1 is 3"), ({"prompt": "x"}, 'field "instruction" is null'),
+    (3, "record 1 is 3"), ({"prompt": "x"}, "it has the fields prompt. Expected {instr"),
     ({"instruction": "x", "output": 4}, 'field "output" is 4'),
     ({"messages": [{"role": ["x"], "content": "y"}]}, "turn 0 is"),
     ({"messages": "x"}, 'its conversation is "x"'),

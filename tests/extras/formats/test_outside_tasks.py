@@ -110,6 +110,29 @@ def test_a_bad_wording_is_named(given, sentence, write, tmp_path):
     assert str(tmp_path / "p.json") in str(caught.value)
 
 
+@pytest.mark.parametrize("place", ["{sentence}", "{}", "{0}", "{text}"])
+def test_a_place_that_nothing_fills_is_refused(place, write, tmp_path):
+    text = f"what is {place} ?"
+    for given in ([text], {"train": ["a {input}"], "dev": [text]}):
+        path = write(tmp_path / "p.json", {"a": given})
+        with pytest.raises(ValueError) as caught:
+            add_paraphrases(path, [Task("a", "do", [])])
+        assert f'the wording "{text}" holds {place}, which is no place that is filled. Write ' in (
+            str(caught.value))
+        task = Task("a", f"do {place}", [])  # there it is text
+        add_paraphrases(path, [task])
+        assert text in [wording.text for part in task.wordings.values() for wording in part]
+
+
+def test_instances_as_lines_are_refused_as_tasks(tmp_path):
+    (tmp_path / "t.json").write_text('{"full_prompt": "a", "output": "b"}\n' * 2)
+    with pytest.raises(ValueError) as caught:
+        read_tasks(tmp_path)
+    assert str(caught.value).startswith(
+        f"{tmp_path}/t.json is JSON Lines, and a task is one object with Definition and Instances. "
+        "Rows of whole prompts (full_prompt and output, or prompt and completion) are read by")
+
+
 def test_real_paraphrases(shared):
     import json
 

@@ -8,7 +8,9 @@ import pytest
 
 import data
 import train
-from extras.formats.runs import check_lengths, check_tasks, example_items, usable_candidates
+from extras.formats.runs import check_tasks, example_items, fitting_records, usable_candidates
+from methods.groups import candidate_document
+from methods.pairing import labelled_items, pair_items
 from methods.settings import parse_config
 
 
@@ -93,22 +95,26 @@ def test_what_a_run_is_given_is_read_before_anything_is_trained(make_run, tmp_pa
         make_run("cut", "--records", str(tmp_path / "bad.jsonl"))
 
 
-def test_a_judgment_and_a_response_must_fit_together(make_run, judged, tmp_path):
+# ----- What is left out -----
+
+def test_judged_responses_that_do_not_fit_are_left_out_and_counted(
+        make_run, judged, tmp_path, capsys):
     rows = data.read_records(judged)
     rows[3]["response"] = "red hat " * 40  # it satisfies, so that no judgment stands before it
-    fits = write_rows(tmp_path / "fits.jsonl", rows)
-    make_run("cut", "--records", fits, "--max-len", "60")
     rows[4]["judgment"] = "wrong : blue " * 20
-    long = write_rows(tmp_path / "long.jsonl", rows)
-    with pytest.raises(ValueError, match=r"long.jsonl, record 4: its judgment \(\d+ tokens\) and "
-                                         r"response \(\d+\) do not fit --max-len 60. Raise it"):
-        make_run("cut", "--records", long, "--max-len", "60")
-    make_run("cut", "--records", long)
-    run = make_run("unlikelihood", "--records", long, "--max-len", "60")  # reads no judgments
-    assert check_lengths(run, rows) is None
+    path = write_rows(tmp_path / "long.jsonl", rows)
+    for stage, left in (("cut", [3, 4]), ("unlikelihood", [3])):  # the second reads no judgments
+        run = make_run(stage, "--records", path, "--max-len", "60")
+        capsys.readouterr()
+        found = fitting_records(run, rows)
+        assert found == [row for k, row in enumerate(rows) if k not in left]
+        assert capsys.readouterr().out == (
+            f"{stage}: of the records of {path}, these are left out: {len(left)} longer than "
+            "--max-len 60 allows.\n")
+    assert fitting_records(make_run("cut", "--records", path), rows) == rows
+    with pytest.raises(ValueError, match="all 2 records are longer than --max-len 60 allows"):
+        fitting_records(run, [rows[3]] * 2)
 
-
-# ----- What is left out -----
 
 def test_other_peoples_answers_that_are_empty_or_too_long_are_left_out_and_counted(
         make_run, tmp_path, capsys):
@@ -155,3 +161,138 @@ def test_examples_become_items_and_what_is_left_out_is_said(make_run, tmp_path, 
     for reason in ("sft: 2 examples", "1 with an empty instruction or output", "1 without an answ",
                    "1 whose first answer is longer than --max-len 60"):
         assert reason in said
+
+
+def turns(*texts):
+    """A conversation in which user and assistant say these."""
+    roles = ("user", "assistant") * len(texts)
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+
+
+def learnt(run, items):
+    """What each item teaches to say."""
+    found = []
+    for item in items:
+        labels = [x for x in item["documents"][0]["labels"] if x != data.IGNORE_INDEX]
+        found.append(run.tokenizer.decode(labels))
+    return found
+
+
+@pytest.mark.parametrize("train_on", ["all", "last"])
+def test_the_answers_that_are_learnt_are_those_that_were_asked_for(
+        train_on, make_run, tmp_path, capsys):
+    one = turns("who ?", "red", "which ?", "hat")
+    first = [*one[:1], one[1] | {"weight": 0}, *one[2:]]
+    last = [*one[:3], one[3] | {"weight": 0}]
+    long = turns("who ?", "red", "which ?", "hat " * 60)
+    rows = [{"messages": one}, {"messages": first}, {"prompt": one[:2] + turns("and ?"),
+                                                      "completion": turns("", "blue")[1:]},
+            {"messages": last}, {"messages": long}]
+    rows[2]["prompt"][1] = rows[2]["prompt"][1] | {"weight": 1}  # a prompt is not learnt
+    path = write_rows(tmp_path / "examples.jsonl", rows)
+    run = make_run("sft", "--examples", path, "--max-len", "60", "--judge-share", "0",
+                   "--train-on", train_on)
+    capsys.readouterr()
+    found = learnt(run, example_items(run))
+    said = capsys.readouterr().out
+    if train_on == "all":  # of what is too long, the turns that fit
+        assert found == ["red hat", "hat", "blue", "red", "red"] and "left out" not in said
+    else:
+        assert found == ["hat", "hat", "blue"]
+        assert "left out 2 of whose learnt answers none fits --max-len 60" in said
+
+
+def test_learning_last_answers_needs_conversations(make_run):
+    with pytest.raises(ValueError, match="--train-on last is about conversations. Add --examples"):
+        make_run("sft", "--train-on", "last")
+
+
+@pytest.mark.parametrize("template", ["plain", "vicuna", "llama2"])
+@pytest.mark.parametrize("system", [None, "be kind"])
+def test_a_preference_in_a_dialogue_has_the_ids_of_sft_and_chat(
+        template, system, make_run, tmp_path):
+    said = turns("who ?", "red hat", "which {input} ?")
+    row = {"prompt": said, "chosen": "anna", "rejected": " tom", "system": system}
+    path = write_rows(tmp_path / "pairs.jsonl", [row])
+    answers = [write_rows(tmp_path / f"{k}.jsonl", [
+        {"messages": [*said, *turns("", text)[1:]], "system": system}])
+        for k, text in enumerate(("anna", " tom"))]
+    more = ["--template", template, "--judge-share", "0"]
+    dpo = make_run("dpo", "--candidates", path, *more)
+    (pair,) = pair_items(dpo)
+    for document, file in zip(pair["documents"], answers, strict=True):
+        (item,) = example_items(make_run("sft", "--examples", file, *more))
+        assert document["input_ids"] == item["documents"][0]["input_ids"]
+    messages = usable_candidates(path, dpo)[0]["messages"]
+    prompt = dpo.tokenizer.encode_prompt(dpo.template.render_conversation(messages))
+    assert document["input_ids"][:len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("opening, said", [("", True), ("{opening}", False)])
+def test_a_system_that_a_template_does_not_show_is_said(opening, said, make_run, tmp_path, capsys):
+    template = tmp_path / "t.json"
+    template.write_text(json.dumps({"turn": opening + "{user}:", "opening": "{system}\n"}))
+    row = {"conversations": turns("who ?"), "system": "be kind", "chosen": "anna",
+           "rejected": "tom"}
+    path = write_rows(tmp_path / "pairs.jsonl", [row, row | {"system": ""}])
+    run = make_run("dpo", "--candidates", path, "--template", str(template))
+    usable_candidates(path, run)
+    sentence = f"dpo: template {template} has no place for a system, so what it says is not used."
+    assert (sentence in capsys.readouterr().out) == said
+
+
+def test_equal_answers_and_broken_dialogues_are_left_out_and_counted(make_run, tmp_path, capsys):
+    rows = [{"prompt": "q", "chosen": "    return 1", "rejected": "return 1"},
+            {"prompt": "q", "chosen": "same", "rejected": "same"},
+            {"prompt": turns("a", "b") * 2, "chosen": "x", "rejected": "y"}]
+    rows[2]["prompt"] = [*turns("a"), *turns("b")]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    run = make_run("dpo", "--candidates", path)
+    capsys.readouterr()
+    assert [x["response"] for x in usable_candidates(path, run)] == ["    return 1", "return 1"]
+    assert (f"dpo: of the records of {path}, these are left out: 1 whose answers are all the same, "
+            "1 whose turns do not alternate.") in capsys.readouterr().out
+    with pytest.raises(ValueError, match="none of its records can be used .1 whose answers are al"):
+        usable_candidates(write_rows(tmp_path / "same.jsonl", rows[1:2]), make_run("dpo"))
+
+
+def test_a_mark_stands_before_what_the_user_says_last(make_run, tmp_path):
+    rows = [{"prompt": turns("who ?", "tom", f"hat {k} ?"), "chosen": "red", "rejected": "blue"}
+            for k in range(2)]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    run = make_run("sft", "--template", "plain")
+    record = usable_candidates(path, run)[0]
+    for mark in ("", "good : "):
+        ids = candidate_document(run, record, mark)["input_ids"]
+        text = run.tokenizer.decode(ids)
+        assert text.startswith("### Instruction: who ?\n### Response: tom")
+        assert text.endswith(f"\n### Instruction: {mark}hat 0 ?\n### Response: red")
+
+
+def test_soft_labels_of_dialogues_are_asked_as_dialogues(make_run, tmp_path):
+    rlaif = pytest.importorskip("methods.rlaif")
+    row = {"prompt": turns("who ?", "tom", "sure ?"), "chosen": "yes", "rejected": "no"}
+    path = write_rows(tmp_path / "pairs.jsonl", [row])
+    run = make_run("rlaif", "--candidates", path)
+    group = usable_candidates(path, run)
+    (pair,) = rlaif.answer_pairs(run, group)
+    assert pair["messages"] == row["prompt"] and pair["instruction"].startswith("user: who ?\n")
+    labelled = write_rows(tmp_path / "labelled.jsonl", [pair | {"probability": 0.7}])
+    (item,) = labelled_items(run, labelled)
+    wanted = {x["response"]: candidate_document(run, x) for x in group}
+    assert item["documents"] == [wanted[pair[side]["response"]] for side in ("first", "second")]
+
+
+def test_single_answers_with_labels_are_for_methods_that_take_them(make_run, tmp_path):
+    rows = [{"prompt": f"what is hat {k} ?", "completion": "red", "label": k % 2 == 0}
+            for k in range(4)]
+    path = write_rows(tmp_path / "labels.jsonl", rows)
+    with pytest.raises(ValueError) as caught:
+        make_run("dpo", "--candidates", path)
+    assert str(caught.value) == (
+        f"{path} holds single answers (prompt, completion and label), and --stage dpo compares "
+        "answers. Use --stage kto, or give chosen and rejected answers.")
+    run = make_run("kto", "--candidates", path)
+    assert len(usable_candidates(path, run)) == 4
+    items = [(item["name"], item["values"]["desirable"]) for item in run.method.items(run)]
+    assert sorted(items) == [(f"labels/{k}", [float(k % 2 == 0)]) for k in range(4)]

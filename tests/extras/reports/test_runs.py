@@ -8,6 +8,7 @@ import pytest
 import data
 from eval import DEMO
 from extras.reports import report_judged, report_rewards, report_run
+from extras.reports.plots import plot_training
 from extras.reports.runs import compare_rewards, correlation, next_command, report_candidates
 from methods import heads
 
@@ -62,6 +63,19 @@ def test_a_run_gets_curves_of_all_its_stages_and_a_page_on_its_judge(
     assert {str(path.relative_to(run.folder)) for path in run.folder.rglob("*.png")} == {
         "plots/training.png", "sft-ia/plots/training.png"}
     assert (run.folder / "judge.json").exists() == judged_too
+
+
+def test_held_out_losses_are_drawn_beside_their_terms():
+    pytest.importorskip("matplotlib")
+    rows = [{"stage": "sft", "step": k, "ce": 3.0 - k, "norm": 1.0} for k in range(4)]
+    plain = [axes for axes in plot_training(rows).axes if axes.get_visible()]
+    for k in (1, 3):
+        rows[k]["validation_ce"] = 3.5 - k
+    panels = [axes for axes in plot_training(rows).axes if axes.get_visible()]
+    assert [x.get_title() for x in panels] == [x.get_title() for x in plain] == ["ce", "norm"]
+    lines = {x.get_label(): (list(x.get_xdata()), list(x.get_ydata())) for x in panels[0].lines}
+    assert lines == {"trained on": ([0, 1, 2, 3], [3, 2, 1, 0]), "held out": ([1, 3], [2.5, 0.5])}
+    assert panels[0].get_legend() and not panels[1].get_legend() and len(panels[1].lines) == 1
 
 
 @pytest.mark.parametrize("more, wanted", [

@@ -18,6 +18,8 @@ JUDGED = ["--stage", "cut", "--judge", "rule", "--sft-steps", "2", "--pool-per-t
           "--downsample", "0", "--no-compare"]
 RUNS = {
     "sft": ["--stage", "sft", "--steps", "12", "--dropout", "0.1", "--micro-tokens", "120", *SHORT],
+    "held out": ["--stage", "sft", "--epochs", "3", "--validation", "0.2", "--dropout", "0.1",
+                 "--micro-tokens", "120", *SHORT],
     "cut": [*JUDGED, "--steps", "8", "--dropout", "0.1", *SHORT],
     "rounds": [*JUDGED, "--steps", "6", "--rounds", "2", *SHORT, "--save-every", "2"],
     "cat": ["--stage", "cat", "--steps", "8", "--sft-steps", "4", "--dropout", "0.1",

@@ -49,7 +49,7 @@ def recorded_reads(patch):
 def unread_flags(stage, reads):
     """The flags that neither a stage nor, with the value that it hands on, an earlier one reads."""
     method = finding.find_method(stage)
-    known, own = set(), {"steps", "lr", "batch_size"}
+    known, own = set(), {"steps", "lr", "batch_size", "epochs", "validation"}
     for name in (stage, method.needs, "sft", "reward"):
         known |= {flag for reader, flag in reads if reader == name and (
             reader == stage or flag not in own)}
@@ -107,6 +107,7 @@ from methods import sft, token_step
 from methods.flags import flag
 
 title, TERMS, step, items = "mine", {"ce": "tokens"}, token_step, sft.items
+check = sft.check
 
 
 @dataclass
