@@ -101,9 +101,10 @@ def read_identity(folder: Path) -> dict:
     path = folder / FILE
     found = data.read_json(path) if path.is_file() else {}
     try:
+        sound = all(isinstance(part, dict) for part in found.values())
         places = [*found.get("inputs", {}).values(), found.get("result", {})]
-        sound = all(isinstance(sha, str) for place in places for sha in place.values())
-        sound = sound and all(data.as_list(seen)[-1:] for seen in found.get("machine", {}).values())
+        sound &= all(isinstance(sha, str) for place in places for sha in place.values())
+        sound &= all(data.as_list(seen)[-1:] for seen in found.get("machine", {}).values())
     except AttributeError:  # something is no object
         sound = False
     if not sound:
