@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 HEADER = ("| fault or attack | trials | failed | failure rate below (95 %) "
           "| control, which must fail | seconds |\n|---|---|---|---|---|---|")
 # parameters that say how many trials a test makes
-COUNTS = {"trials": int, "times": int, "pairs": len, "steps": len, "most": int}
+COUNTS = {"trials", "times", "pairs", "steps", "most"}  # a number, or one for each of a tuple
 
 # (what, its tests, their control, what that lacks). Tests: FILE::PATTERN of tests/**/test_FILE.py,
 # with N* in front where each of them makes N trials and does not say so; the parameters of a test
@@ -199,6 +199,13 @@ ROWS = [
      "damaged_files::test_a_damaged_model_folder.*model/(tok|add|spec) "
      "26*damaged_files::test_a_real_tokenizer.*aimed "
      "1000*damaged_files::test_a_real_tokenizer.*random"),
+    ("a damaged tokenizer.json", "tokenizer_json::test_flipped_bytes "
+     "tokenizer_json::test_a_damaged_tokenizer"),
+    ("chat templates that are broken, hostile, or of another kind",
+     "tokenizer_json::test_templates_that"),
+    ("control tokens in what users and models say, under seven chat templates and four tokenizers",
+     "50*tokenizer_json::test_users_and_models 300*tokenizer_json::test_what_users_say "
+     "tokenizer_json::test_a_vocabulary_whose"),
     ("damaged adapter_config.json", "damaged_files::test_a_damaged_model_folder.*adapter_config"),
     ("damaged tasks, wordings, records, preferences and other data",
      "damaged_files::test_damaged_data 3*damaged_files::test_a_line_of_fifty"),
@@ -270,8 +277,9 @@ class Collector:
             if item.get_closest_marker("faults") and name not in known:
                 raise pytest.UsageError(f"no row has {name}. Add it to ROWS in {__file__}.")
             if hasattr(item, "callspec"):
-                for parameter in COUNTS.keys() & item.callspec.params.keys():
-                    self.trials[name] = COUNTS[parameter](item.callspec.params[parameter])
+                for parameter in COUNTS & item.callspec.params.keys():
+                    value = item.callspec.params[parameter]
+                    self.trials[name] = int(value) if isinstance(value, int) else len(value)
         items[:] = [item for name, item in tests.items() if name in wanted]
 
     def pytest_runtest_logreport(self, report):
