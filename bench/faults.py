@@ -279,7 +279,8 @@ class Collector:
             if hasattr(item, "callspec"):
                 for parameter in COUNTS & item.callspec.params.keys():
                     value = item.callspec.params[parameter]
-                    self.trials[name] = int(value) if isinstance(value, int) else len(value)
+                    if isinstance(value, (int, tuple)):
+                        self.trials[name] = value if isinstance(value, int) else len(value)
         items[:] = [item for name, item in tests.items() if name in wanted]
 
     def pytest_runtest_logreport(self, report):
