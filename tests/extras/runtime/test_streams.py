@@ -52,7 +52,7 @@ def copied(path):
     path.with_name("copy").replace(path)
 
 
-@pytest.mark.parametrize("trials", [2, pytest.param(16, marks=FAULTS)])
+@pytest.mark.parametrize("trials", [2, pytest.param(20, marks=FAULTS)])
 @pytest.mark.parametrize("how", [removed, moved, replaced, copied])
 def test_a_log_that_is_removed_is_put_back_and_the_run_stops(how, trials, command, unstopped,
                                                              tmp_path, monkeypatch, capsys):
@@ -104,7 +104,7 @@ def test_without_the_watch_a_lost_log_goes_unnoticed(command, tmp_path, monkeypa
     assert len(runs.read_rows(tmp_path / "log.jsonl")) == 7 < 12
 
 
-@pytest.mark.parametrize("trials", [2, pytest.param(16, marks=FAULTS)])
+@pytest.mark.parametrize("trials", [2, pytest.param(20, marks=FAULTS)])
 def test_of_two_processes_after_a_lock_was_removed_one_stops(trials, command, unstopped, tmp_path,
                                                              capfd):
     """The second one has the folder, and what it ends with is what one process ends with."""
