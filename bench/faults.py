@@ -1,6 +1,6 @@
 """What was tried to break it, how often, and what came of it: the table of docs/faults.md.
 
-    python bench/faults.py                     # a quarter of an hour on two cores
+    python bench/faults.py                     # about 25 minutes on two cores
     python bench/faults.py --quick             # the trials that run with the test suite
     python bench/faults.py --rows redirects    # only the rows with this word
 
