@@ -37,7 +37,7 @@ class Tokenizer:
         if self.path.is_dir():
             self.path = self.path / "tokenizer.model"
         if not self.path.is_file():
-            raise ValueError(f"no tokenizer at {self.path}. Give a folder with a tokenizer.model.")
+            raise ValueError(f"no tokenizer at {self.path}. Give one (--plain reads no others).")
         self.model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
         self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
         self.control = {i for i in range(len(self.model)) if self.model.is_control(i)}

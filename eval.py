@@ -355,7 +355,7 @@ def parse_flags(argv, demo=False):
     add("--judge-model", default="", help="the judge's name there")
     add("--rouge-threshold", type=float, default=0.7, help="ROUGE-L of similar texts, for rules")
     add("--symmetrize", choices=("and", "or", "first"), default="and", help="orders of a pair")
-    add("--tokenizer", default="", help="tokenizer.model, if the model folder has none")
+    add("--tokenizer", default="", help="tokenizer file, if the model folder has none")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add("--plain", action="store_true", help="run the course's own code, without extras/")

@@ -38,6 +38,7 @@ SHORT_WORDS = 2  # answers of up to so many words are compared exactly: ROUGE ta
 LENGTH_FACTOR = 3  # free text of a third to three times the target's length has the expected type
 ENDINGS = " .,;:!?。、।॥؟،؛۔։።၊။។"  # what may end a sentence
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
+NUMERALS = re.compile("([²³¹¼-¾⁰-₎⅐-⅟↉])")
 # Thai, Lao, Burmese, Khmer, Japanese and Chinese are written without spaces between words.
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u9fff"
                       "\U00020000-\U0003ffff]")
@@ -261,10 +262,14 @@ class RuleJudge:
 def fold(text: str) -> str:
     """The form in which texts are compared: case, spacing and encoding do not matter.
 
-    NFKC makes a letter and its accent one character and ﬁ two; casefold makes ß ss.
+    NFKC makes a letter and its accent one character and ﬁ two; casefold makes ß ss. But 10² and
+    1½ stay other numbers than 102 and 11/2.
     """
-    text = unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).casefold()
-    return " ".join(unicodedata.normalize("NFKC", text).split())
+    parts = NUMERALS.split(INVISIBLE.sub("", text))
+    for k in range(0, len(parts), 2):  # what stands between such numerals
+        part = unicodedata.normalize("NFKC", parts[k]).casefold()
+        parts[k] = unicodedata.normalize("NFKC", part)
+    return " ".join("".join(parts).split())
 
 
 def normalize(text: str) -> str:
@@ -274,8 +279,8 @@ def normalize(text: str) -> str:
 
 def split_words(text: str) -> list[str]:
     """Runs of letters, digits and vowel signs; each letter of UNSPACED scripts alone; é is e."""
-    plain = unicodedata.normalize("NFKD", fold(text))
-    plain = unicodedata.normalize("NFKC", re.sub("(?<=[a-z])[\u0300-\u036f]+", "", plain))
+    plain = unicodedata.normalize("NFD", fold(text))
+    plain = unicodedata.normalize("NFC", re.sub("(?<=[a-z])[\u0300-\u036f]+", "", plain))
     kept = [char if unicodedata.category(char)[0] in "LMN" else " " for char in plain]
     return UNSPACED.sub(r" \g<0> ", "".join(kept)).split()
 

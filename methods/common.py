@@ -33,7 +33,7 @@ class CommonFlags:
     validation: float = rare(0.0, "share of the items to hold out and measure the loss on", below=1)
     # The model's texts.
     template: str = rare("", "prompt template (default: the checkpoint's own, else alpaca)")
-    tokenizer: str = rare("", "tokenizer.model, if the model has none", path=True)
+    tokenizer: str = rare("", "tokenizer file, if the model has none", path=True)
     # The machine. These change no result, but for dtype.
     device: str = rare("auto", "cpu, cuda, cuda:1, ...")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = rare("auto", "of the base weights")

@@ -68,7 +68,7 @@ def test_a_continuation_behind_any_tail_is_that_of_the_joint_encoding(tokenizer)
 def test_a_folder_or_a_file_names_the_tokenizer(world, tmp_path):
     one, two = data.Tokenizer(world / "model"), data.Tokenizer(world / "model/tokenizer.model")
     assert one.path == two.path and one.encode_prompt("red") == two.encode_prompt("red")
-    with pytest.raises(ValueError, match="no tokenizer at .*. Give a folder with a token"):
+    with pytest.raises(ValueError, match="no tokenizer at .*. Give one .--plain reads no others"):
         data.Tokenizer(tmp_path)
 
 

@@ -300,7 +300,8 @@ def test_letters_of_all_scripts_are_letters(script):
     ("кошка под кроватью сегодня", "собака под кроватью сегодня", True, 0.75),
     ("हिन्दी", "हिन्दा", False, 0), ("か", "が", False, 0), ("й", "и", False, 0),
     ("cat猫dog", "cat 猫 dog", True, 1), ("ﬁne Ⅷ ① ＡＢＣ", "fine viii 1 abc", True, 1),
-    ("slee\u00adping\u200b cat ❤\ufe0f", "sleeping cat", False, 1), ("½", "1⁄2", True, 1)])
+    ("slee\u00adping\u200b cat ❤\ufe0f", "sleeping cat", False, 1), ("½", "1⁄2", False, 0),
+    ("10²", "102", False, 0), ("10²", "10²", True, 1), ("1½", "11⁄2", False, 0)])
 def test_words_of_other_scripts_by_hand(a, b, similar, rouge):
     assert RuleJudge().similar(a, b) == RuleJudge().similar(b, a) == similar
     assert judging.rouge_l(a, b) == pytest.approx(rouge) == judging.rouge_l(b, a)

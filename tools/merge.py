@@ -17,6 +17,8 @@ from tools import make_main
 
 def merge(cfg) -> None:
     """Write the folder."""
+    if cfg.plain:
+        raise ValueError("--plain has no part in a merge. Leave it out.")
     if len(cfg.adapter) > 1 or Path(cfg.out).resolve() == Path(cfg.model).resolve():
         raise ValueError("one adapter at most is merged, into another folder than the model's. "
                          "Give one --adapter, and another --out.")

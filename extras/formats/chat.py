@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from extras.formats.checks import read_object, reading, refuse
-from extras.formats.templates import Prompt
-from extras.formats.tokenizer import MARK, SIDE_FILES, added_tokens, special_name
+from extras.formats.templates import Prompt, TemplateRefusal
+from extras.formats.tokenizer import MARK, SIDE_FILES, added_tokens, control_pieces, special_name
 
 NAME = "chat"  # what --template calls it
 JINJA_FILE = "chat_template.jinja"
@@ -46,6 +46,13 @@ def find_source(folder) -> str | None:
     return source
 
 
+def has_template(folder) -> bool:
+    """Whether a folder has a chat template, however that reads."""
+    folder = Path(folder)
+    return (folder / JINJA_FILE).is_file() or bool(
+        read_object(folder / SIDE_FILES[0]).get("chat_template"))
+
+
 def open_chat_template(*folders) -> "JinjaTemplate":
     """The chat template of the first folder that has one. Raises ValueError if none has."""
     for folder in map(Path, filter(None, folders)):
@@ -57,6 +64,8 @@ def open_chat_template(*folders) -> "JinjaTemplate":
             known = {f"{name}_token": special_name(tokens.get(f"{name}_token"))
                      for name in ("bos", "eos", "unk", "pad")}
             names = {*special, *filter(None, known.values()), *filter(MARK.fullmatch, added)}
+            if (folder / "tokenizer.model").is_file():
+                names |= control_pieces(folder / "tokenizer.model")
             with reading(f"the chat template of {folder}", "a template as transformers reads it"):
                 return JinjaTemplate.make(source, known, names)
     raise ValueError(f"{' and '.join(map(str, filter(None, folders)))} has no chat template of its "
@@ -108,7 +117,8 @@ class JinjaTemplate:
 
     source: the template. known: the names of control tokens that it is given. names: the texts that
     are control tokens where the template says them. Made by `make`, which finds the rest: what
-    stands before a response and ends it, and whether a response loses the blanks around it.
+    stands before a response and ends it, whether the template itself says the end, and whether a
+    response loses the blanks on its left and right.
     """
 
     source: str
@@ -116,7 +126,8 @@ class JinjaTemplate:
     names: frozenset
     separator: str = ""
     end: str = "</s>"
-    strip: bool = False
+    ended: bool = False
+    strips: tuple = (False, False)
     probe: Prompt = field(default=Prompt(), repr=False)  # a prompt, whose end is that of all
 
     @classmethod
@@ -132,31 +143,34 @@ class JinjaTemplate:
                f"a conversation in it does not begin with its prompt, {prompt[-40:]!r}, and go on "
                "with the response. Name another with --template.")
         before, _, behind = answered[len(prompt):].partition(ANSWER)
-        strip = not before.endswith(BLANKS)
+        strips = not before.endswith(BLANKS), not behind.startswith(BLANKS)
         before, behind = before.removesuffix(BLANKS), behind.removeprefix(BLANKS)
         last = re.search("|".join(map(re.escape, sorted(names, key=len, reverse=True))), behind)
         end = behind[:last.end()] if last else known.get("eos_token") or "</s>"
-        probe = Prompt.of([(prompt, True)], end, whole=True)
-        return cls(source, plain.known, names, before, end, strip, probe)
+        probe = Prompt.of([(prompt, True)], end, whole=True, names=names)
+        return cls(source, plain.known, names, before, end, bool(last), strips, probe)
 
     @property
     def tail(self) -> str:
         """What every prompt ends in."""
         return self.probe[-1:]
 
-    def render_raw(self, messages: list[dict], hidden: list[str], *, prompt: bool = True) -> str:
-        """What the template makes of messages, with placeholders for the texts in `hidden`.
-
-        prompt: whether a response of the assistant is to come. The texts are added to `hidden`.
-        """
+    def hide_names(self, messages: list[dict], hidden: list[str]) -> list[dict]:
+        """The messages with placeholders for names of control tokens, which are added to hidden."""
         pattern = "|".join(map(re.escape, sorted({*self.names, OPENING}, key=len, reverse=True)))
 
         def hide(found):
             hidden.append(found[0])
             return f"{OPENING}{len(hidden) - 1}{CLOSING}"
-        given = [message | {"content": re.sub(f"{pattern}|{MARK.pattern}", hide,
-                                              message["content"])} for message in messages]
-        made = compile_template(self.source)
+        return [message | {"content": re.sub(f"{pattern}|{MARK.pattern}", hide,
+                                             message["content"])} for message in messages]
+
+    def render_raw(self, messages: list[dict], hidden: list[str], *, prompt: bool = True) -> str:
+        """What the template makes of messages, with placeholders for the texts in `hidden`.
+
+        prompt: whether a response of the assistant is to come. The texts are added to `hidden`.
+        """
+        given, made = self.hide_names(messages, hidden), compile_template(self.source)
         import jinja2
         try:
             return made.render(
@@ -164,8 +178,9 @@ class JinjaTemplate:
                 **self.known)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError,
                 ArithmeticError, RecursionError) as error:
-            raise ValueError(f"the chat template says: {' '.join(str(error).split())[:200]} Change "
-                             "the data, or name another template with --template.") from None
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            raise TemplateRefusal(f"the chat template says: {reason}. Change the data, or name "
+                                  "another template with --template.") from None
 
     def as_prompt(self, raw: str, hidden: list[str], *, whole: bool) -> Prompt:
         """A part of what the template made as a prompt: hidden texts are the user's, not its own.
@@ -175,7 +190,7 @@ class JinjaTemplate:
         parts = []
         for k, piece in enumerate(re.split(f"{OPENING}(\\d+){CLOSING}", raw)):
             parts.append((hidden[int(piece)], False) if k % 2 else (piece, True))
-        return Prompt.of(parts, self.end, whole=whole)
+        return Prompt.of(parts, self.end, whole=whole, names=self.names)
 
     def render(self, instruction: str, input: str = "", judgment: str | None = None, *,
                literal: bool = False) -> Prompt:
@@ -195,7 +210,8 @@ class JinjaTemplate:
         """[[prompt, response], ...] of messages; None for a response to come.
 
         Each prompt but the first is what the template adds to the turns before it. Raises
-        ValueError for a template that writes an earlier turn in another way when more follow.
+        TemplateRefusal for a template that writes an earlier turn in another way when more follow,
+        or a response in another way than it is learnt.
         """
         turns, said = [], ""
         for k, message in enumerate(messages):
@@ -203,23 +219,39 @@ class JinjaTemplate:
                 continue
             hidden = []
             raw = self.render_raw(messages[:k + 1], hidden)
-            refuse(not raw.startswith(said), "the chat template writes an earlier turn in another "
-                   "way when more follow, so its responses cannot be learnt together. Name another "
-                   "with --template, or give single turns.")
+            self.check_kept(raw, said)
             turns.append([self.as_prompt(raw[len(said):], hidden, whole=not turns), None])
             if k + 1 < len(messages):
-                answer = messages[k + 1]["content"]
-                turns[-1][1] = answer
-                hidden = []
-                whole = self.render_raw(messages[:k + 2], hidden, prompt=False)
-                closing = whole.find(self.end, len(raw)) if whole.startswith(raw) else -1
-                said = whole[:closing + len(self.end)] if closing >= 0 else raw
+                turns[-1][1] = messages[k + 1]["content"]
+                answer = self.hide_names(messages[:k + 2], [])[-1]["content"]
+                said = raw + self.separator + self.strip(answer) + self.end * self.ended
+                whole = self.render_raw(messages[:k + 2], [], prompt=False)
+                self.check_kept(whole, raw)
+                if not whole.startswith(said) or not self.ended and k + 2 < len(messages):
+                    raise TemplateRefusal(
+                        "the chat template writes a response in another way than it is learnt, or "
+                        "without an end. Name another with --template.")
         return turns
+
+    @staticmethod
+    def check_kept(text: str, begin: str) -> None:
+        """Raise TemplateRefusal unless a conversation begins as it did when it was shorter."""
+        if not text.startswith(begin):
+            raise TemplateRefusal(
+                "the chat template writes an earlier turn in another way when more follow, so its "
+                "responses cannot be learnt together. Learn the last with --train-on last, or name "
+                "another template with --template.")
+
+    def strip(self, response: str) -> str:
+        """A response without the blanks that the template drops around it."""
+        left, right = self.strips
+        response = response.lstrip() if left else response
+        return response.rstrip() if right else response
 
     def close(self, response: str) -> Prompt:
         """What stands behind a prompt: the response and its end."""
-        text = response.strip() if self.strip else response
-        return Prompt.of([(self.separator + text, False), (self.end, True)])
+        parts = [(self.separator + self.strip(response), False), (self.end, True)]
+        return Prompt.of(parts, names=self.names)
 
     def encode_response(self, tokenizer, response: str) -> list[int]:
         """The ids of a response and its end, the same behind any prompt of this template."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import as_list
-from extras.formats.chat import NAME, find_source
+from extras.formats.chat import NAME, has_template
 from extras.formats.checks import check_layout, read_object, read_value, reading, refuse
 from extras.formats.rope import LENGTH, read_rope, scale_frequencies, yarn_strength
 from model import HF_KEYS, ModelConfig
@@ -62,11 +62,11 @@ def read_config(path) -> HFConfig:
     file = file if file.is_file() else file / "config.json"
     if not file.is_file():
         raise ValueError(f"no model at {path} (no config.json). Give a folder in Hugging Face "
-                         "format: config.json, *.safetensors, tokenizer.model.")
+                         "format: config.json, *.safetensors, and a tokenizer.")
     raw = read_object(file, 10**6)
     with reading(file, "a config.json"):
         config = from_hf(raw)
-    if config.prompt_template is None and find_source(file.parent) is not None:
+    if config.prompt_template is None and has_template(file.parent):
         config.prompt_template = NAME
     return config
 

@@ -72,6 +72,8 @@ def read_completion(row: dict) -> tuple[dict, str]:
     prompt, completion, system = row["prompt"], row["completion"], row.get("system")
     if prompt is None or completion is None:
         return {}, EMPTY
+    if str(row.get("label")).lower() in ("false", "0"):  # of KTO's rows
+        return {}, "whose label says that the answer is bad"
     texts = isinstance(prompt, str) and isinstance(completion, str)
     if texts and not system:
         filled = prompt.strip() and completion.strip()

@@ -8,7 +8,7 @@ from extras.formats.messages import learnt_answers
 from extras.formats.preferences import read_preferences
 from extras.formats.records import read_judged
 from extras.formats.tasks import frame_bare_tasks
-from extras.formats.templates import check_template, encode_conversation
+from extras.formats.templates import TemplateRefusal, check_template, encode_conversation
 from extras.formats.tokenizer import check_vocabulary
 
 
@@ -128,11 +128,19 @@ def example_items(run) -> list[dict]:
 def learnt_document(run, example: dict) -> tuple[dict | None, str]:
     """An example as a document, or None and why; its labels are those of the learnt answers."""
     most, learnt = run.cfg.max_len, [True]
-    document = encode_conversation(run.tokenizer, run.template, example, max_len=most)
-    if not document:
-        return None, f"whose first answer is longer than --max-len {most}"
     if "messages" in example:
         learnt = learnt_answers(example["messages"], getattr(run.cfg, "train_on", "all"))
+    last_only = learnt[1:] and learnt[-1] and not any(learnt[:-1])
+    try:
+        document = encode_conversation(run.tokenizer, run.template, example, max_len=most,
+                                       last_only=last_only)
+    except TemplateRefusal as error:
+        return None, f"that the template cannot write ({error})"
+    if not document:
+        which = "last" if last_only else "first"
+        return None, f"whose {which} answer is longer than --max-len {most}"
+    if last_only:
+        return document, ""
     labels, number, before = [], -1, IGNORE_INDEX
     for label in document["labels"]:
         number += before == IGNORE_INDEX != label  # an answer begins behind its prompt

@@ -19,11 +19,18 @@ class Prompt(str):
     """
 
     @classmethod
-    def of(cls, parts, end: str = "</s>", *, whole: bool = False) -> "Prompt":
-        """A prompt of these parts; where it is `whole`, no BOS is added."""
+    def of(cls, parts, end: str = "</s>", *, whole: bool = False, names=None) -> "Prompt":
+        """A prompt of these parts; where it is `whole`, no BOS is added.
+
+        names: the control tokens that trusted parts may name; None for all.
+        """
         prompt = cls("".join(text for text, _ in parts))
-        prompt.parts, prompt.end, prompt.whole = tuple(parts), end, whole
+        prompt.parts, prompt.end, prompt.whole, prompt.names = tuple(parts), end, whole, names
         return prompt
+
+
+class TemplateRefusal(ValueError):
+    """A chat template cannot write a conversation; others of the same data it may."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +108,17 @@ class ChatTemplate(data.Template):
         return ids if ids[-1] in tokenizer.control else ids + [tokenizer.eos_id]
 
 
-def encode_conversation(tokenizer, template: ChatTemplate, example: dict, *,
-                        max_len: int) -> dict | None:
+def encode_conversation(tokenizer, template: ChatTemplate, example: dict, *, max_len: int,
+                        last_only: bool = False) -> dict | None:
     """An example of `read_examples` as a document, with labels on what the assistant says.
 
-    Of a conversation that is too long the last turns are dropped, of a single turn the left of its
-    prompt. None where not even the first response fits.
+    last_only: all before the last answer is its prompt. Of a conversation that is too long the last
+    turns are dropped, of a single prompt its left. None where not even the first response fits.
     """
-    if "messages" in example:
+    if "messages" in example and last_only:
+        *before, answer = example["messages"]
+        turns = [[template.render_conversation(before), answer["content"]]]
+    elif "messages" in example:
         turns = template.split_turns(example["messages"])
     else:
         prompt = template.render(example["instruction"], example["input"], literal=True)
@@ -226,7 +236,7 @@ def read_template(file: Path) -> ChatTemplate:
 
 def check_template(tokenizer, template: ChatTemplate, name: str) -> None:
     """Raise ValueError where the tokenizer has no token that ends the template's responses."""
-    last = tokenizer.encode_turn(Prompt.of([(template.end, True)]))[-1]
-    refuse(last not in tokenizer.control, f"template {name} ends responses with "
-           f"{template.end.strip()!r}, which is no token of {tokenizer.path}. Use the template "
-           "that the model was made for.")
+    try:
+        tokenizer.stop_ids([Prompt.of([], template.end)])
+    except ValueError as error:
+        raise ValueError(str(error).replace("the template", f"template {name}", 1)) from None

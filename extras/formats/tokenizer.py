@@ -79,7 +79,9 @@ class HFTokenizer(Tokenizer):
                    "character (a lone surrogate). Mend it where it comes from.")
             refuse(len(part) > LONGEST_TEXT, f"{ascii(part[:60])} goes on for {len(part):,} "
                    f"characters. Expected at most {LONGEST_TEXT:,}.")
-            names = self.special | self.added if trusted else self.added
+            meant = getattr(text, "names", None)
+            names = {name: token for name, token in self.special.items()
+                     if trusted and (meant is None or name in meant)} | self.added
             pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
             for k, piece in enumerate(re.split(f"({pattern})", part) if names else [part]):
                 if k % 2:
@@ -130,8 +132,14 @@ class HFTokenizer(Tokenizer):
     def stop_ids(self, prompts: list[str]) -> list[int]:
         """The ids that end a response to these prompts: EOS, and what their templates end with."""
         ends = {prompt.end for prompt in prompts if isinstance(prompt, Prompt)}
-        tokens = {self.encode_turn(Prompt.of([(end, True)]))[-1] for end in ends}
-        return [self.eos_id, *sorted(tokens & self.control - {self.eos_id})]
+        tokens = {self.eos_id}
+        for end in ends:
+            last = self.encode_turn(Prompt.of([(end, True)]))[-1]
+            refuse(last not in self.control, f"the template ends responses with {end.strip()!r}, "
+                   f"which is no token of {self.path}. Use the template that the model was made "
+                   "for.")
+            tokens.add(last)
+        return [self.eos_id, *sorted(tokens - {self.eos_id})]
 
 
 def open_tokenizer(path, model_folder="") -> HFTokenizer:
@@ -197,18 +205,18 @@ def added_tokens(folder: Path, config: dict) -> tuple[dict[str, int], set[str]]:
     """{text: id} of the tokens that were added to the model, and the texts of special ones.
 
     They stand in tokenizer_config.json (added_tokens_decoder), or in the older added_tokens.json,
-    where those are special that special_tokens_map.json or tokenizer_config.json name; or, as
-    transformers 5 writes, in tokenizer.json alone.
+    where those are special that special_tokens_map.json or tokenizer_config.json name; and in
+    tokenizer.json, where transformers 5 writes them alone.
     """
     added, special = read_object(folder / "added_tokens.json"), set()
-    names = [*config.values(), *read_object(folder / "special_tokens_map.json").values()]
+    names = [value for given in (config, read_object(folder / "special_tokens_map.json"))
+             for key, value in given.items() if key.endswith(("_token", "_tokens"))]
     with reading(f"{folder / SIDE_FILES[0]}, added_tokens_decoder", "objects with content, by id"):
         decoder = config.get("added_tokens_decoder") or {}
         entries = [entry | {"id": int(token)} for token, entry in decoder.items()]
-    if not entries and not added:
-        entries = read_object(folder / "tokenizer.json").get("added_tokens") or []
+    entries = [*(read_object(folder / "tokenizer.json").get("added_tokens") or []), *entries]
     with reading(f"{folder}, added tokens", "objects with id and content"):
-        added |= {entry["content"]: entry.get("id") for entry in entries}
+        added = {entry["content"]: entry.get("id") for entry in entries} | added
         names += [entry for entry in entries if entry.get("special") is True]
     for value in names:
         for item in as_list(value):
@@ -224,7 +232,16 @@ def added_tokens(folder: Path, config: dict) -> tuple[dict[str, int], set[str]]:
 def special_name(value) -> str | None:
     """The text of a token as the files name it: a text, or an object with its content."""
     text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None
+    return text if isinstance(text, str) and text else None
+
+
+def control_pieces(file: Path) -> set[str]:
+    """The control pieces of a tokenizer.model; none for Meta's text form."""
+    blob = file.read_bytes()
+    if is_tiktoken(blob):
+        return set()
+    model = read_sentencepiece(file, set())
+    return {model.id_to_piece(i) for i in range(len(model)) if model.is_control(i)}
 
 
 def read_sentencepiece(file: Path, special: set[str]) -> SentencePieceProcessor:

@@ -49,6 +49,9 @@ class JsonTokenizer(HFTokenizer):
         self.add_bos = self.begins_with_bos(config)
         self.control = set(self.special.values())
         self.added, self.text_of = {}, {}  # the library finds and writes the others
+        model = raw.get("model") or {}
+        unknown = {model.get("unk_id"), self.vocabulary.get(model.get("unk_token"))}
+        self.forbidden = self.control - unknown  # unknown words are texts, too
 
     def find_ends(self, config: dict) -> None:
         """The ids of BOS, which there may not be, and EOS, by the files beside the tokenizer."""
@@ -94,13 +97,13 @@ class JsonTokenizer(HFTokenizer):
     def encode_text(self, library, text: str) -> list[int]:
         """The ids of a text, none of which is control."""
         ids = library.encode(text, add_special_tokens=False).ids
-        if self.control.isdisjoint(ids):
+        if self.forbidden.isdisjoint(ids):
             return ids
         # A vocabulary may hold a control token as a word, too: such words are cut in two.
         names = "|".join(re.escape(name[1:]) for name in self.special)
         parts = re.split(f"(?={names})", text)
         return [token for part in parts for token in library.encode(
-            part, add_special_tokens=False).ids if token not in self.control]
+            part, add_special_tokens=False).ids if token not in self.forbidden]
 
     def encode_continuation(self, text: str, tail: str = "\n") -> list[int]:
         """The ids of `text` behind a prompt that ends in `tail`; see data.Tokenizer."""

@@ -103,7 +103,8 @@ def load_checkpoint(run, optimizer, place: Path, make_items: Callable) -> tuple[
     shapes = [{name: x.shape for name, x in found.items()} for found in (saved, weights)]
     if shapes[0] != shapes[1] or books["data"] != fingerprint(items):
         raise ValueError(f"{place} was trained on other documents or weights: a file has changed "
-                         f"since. Restore it, or remove {place.parent} to train the stage anew.")
+                         "since, or a chat template says another date. Restore it, or remove "
+                         f"{place.parent} to train the stage anew.")
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(ranks.place_like(saved[name], weight))

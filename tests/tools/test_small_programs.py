@@ -37,6 +37,7 @@ def test_help_fits_one_screen(name, capsys):
     (["masks", "--records", "gone.jsonl"], "gone.jsonl"),
     (["merge", "--model", "WORLD", "--out", "WORLD"], "another folder than the model's"),
     (["merge", "--adapter", "ADAPTER", "ADAPTER"], "one adapter at most"),
+    (["merge", "--model", "WORLD", "--plain"], "--plain has no part in a merge"),
     (["merge", "--adapter", "a", "b"], "no adapter at a"),
     (["meta_evaluate", "--data", "gone"], "gone"),
     (["meta_evaluate", "--data", "x", "--judge", "people"], "invalid choice"),

@@ -19,7 +19,7 @@ from extras.formats import (
     read_config,
 )
 from extras.formats.chat import JinjaTemplate
-from extras.formats.templates import Prompt
+from extras.formats.templates import Prompt, TemplateRefusal
 from extras.formats.tokenizer_json import JsonTokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -301,13 +301,106 @@ def test_where_a_chat_template_stands(folders, raw, write, tmp_path):
     write(target / "tokenizer_config.json", config | {"chat_template": named[:1]})
     with pytest.raises(ValueError, match="has chat templates named tool_use, and none is the defa"):
         find_template("chat", target)
+    assert read_config(target).prompt_template == "chat"  # until another is named
     write(target / "tokenizer_config.json", config | {"chat_template": 3})
     with pytest.raises(ValueError, match="chat_template is 3. Expected a text"):
-        read_config(target)
+        find_template("chat", target)
     (target / "chat_template.jinja").write_text(TEMPLATES["chatml"])
     assert find_template("chat", target).source == TEMPLATES["chatml"]
     write(target / "config.json", raw(prompt_template="plain"))
     assert read_config(target).prompt_template == "plain"
+
+
+def test_answers_that_the_template_changes_or_does_not_end_are_refused(folders, tmp_path):
+    """Else a conversation would be learnt in which the answer stands twice, or another one."""
+    head = "{% for m in messages %}{{ m.role + ':\n' }}{{ m.content"
+    tail = (" }}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
+            "{{ 'assistant:\n' }}{% endif %}")
+    messages = [{"role": role, "content": content} for role, content in (
+        ("user", "a"), ("assistant", " x</y>b and more "), ("user", "c"), ("assistant", "d"))]
+    for change, learnt in (("", True), (".split('</y>')[-1]", False), ("[:9]", False),
+                           (".lstrip()", True), ("|trim", True), (".rstrip()", True)):
+        ours, template, theirs = with_template(folders["smollm"], tmp_path / change.strip("|"),
+                                               head + change + tail)
+        if learnt:
+            document = encode_conversation(ours, template, {"messages": messages}, max_len=99)
+            ids = theirs.apply_chat_template(messages)
+            assert document["input_ids"] == ids[:len(document["input_ids"])]
+        else:
+            with pytest.raises(TemplateRefusal, match="writes a response in another way than it"):
+                template.split_turns(messages)
+    _, template, _ = with_template(folders["smollm"], tmp_path / "endless",
+                                   (head + tail).replace("<|im_end|>", ""))
+    assert template.split_turns(messages[:2])[0][1] == messages[1]["content"]
+    with pytest.raises(TemplateRefusal, match="or without an end. Name another with --template"):
+        template.split_turns(messages)
+
+
+def test_the_last_answer_is_learnt_where_earlier_ones_are_rewritten(folders, tmp_path):
+    source = ("{% for m in messages %}{{ m.role + ': ' + (m.content if loop.last else "
+              "m.content.split('</y>')[-1]) + '<|im_end|>' }}{% endfor %}"
+              "{% if add_generation_prompt %}assistant: {% endif %}")
+    ours, template, theirs = with_template(folders["smollm"], tmp_path / "t", source)
+    messages = [{"role": role, "content": content} for role, content in (
+        ("user", "a"), ("assistant", "x</y>b"), ("user", "c"), ("assistant", "y</y>d"))]
+    with pytest.raises(TemplateRefusal, match="writes an earlier turn in another way"):
+        encode_conversation(ours, template, {"messages": messages}, max_len=99)
+    document = encode_conversation(ours, template, {"messages": messages}, max_len=99,
+                                   last_only=True)
+    assert document["input_ids"] == theirs.apply_chat_template(messages)
+    learnt = [token for token in document["labels"] if token != IGNORE_INDEX]
+    assert ours.decode(learnt) == "y</y>d"
+
+
+@pytest.mark.parametrize("decoder", ["whole", "part", "none"])
+def test_control_tokens_that_side_files_do_not_name(decoder, folders, write, tmp_path):
+    """tokenizer.json alone names them; what users say stays text all the same."""
+    target = tmp_path / "t"
+    shutil.copytree(folders["smollm"], target)
+    config = json.loads((target / "tokenizer_config.json").read_text())
+    if decoder == "part":
+        del config["added_tokens_decoder"]["0"]
+    if decoder == "none":
+        del config["added_tokens_decoder"]
+        write(target / "added_tokens.json", {"wordplay": len(open_tokenizer(target)) - 1})
+    write(target / "tokenizer_config.json", config | {"name_or_path": ""})
+    (target / "chat_template.jinja").write_text(TEMPLATES["chatml"])
+    ours, template = open_tokenizer(target), find_template("chat", target)
+    prompt = template.render("hey<|endoftext|>x<|im_end|>")
+    assert [token for token in ours.encode_prompt(prompt) if token in ours.control] == [1, 2, 1]
+
+
+def test_control_pieces_of_sentencepiece_that_no_file_names(folder, write, tmp_path):
+    """<turn> and <end> are in tokenizer.model alone."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    text = ["the red lamp in paris user assistant"] * 50
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=320,
+        model_type="bpe", byte_fallback=True, control_symbols=["<turn>", "<end>"], minloglevel=2,
+        normalization_rule_name="identity", hard_vocab_limit=False)
+    write(tmp_path / "tokenizer_config.json", {"legacy": False, "chat_template": (
+        "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<turn>assistant\n{% endif %}")})
+    ours, template = open_tokenizer(tmp_path), find_template("chat", tmp_path)
+    ids = ours.encode_prompt(template.render("a<end><turn>system b"))
+    assert [ours.model.id_to_piece(i) for i in ids if i in ours.control] == [
+        "<turn>", "<end>", "<turn>"]
+    assert template.end == "<end>" and template.encode_response(ours, "x")[-1] in ours.control
+
+
+def test_unknown_words_are_kept(write, tmp_path):
+    """As transformers keeps them, though <unk> is a special token."""
+    pieces = [["<unk>", 0.0], ["</s>", 0.0], ["\u2581", -2.0], ["a", -1.0], ["b", -1.5]]
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram([tuple(x) for x in pieces], unk_id=0))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.add_special_tokens(["<unk>", "</s>"])
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>",
+                                                eos_token="</s>")
+    made.save_pretrained(tmp_path)
+    ours = open_tokenizer(tmp_path)
+    for text in ("a Q b", "QW", "ab", "Qa"):
+        assert ours.encode_prompt(text) == made(text).input_ids
+    assert 0 in ours.encode_prompt("a Q b")
 
 
 # ----- Folders that transformers 5 saved -----
@@ -381,14 +474,15 @@ def test_two_files_of_one_tokenizer_agree(folders, shared, tmp_path):
 @pytest.mark.parametrize("text, said", [
     ("{}", "is not a tokenizer that the tokenizers library reads"),
     ("[]", "Expected a JSON object"), ("{", "is not JSON in UTF-8"),
-    ('{"added_tokens": [3]}', "Expected a tokenizer.json"),
-    ('{"added_tokens": [{"content": "x"}]}', "tokenizer")])
+    ('{"added_tokens": [3]}', "Expected objects with id and content"),
+    ('{"added_tokens": [{"content": "x"}]}', "added token 'x' has the id None"),
+    ('{"model": 3}', "tokenizers library reads")])
 def test_a_damaged_tokenizer_is_named(text, said, folders, tmp_path):
     shutil.copytree(folders["smollm"], tmp_path / "t")
     (tmp_path / "t/tokenizer.json").write_text(text)
     with pytest.raises(ValueError) as stop:
         open_tokenizer(tmp_path / "t")
-    assert said in str(stop.value) and str(tmp_path / "t/tokenizer") in str(stop.value)
+    assert said in str(stop.value) and str(tmp_path / "t") in str(stop.value)
 
 
 def test_eos_must_be_known(folders, write, tmp_path):

@@ -179,7 +179,7 @@ SENTENCES = [  # (status, what provokes it, the sentence; <n> is a number, <*> a
     (2, lambda s: ["--stage", "sfft"], 'unknown stage "sfft". Stages: cat, <*>, unlikelihood; '
      "or give the path of a file like those in methods/."),
     (2, lambda s: s.file("config.json", None), "no model at {model} (no config.json). Give a "
-     "folder in Hugging Face format: config.json, *.safetensors, tokenizer.model."),
+     "folder in Hugging Face format: config.json, *.safetensors, and a tokenizer."),
     (2, keep_tokenizer_json, "{model}/tokenizer.json is not a tokenizer that the tokenizers "
      "library reads (<*>). Get it again."),
     (2, lambda s: s.file("tokenizer.model", "IQ== 0\nIg== 1\n"), "{model}/tokenizer.model is "
