@@ -65,7 +65,11 @@ def check_systems(run, conversations: list[list[dict]]) -> None:
     """Say if the template does not show what a system says in them."""
     given = any(messages[0]["role"] == "system" for messages in conversations)
     told = [{"role": "system", "content": "@"}, {"role": "user", "content": "?"}]
-    if given and "@" not in run.template.render_conversation(told):
+    try:
+        shown = not given or "@" in run.template.render_conversation(told)
+    except TemplateRefusal:  # such conversations are left out
+        return
+    if not shown:
         run.say(f"{run.cfg.stage}: template {run.cfg.template} has no place for a system, so what "
                 "it says is not used.")
 
@@ -97,6 +101,7 @@ def usable_candidates(path, run) -> list[dict]:
     (records, left_out), most, found = read_preferences(path), run.cfg.max_len, []
     if all(record["how"] not in ("file", "label") for record in records):
         return records
+    records, left_out["that the template cannot write"] = writable(run, records)
     say_left_out(run, path, left_out)
     check_systems(run, [record["messages"] for record in records if "messages" in record])
     for record in records:
@@ -108,6 +113,20 @@ def usable_candidates(path, run) -> list[dict]:
                 f"are empty or longer than --max-len {most} allows, and are left out.")
     run.memory["usable"] = found
     return found
+
+
+def writable(run, records: list[dict]) -> tuple[list[dict], int]:
+    """The records whose dialogues the template can write, and how many others there are."""
+    found = []
+    for record in records:
+        try:
+            if record.get("messages"):
+                run.template.render_conversation(record["messages"])
+        except TemplateRefusal:
+            continue
+        found.append(record)
+    refuse(not found, "the template can write none of the dialogues. Name another with --template.")
+    return found, len(records) - len(found)
 
 
 def example_items(run) -> list[dict]:

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 import data
 import train
+from extras.formats.chat import JinjaTemplate
 from extras.formats.runs import check_tasks, example_items, fitting_records, usable_candidates
 from methods.groups import candidate_document
 from methods.pairing import labelled_items, pair_items
@@ -297,3 +299,38 @@ def test_single_answers_with_labels_are_for_methods_that_take_them(make_run, tmp
     assert len(usable_candidates(path, run)) == 4
     items = [(item["name"], item["values"]["desirable"]) for item in run.method.items(run)]
     assert sorted(items) == [(f"labels/{k}", [float(k % 2 == 0)]) for k in range(4)]
+
+
+def test_what_a_chat_template_cannot_write_is_left_out_and_said(make_run, tmp_path, capsys):
+    """One that takes no system message, and one dialogue of preferences with such."""
+    source = ("{% if messages[0].role == 'system' %}{{ raise_exception('No system.') }}{% endif %}"
+              "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+              "{% if add_generation_prompt %}assistant: {% endif %}")
+    template = JinjaTemplate.make(source, {"eos_token": "</s>"}, ["</s>"])
+    asked, told = turns("who ?"), [{"role": "system", "content": "be kind"}]
+    rows = [{"messages": [*told, *turns("who ?", "red")]}, {"messages": turns("who ?", "hat")}]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    run = make_run("sft", "--examples", path, "--judge-share", "0")
+    items = example_items(replace(run, template=template))
+    said = capsys.readouterr().out
+    assert learnt(run, items) == ["hat"] and (
+        "left out 1 that the template cannot write (the chat template says: No system. Change the "
+        "data, or name another template with --template.)") in said
+    pairs = [{"prompt": before + asked, "chosen": turns("", "red")[1:],
+              "rejected": turns("", "hat")[1:]} for before in (told, turns("a", "b"))]
+    run = make_run("dpo", "--candidates", write_rows(tmp_path / "b.jsonl", pairs))
+    run = replace(run, template=template)
+    assert len(usable_candidates(run.cfg.candidates, run)) == 2
+    assert "left out: 2 that the template cannot write" in capsys.readouterr().out
+    run = make_run("dpo", "--candidates", write_rows(tmp_path / "b.jsonl", pairs[:1]))
+    with pytest.raises(ValueError, match="the template can write none of the dialogues"):
+        usable_candidates(run.cfg.candidates, replace(run, template=template))
+
+
+def test_answers_labelled_bad_are_no_examples(make_run, tmp_path, capsys):
+    rows = [{"prompt": "who ?", "completion": text, "label": label}
+            for text, label in (("red", True), ("hat", False))]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    run = make_run("sft", "--examples", path, "--judge-share", "0")
+    assert learnt(run, example_items(run)) == ["red"]
+    assert "left out 1 whose label says that the answer is bad" in capsys.readouterr().out
