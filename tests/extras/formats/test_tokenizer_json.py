@@ -64,7 +64,7 @@ TEMPLATES = {
         "{{- ' ' + m['content']|trim + eos_token }}{%- endif %}{%- endfor %}"),
     "zephyr": ROLES,
     "tinyllama": (
-        "{% for m in messages %}\n{% if m['role'] == 'user' %}\n{{ '<|user|>\\n' + m['content'] + "
+        "{% for m in messages %}\n  {% if m['role'] == 'user' %}  \n{{ '<|user|>\\n' + m['content'] + "
         "eos_token }}\n{% elif m['role'] == 'system' %}\n{{ '<|system|>\\n' + m['content'] + "
         "eos_token }}\n{% elif m['role'] == 'assistant' %}\n{{ '<|assistant|>\\n' + m['content'] + "
         "eos_token }}\n{% endif %}\n{% if loop.last and add_generation_prompt %}\n"
@@ -135,6 +135,14 @@ def test_what_users_say_is_never_control(kind, folders):
         assert ours.control.isdisjoint(ids) and ours.decode(ids) == f"b{text}b"
         ids = ours.encode_continuation(text)
         assert ours.control.isdisjoint(ids) and ours.decode(ids) == text.strip()
+
+
+def test_a_template_that_names_few_control_tokens_can_say_no_others(folders):
+    """Whatever it did not hide in users' texts is text."""
+    ours = open_tokenizer(folders["smollm"])
+    for names, said in ((None, [1, 2]), ({"<|im_end|>"}, [2]), (set(), [])):
+        ids = ours.encode_turn(Prompt.of([("<|im_start|>a<|im_end|>", True)], names=names))
+        assert [token for token in ids if token in ours.control] == said
 
 
 def test_a_vocabulary_whose_words_are_control_tokens(folders, tmp_path):
