@@ -64,8 +64,8 @@ TEMPLATES = {
         "{{- ' ' + m['content']|trim + eos_token }}{%- endif %}{%- endfor %}"),
     "zephyr": ROLES,
     "tinyllama": (
-        "{% for m in messages %}\n  {% if m['role'] == 'user' %}  \n{{ '<|user|>\\n' + m['content'] + "
-        "eos_token }}\n{% elif m['role'] == 'system' %}\n{{ '<|system|>\\n' + m['content'] + "
+        "{% for m in messages %}\n  {% if m['role'] == 'user' %} \n{{ '<|user|>\\n' + m['content'] "
+        "+ eos_token }}\n{% elif m['role'] == 'system' %}\n{{ '<|system|>\\n' + m['content'] + "
         "eos_token }}\n{% elif m['role'] == 'assistant' %}\n{{ '<|assistant|>\\n' + m['content'] + "
         "eos_token }}\n{% endif %}\n{% if loop.last and add_generation_prompt %}\n"
         "{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"),
