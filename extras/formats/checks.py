@@ -99,5 +99,7 @@ def find_layout(path) -> str:
 def check_layout(path, others=tuple(LAYOUTS)) -> None:
     """Raise ValueError that says how to convert a model in one of the other layouts."""
     found = find_layout(path)
+    refuse(Path(path).suffix == ".safetensors" and Path(path).is_file(),
+           f"{path} is a file. Give the folder that it is in.")
     refuse(found in others, f"{path} {LAYOUTS.get(found)}. Convert it first: python -m "
            f"tools.convert {shlex.quote(str(path))} OUT")

@@ -204,3 +204,10 @@ def test_scaled_frequencies_equal_transformers(scaling, theta, head_dim, make_co
     assert torch.allclose(config.rope_frequencies("cpu"), theirs.inv_freq, rtol=1e-6)
     cos, _ = config.rope_tables(torch.tensor([0]))
     assert cos.flatten().tolist() == pytest.approx([theirs.attention_scaling] * head_dim)
+
+
+def test_a_file_of_weights_is_no_folder(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"12345678")
+    with pytest.raises(ValueError, match="is a file. Give the folder that it is in"):
+        read_config(file)
