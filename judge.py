@@ -38,7 +38,7 @@ SHORT_WORDS = 2  # answers of up to so many words are compared exactly: ROUGE ta
 LENGTH_FACTOR = 3  # free text of a third to three times the target's length has the expected type
 ENDINGS = " .,;:!?。、।॥؟،؛۔։።၊။។"  # what may end a sentence
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
-NUMERALS = re.compile("([²³¹¼-¾⁰-₎⅐-⅟↉])")
+NUMERALS = re.compile("([²³¹¼-¾⁰-₎⅐-⅟↉])")  # raised and lowered digits, and fractions
 # Thai, Lao, Burmese, Khmer, Japanese and Chinese are written without spaces between words.
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u9fff"
                       "\U00020000-\U0003ffff]")
@@ -242,8 +242,10 @@ class RuleJudge:
         else:
             expected = any(similar_length(response, target) for target in targets)
         exact = normalize(response) in map(normalize, targets)
-        reward = combine_reward(expected or correct, correct)
-        return Verdict(expected or correct, correct, reward, ("rule", "exact")[exact])
+        reward, how = combine_reward(expected or correct, correct), "rule"
+        if exact:
+            how = "exact"
+        return Verdict(expected or correct, correct, reward, how)
 
     def similar(self, a: str, b: str, labels: list[str] | None = None) -> bool:
         """Do two responses say the same? Equal when normalized, or free text close by ROUGE-L."""
@@ -279,6 +281,7 @@ def normalize(text: str) -> str:
 
 def split_words(text: str) -> list[str]:
     """Runs of letters, digits and vowel signs; each letter of UNSPACED scripts alone; é is e."""
+    # Only a to z lose their accents: elsewhere they tell letters apart, as か and が.
     plain = unicodedata.normalize("NFD", fold(text))
     plain = unicodedata.normalize("NFC", re.sub("(?<=[a-z])[\u0300-\u036f]+", "", plain))
     kept = [char if unicodedata.category(char)[0] in "LMN" else " " for char in plain]
