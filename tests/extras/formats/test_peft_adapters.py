@@ -170,10 +170,12 @@ def test_an_adapter_that_differs_from_module_to_module_becomes_one(trials, llama
         assert {len(module.lora_A) for module in lora_modules(ours).values()} == {max(ranks)}
         save_adapter(ours, again)
         back = peft.PeftModel.from_pretrained(twin_of(llama(), tmp_path), again).eval()
+        effect = float((wanted - llama()(IDS)).abs().max())
+        assert effect > 1e-4
         for found in (ours(IDS), merge_lora(ours)(IDS), back(IDS).logits,
                       open_adapter(llama(), again)(IDS)):
-            assert (found - wanted).abs().max() < 1e-5, options
-        assert (wanted - llama()(IDS)).abs().max() > 1e-4
+            # An alpha of 30 over rank 1 moves logits by 4: float32's rounding grows with it.
+            assert (found - wanted).abs().max() < 1e-5 * max(1, 2 * effect), options
     assert different > trials // 4  # the control: peft took the patterns
 
 
