@@ -2,11 +2,12 @@
 
     python eval.py --model DIR                               # on held-out wordings and inputs
     python eval.py --model DIR --adapter runs/sft runs/cat   # and with each adapter, side by side
+    python eval.py --server URL --server-model NAME          # or of a model behind a server
 
 CR and MCR, the consistency rate and the maximum consistency rate, are those of arXiv 2403.14221.
 A *question* is one input under n wordings of its task's instruction, hence n responses. `similar`
 is an (n, n) bool matrix: whether the judge, shown responses i and j in this order, says that they
-agree.
+agree. With several samples of each wording, it is n times as many.
 """
 
 import argparse
@@ -55,20 +56,14 @@ def pick_device(cfg) -> tuple:
 
 def open_model(cfg, adapter="", *, folder="", trainable=False):
     """The base model, or the one in `folder`, with an adapter over it."""
+    if formats := extra("formats", cfg.plain):  # more kinds of files, and faster models
+        return formats.open_all(cfg, adapter, folder, trainable)
     import lora
     from model import load_model
-    (device, dtype), formats = pick_device(cfg), extra("formats", cfg.plain)
-    if formats:
-        shard = trainable and getattr(cfg, "shard", False) and extra("runtime", False).spread
-        model = formats.open_model(folder or cfg.model, dtype=dtype, device=device, shard=shard,
-                                   quantize="" if folder else cfg.quantize)
-    else:
-        model = load_model(folder or cfg.model, dtype=dtype, device=device)
-    if fast := extra("fast", cfg.plain):  # the same results, sooner
-        fast.accelerate(model, checkpointing=getattr(cfg, "checkpointing", False))
+    device, dtype = pick_device(cfg)
+    model = load_model(folder or cfg.model, dtype=dtype, device=device)
     if adapter:
-        load = formats.open_adapter if formats else lora.load_adapter
-        load(model, adapter, trainable)
+        lora.load_adapter(model, adapter, trainable)
     return model
 
 
@@ -140,16 +135,15 @@ def answer_questions(model, tokenizer, template, questions, sampling, *, prefix=
 
 
 # ----- Consistency: CR and MCR -----
-def consistency_rate(similar):
+def consistency_rate(similar, counted=True):
     """CR = sum_{i<j} similar(i, j) / C(n, 2); None for a single response, which has no pair.
 
-    Where the judge's two orders of a pair disagree, it counts as not similar.
+    Where the judge's two orders of a pair disagree, it counts as not similar. `counted` (n, n)
+    restricts sum and number to some pairs; None where there are none.
     """
     similar = np.asarray(similar, dtype=bool)  # (n, n)
-    n = len(similar)
-    if n < 2:
-        return None
-    return float((similar & similar.T)[np.triu_indices(n, 1)].mean())
+    pairs = np.triu(np.broadcast_to(counted, similar.shape), 1)
+    return float((similar & similar.T)[pairs].mean()) if pairs.any() else None
 
 
 def clusters(similar) -> list:
@@ -224,42 +218,55 @@ def ask_pairs(questions, judge, symmetrize: str) -> list:
 
     Every ordered pair of different responses is asked once; "first" asks in one order only.
     """
-    pick = combinations if symmetrize == "first" else permutations
-    pairs, owners, found = [], [], []
-    for question in questions:
-        found.append({})
-        for a, b in pick(dict.fromkeys(question["responses"]), 2):
-            pairs.append((question, a, b))
-            owners.append(found[-1])
-    verdicts = judge.similar_pairs(pairs)
-    for said, (_, a, b), verdict in zip(owners, pairs, verdicts, strict=True):
-        said[a, b] = verdict
+    pick, pairs = combinations if symmetrize == "first" else permutations, []
+    for k, question in enumerate(questions):
+        pairs += [(k, a, b) for a, b in pick(dict.fromkeys(question["responses"]), 2)]
+    verdicts = judge.similar_pairs([(questions[k], a, b) for k, a, b in pairs])
+    if pairs and verdicts.count(None) == len(pairs):
+        raise ValueError(f"none of the judge's {len(pairs)} verdicts could be read, so there is "
+                         "no consistency to report. Use another judge.")
+    found = [{} for _ in questions]
+    for (k, a, b), verdict in zip(pairs, verdicts, strict=True):
+        found[k][a, b] = verdict
     return found
 
 
-def similarity(responses, said: dict, symmetrize: str):
-    """similar (n, n) from the verdicts on one question's pairs; unparsed counts as not similar."""
+def similarity(responses, said: dict, symmetrize: str, unparsed: bool = False):
+    """similar (n, n) from the verdicts on one question's pairs, `unparsed` where one is None."""
     similar = np.eye(len(responses), dtype=bool)
     for i, a in enumerate(responses):
         for j, b in enumerate(responses):
-            similar[i, j] = a == b or said.get((a, b), said.get((b, a))) is True
+            verdict = a == b or said.get((a, b), said.get((b, a)))
+            similar[i, j] = unparsed if verdict is None else verdict
     return similar | similar.T if symmetrize == "or" else similar
 
 
-def evaluate_question(question, similar, find=clusters):
-    """One question with its metrics, and for each response its cluster and whether it is exact."""
+def evaluate_question(question, similar, at_most, find=clusters):
+    """One question with its metrics, and for each response its cluster and whether it is exact.
+
+    similar, at_most (n, n): pairs that agree for certain, and if unparsed verdicts were yes.
+    """
     responses, targets, n = question["responses"], question["targets"], len(similar)
-    row = question | {"cr": consistency_rate(similar), "mcr": max_consistency_rate(similar, find)}
+    wordings = np.array(question["wordings"], dtype=object)  # (n,)
+    samples = wordings[:, None] == wordings  # (n, n): two answers under one wording
+    read = (similar & similar.T) == (at_most & at_most.T)  # (n, n)
+    row = question | {"cr": consistency_rate(similar, read & ~samples), "mcr": None}
+    row["within"] = consistency_rate(similar, read & samples)  # the noise of sampling
+    if row["cr"] is not None:
+        row["mcr"] = max_consistency_rate(similar, find)
     # Each response gets the number of its cluster: the largest first, and of equally large ones
     # that of the earlier response.
     row["cluster"] = [0] * n
     for number, members in enumerate(sorted(sorted(find(similar)), key=len, reverse=True)):
         for member in members:
             row["cluster"][member] = number
-    # Exact match, and C&C: CR where only pairs of right answers count.
+    if not targets:
+        return row | dict.fromkeys([*TABLE][2:]) | {"correct": [None] * n}
+    # Exact match, and C&C: CR where only pairs of right answers agree.
     correct = np.array([judging.exact_match(text, targets) for text in responses])  # (n,)
     row |= {"exact_match": float(correct.mean()), "correct": correct.tolist()}
-    row["consistent_and_correct"] = consistency_rate(similar & np.outer(correct, correct))
+    row["consistent_and_correct"] = consistency_rate(similar & np.outer(correct, correct),
+                                                     read & ~samples)
     # ROUGE, the best over the targets, as means over the responses.
     rouge = [judging.rouge_scores(text, targets) for text in responses]
     for name in rouge[0]:
@@ -271,42 +278,58 @@ def evaluate_responses(questions, judge, *, symmetrize: str = "and", more=None) 
     """Metrics of one model's responses, and the table behind them: a row per question.
 
     A question is {task, input, targets, wordings, responses, ...}. Metrics are means over
-    questions; one with a single response has no CR and is left out there. `more` adds metrics of
-    its own (extras/reports).
+    questions; one with a single wording has no CR and is left out there, and so are pairs whose
+    verdict is unparsed. `more` adds metrics of its own (extras/reports).
     """
     rows = []
     metrics = {"judge": judge.name, "symmetrize": symmetrize, "questions": len(questions)}
     for question, said in zip(questions, ask_pairs(questions, judge, symmetrize), strict=True):
-        similar = similarity(question["responses"], said, symmetrize)
-        row = evaluate_question(question, similar, getattr(more, "clusters", clusters))
-        row["unparsed"] = list(said.values()).count(None)
-        rows.append(more.question(row, similar) if more else row)
-    metrics |= {name: bootstrap([row[name] for row in rows]) for name in TABLE}
-    for name in ("unfinished", "unparsed"):
+        pairs = question["responses"], said, symmetrize
+        similar, at_most = similarity(*pairs), similarity(*pairs, unparsed=True)
+        row = evaluate_question(question, similar, at_most, getattr(more, "clusters", clusters))
+        row |= {"asked": len(said), "unparsed": list(said.values()).count(None)}
+        rows.append(more.question(row, similar, at_most) if more else row)
+    metrics |= {name: bootstrap([row[name] for row in rows]) for name in [*TABLE, "within"]}
+    for name in ("unfinished", "asked", "unparsed"):
         metrics[name] = sum(row[name] for row in rows)
     if more:
         metrics |= more.summary(rows)
     return metrics, rows
 
 
-def write_results(folder: Path, results, tables, plain):
+def write_results(cfg, results, tables):
     """Write metrics.json and questions.jsonl, by extras/reports a page with plots; print the table.
 
     results, tables: the two values of `evaluate_responses` for each model, as {name: value}.
     """
+    folder, reports = Path(cfg.out), extra("reports", cfg.plain)
+    if reports:
+        reports.describe(cfg, results)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
     (folder / "questions.jsonl").unlink(missing_ok=True)
     for model, rows in tables.items():
         data.append_records(folder / "questions.jsonl", [{"model": model, **row} for row in rows])
-    if reports := extra("reports", plain):
+    if reports:
         reports.write_report(folder, results, tables)
-    width = max(map(len, ["model", *results]))
-    print("model".ljust(width), *(f"{title:>5}" for title in TABLE.values()), sep=" | ")
+    print_table(results)
+    if reports:
+        reports.print_notes(results)
+
+
+def print_table(results, corner="model"):
+    """TABLE of {name: metrics}, in percent. Without targets, there are CR and MCR alone."""
+    shown = list(TABLE)
+    if not sum(found["exact_match"]["n"] for found in results.values()):
+        shown = ["cr", "mcr"]
+    width = max(map(len, [corner, *results]))
+    print(corner.ljust(width), *(f"{TABLE[name]:>5}" for name in shown), sep=" | ")
     for model, metrics in results.items():
-        means = [metrics[name]["mean"] for name in TABLE]
-        cells = ["    -" if mean is None else f"{100 * mean:5.1f}" for mean in means]
-        print(model.ljust(width), *cells, sep=" | ")
+        cells = [model.ljust(width)]
+        for name in shown:
+            mean = metrics[name]["mean"]
+            cells.append("    -" if mean is None else f"{100 * mean:5.1f}")
+        print(*cells, sep=" | ")
 
 
 # ----- Command line -----
@@ -321,17 +344,6 @@ def read_questions(cfg):
         raise ValueError(f"no task has two {cfg.split} wordings, and consistency needs two. Give "
                          "--paraphrases FILE, or the other --split.")
     return found
-
-
-def make_judge(cfg):
-    """Who says whether two responses agree: rules, or a server."""
-    if judges := extra("judges", cfg.plain):
-        judges.check_flags(cfg, asked=cfg.judge == "http")
-    if cfg.judge == "rule":
-        return judging.RuleJudge(cfg.rouge_threshold)
-    if judges:
-        return judges.server_judge(cfg)
-    return judging.HttpJudge(cfg.judge_url, cfg.judge_model)
 
 
 def parse_flags(argv, demo=False):
@@ -350,9 +362,6 @@ def parse_flags(argv, demo=False):
     add("--max-new-tokens", type=int, default=128, help="longest response in tokens")
     add("--max-len", type=int, help="most tokens of prompt and response together")
     add("--batch-size", type=int, default=64, help="responses generated side by side")
-    add("--judge", choices=("rule", "http"), default="rule", help="who compares responses")
-    add("--judge-url", default="http://127.0.0.1:8000/v1", help="address of the judge's server")
-    add("--judge-model", default="", help="the judge's name there")
     add("--rouge-threshold", type=float, default=0.7, help="ROUGE-L of similar texts, for rules")
     add("--symmetrize", choices=("and", "or", "first"), default="and", help="orders of a pair")
     add("--tokenizer", default="", help="tokenizer file, if the model folder has none")
@@ -372,6 +381,8 @@ def parse_flags(argv, demo=False):
     for name, least in {"wordings": 2, "per_task": 1, "max_new_tokens": 1, "batch_size": 1}.items():
         if getattr(cfg, name) < least:
             fail(f"--{name.replace('_', '-')} is {getattr(cfg, name)}. Expected {least} or more.")
+    if judges := extra("judges", cfg.plain):
+        judges.settle_flags(cfg, argv)
     return cfg
 
 
@@ -382,26 +393,40 @@ def fail(message: str):
     raise SystemExit(2)
 
 
-def evaluate(cfg) -> None:
-    """Evaluate the model and its adapters, side by side."""
-    questions, tokenizer, judge = read_questions(cfg), open_tokenizer(cfg), make_judge(cfg)
-    reports, results, tables = extra("reports", cfg.plain), {}, {}
-    more = reports and reports.MoreMetrics(cfg.use_stemmer, cfg.cluster)
+def local_answers(cfg, questions, temperature=0.0, seeds=None):
+    """Yield (name, answered questions, further metrics) of the model and of each adapter."""
+    tokenizer, reports = open_tokenizer(cfg), extra("reports", cfg.plain)
     import lora  # and with it torch, which takes a second; mistakes have shown by now
     from model import Sampling
     for adapter in ["", *cfg.adapter]:
-        name, model = adapter or Path(cfg.model).name, open_model(cfg, adapter)
+        name, model, about = adapter or Path(cfg.model).name, open_model(cfg, adapter), {}
         template = find_template(cfg, model, adapter)
         if getattr(cfg, "quantize", "none") == "none":
             model = lora.merge_lora(model, in_place=True)
-        answered = answer_questions(model, tokenizer, template, questions,
-                                    Sampling(cfg.max_new_tokens), prefix=cfg.prefix,
-                                    batch_size=cfg.batch_size, max_len=cfg.max_len)
+        answered = answer_questions(
+            model, tokenizer, template, questions, Sampling(cfg.max_new_tokens, temperature),
+            prefix=cfg.prefix, seeds=seeds, batch_size=cfg.batch_size, max_len=cfg.max_len)
+        if reports and cfg.reference:
+            about["kl"] = reports.sampled_kl(model, tokenizer, template, questions, cfg)
+        yield name, answered, about
+
+
+def evaluate(cfg) -> None:
+    """Evaluate all models that the flags name, side by side."""
+    reports, results, tables = extra("reports", cfg.plain), {}, {}
+    more = reports and reports.MoreMetrics(cfg.use_stemmer, cfg.cluster)
+    if judges := extra("judges", cfg.plain):  # other judges, servers, and files of answers
+        judge, answers = judges.make_judge(cfg), judges.all_answers(cfg)
+    else:
+        judge = judging.RuleJudge(cfg.rouge_threshold)
+        answers = local_answers(cfg, read_questions(cfg))
+    for name, answered, about in answers:
         results[name], tables[name] = evaluate_responses(answered, judge, more=more,
                                                          symmetrize=cfg.symmetrize)
-        if reports and cfg.reference:
-            results[name]["kl"] = reports.sampled_kl(model, tokenizer, template, questions, cfg)
-    write_results(Path(cfg.out), results, tables, cfg.plain)
+        results[name] |= about
+    if reports:
+        reports.add_controls(cfg, results, tables, judge, more)
+    write_results(cfg, results, tables)
 
 
 def main(argv=None) -> int:

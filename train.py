@@ -375,7 +375,7 @@ def report(run: Run, ladder: dict[str, Path | None]) -> None:
                                     batch_size=cfg.eval_batch, max_len=cfg.max_len)
         answered = run.guard.share(questions, work)
         results[title], tables[title] = evaluate_responses(answered, judge, more=more)
-    run.guard.first(lambda: write_results(Path(cfg.out), results, tables, cfg.plain))
+    run.guard.first(lambda: write_results(cfg, results, tables))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import make_judge, read_questions
+from eval import read_questions
+from extras.judges import make_judge
 from extras.reports.metrics import sample_answers
 from judge import exact_match
 from methods import Run, heads

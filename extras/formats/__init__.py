@@ -6,7 +6,8 @@ Each name is imported from its file on first use, so that reading tasks does not
 import importlib
 
 DOORS = {
-    "config": "read_config", "weights": "open_model save_model", "peft": "open_adapter",
+    "config": "read_config", "opening": "open_all", "weights": "open_model save_model",
+    "peft": "open_adapter",
     "tokenizer": "open_tokenizer check_vocabulary", "export": "export_model",
     "templates": "find_template check_template encode_conversation keep_template",
     "tasks": "read_tasks add_paraphrases frame_bare_tasks",

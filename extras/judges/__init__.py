@@ -3,9 +3,10 @@
 questions.py has prompts and verdicts (their words are in texts.toml), server.py one exchange over
 HTTP, answers.py the file of answers, client.py retries and limits; judges.py the judges, local.py
 the model in a server's place; pairs.py and meta.py LLMBar; writers.py wordings and revisions;
-run.py what the course calls.
+asked.py whom eval.py asks, run.py what train.py calls.
 """
 
+from extras.judges.asked import all_answers, make_judge, settle_flags
 from extras.judges.client import RUN, ServerFlags, check_flags, client_from_flags
 from extras.judges.questions import JudgeStopped
 from extras.judges.run import (
@@ -18,6 +19,6 @@ from extras.judges.run import (
            server_judge,
 )
 
-__all__ = ["RUN", "JudgeStopped", "ServerFlags", "add_flags", "after_collecting",
-           "check_flags", "client_from_flags", "label_pairs", "make_backend", "revise",
-           "server_critic", "server_judge"]
+__all__ = ["RUN", "JudgeStopped", "ServerFlags", "add_flags", "after_collecting", "all_answers",
+           "check_flags", "client_from_flags", "label_pairs", "make_backend", "make_judge",
+           "revise", "server_critic", "server_judge", "settle_flags"]

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import astuple, fields
 
+from extras.judges import asked
 from extras.judges.client import RUN, ServerFlags, client_from_flags
 from extras.judges.judges import HttpCritic, HttpJudge, canary_items
 from extras.judges.local import LocalChat
@@ -16,11 +17,11 @@ from methods.flags import spelled
 
 
 def add_flags(add: Callable) -> None:
-    """Call argparse's add_argument for each of ServerFlags that eval.py does not have itself."""
+    """Call argparse's add_argument for the flags of eval.py that only this room reads."""
+    asked.add_flags(add)
     for item in fields(ServerFlags):
-        if item.name not in ("judge_url", "judge_model"):
-            add(spelled(item.name), type=type(item.default), default=item.default,
-                help=f"{item.metadata['help']} ({item.default})")
+        add(spelled(item.name), type=type(item.default), default=item.default,
+            help=f"{item.metadata['help']} ({item.default})")
 
 
 def make_backend(run) -> Callable:

@@ -1,11 +1,12 @@
 """Pages, plots and further metrics. The course calls the names below."""
 
+from extras.reports.controls import add_controls, describe, print_notes
 from extras.reports.metrics import MoreMetrics, sampled_kl
 from extras.reports.report import write_report
 from extras.reports.runs import report_judged, report_rewards, report_run
 
-__all__ = ["MoreMetrics", "add_flags", "report_judged", "report_rewards", "report_run",
-           "sampled_kl", "write_report"]
+__all__ = ["MoreMetrics", "add_controls", "add_flags", "describe", "print_notes", "report_judged",
+           "report_rewards", "report_run", "sampled_kl", "write_report"]
 
 
 def add_flags(add) -> None:
@@ -13,4 +14,5 @@ def add_flags(add) -> None:
     add("--cluster", choices=("clique", "component", "greedy"), default="clique", help="of MCR")
     add("--use-stemmer", action="store_true", help="Porter stemmer in ROUGE")
     add("--reference", default="", help="adapter to which the KL of each model is measured")
-    add("--seed", type=int, default=0, help="seeds the answers that the KL is measured on")
+    add("--controls", choices=("auto", "all", "none"), default="auto",
+        help="CR of answers without meaning; auto: where no judge is asked for them")

@@ -31,15 +31,22 @@ class MoreMetrics:
         """eval.clusters, with a budget."""
         return bounded_clusters(similar)[0]
 
-    def question(self, row: dict, similar) -> dict:
-        """The row with more metrics; ROUGE and `mcr` are replaced as the settings say."""
-        n, targets = len(similar), row["targets"]
-        rouge = [rouge_scores(text, targets, self.use_stemmer) for text in row["responses"]]
+    def question(self, row: dict, similar, at_most) -> dict:
+        """The row with more metrics; ROUGE and `mcr` are replaced as the settings say.
+
+        at_most (n, n): `similar` if every unparsed verdict were a yes.
+        """
+        n, targets, more = len(similar), row["targets"], dict.fromkeys([*ROUGE, "tokenizer"])
+        more["worst_paraphrase"] = None
+        if targets:
+            rouge = [rouge_scores(text, targets, self.use_stemmer) for text in row["responses"]]
+            more |= {name: sum(scores[name] for scores in rouge) / n for name in ROUGE}
+            more["worst_paraphrase"] = min(scores["rougeL"] for scores in rouge)
+            more["tokenizer"] = rouge[0]["tokenizer"]
+        if row["cr"] is None:  # no two wordings, or no verdict
+            return row | more | dict.fromkeys(["mcr_upper", "mcr_component", "mcr_greedy"])
         groups = {"component": components(similar), "greedy": greedy_clusters(similar)}
-        more = {name: sum(scores[name] for scores in rouge) / n for name in ROUGE}
-        more["worst_paraphrase"] = min(scores["rougeL"] for scores in rouge)
-        more["tokenizer"] = rouge[0]["tokenizer"]
-        more["mcr_upper"] = bounded_clusters(similar)[1] / n
+        more["mcr_upper"] = bounded_clusters(at_most)[1] / n
         for rule, found in groups.items():
             more[f"mcr_{rule}"] = max(map(len, found)) / n
         if self.cluster in groups:
@@ -55,14 +62,18 @@ class MoreMetrics:
         """All means, the exact match by style of wording, and counts."""
         found = {"cluster": self.cluster, "use_stemmer": self.use_stemmer}
         tasks = [row["task"] for row in rows]
-        for name in TITLES:
+        for name in [*TITLES, "within"]:
             found[name] = summarize([row[name] for row in rows], tasks, seed=seed)
+        noise = [None if None in (row["within"], row["cr"]) else row["within"] - row["cr"]
+                 for row in rows]
+        found["wording_effect"] = summarize(noise, tasks, seed=seed, span=(-1, 1))
         found["by_style"] = {style: summarize(values, tasks, seed=seed)
                              for style, values in exact_match_by_style(rows).items()}
-        found["mcr_inexact"] = sum(row["mcr"] < row["mcr_upper"] for row in rows)
+        found["mcr_inexact"] = sum(row["cr"] is not None and row["mcr"] < row["mcr_upper"]
+                                   for row in rows)
         found["without_cr"] = sum(row["cr"] is None for row in rows)
         found["responses"] = sum(len(row["responses"]) for row in rows)
-        found["rouge_tokenizer"] = dict(Counter(row["tokenizer"] for row in rows))
+        found["rouge_tokenizer"] = dict(Counter(filter(None, (row["tokenizer"] for row in rows))))
         return found
 
 
@@ -95,7 +106,8 @@ def exact_match_by_style(rows: list[dict]) -> dict[str, list[float | None]]:
     for place, row in enumerate(rows):
         hits = {}
         for style, correct in zip(row.get("styles") or [], row["correct"], strict=False):
-            hits.setdefault(style or "plain", []).append(correct)
+            if correct is not None:
+                hits.setdefault(style or "plain", []).append(correct)
         for style, values in hits.items():
             found.setdefault(style, [None] * len(rows))[place] = sum(values) / len(values)
     return dict(sorted(found.items()))

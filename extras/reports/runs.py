@@ -58,7 +58,7 @@ def report_judged(run, ladder: dict) -> None:
             metrics, rows = evaluate_responses(run.guard.share(seeded, work), judge, more=more)
             results.setdefault(title, metrics)[name] = one_minus(metrics["exact_match"])
             tables.setdefault(title, rows)
-    run.guard.first(lambda: write_results(Path(cfg.out), results, tables, cfg.plain))
+    run.guard.first(lambda: write_results(cfg, results, tables))
     for title, found in results.items():
         greedy, sampled = found["error_rate"]["mean"], found["sampled_error_rate"]["mean"]
         run.say(f"{title:24} errors: greedy {100 * greedy:5.1f} %, sampled {100 * sampled:5.1f} %")

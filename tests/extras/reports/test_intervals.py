@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def test_a_bound_is_marked_in_rows_metrics_and_report(question, tmp_path, monkey
     metrics, rows = evaluate_responses(asked, Never(), more=MoreMetrics())
     assert rows[0]["mcr"] == rows[0]["mcr_upper"] == 0.4
     assert rows[1]["mcr"] <= 0.4 < rows[1]["mcr_upper"]
-    write_results(tmp_path, {"m": metrics}, {"m": rows}, False)
+    write_results(SimpleNamespace(out=tmp_path, plain=False), {"m": metrics}, {"m": rows})
     found = json.loads((tmp_path / "metrics.json").read_text())["m"]
     assert found["mcr_inexact"] == 1 and found["mcr"]["mean"] < found["mcr_upper"]["mean"]
     assert found["cr"]["tasks"] == 2 and len(found["cr"]["ci95_tasks"]) == 2

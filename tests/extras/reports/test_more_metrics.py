@@ -108,15 +108,16 @@ def test_metrics_of_one_question_by_hand(question, evaluate):
 
 
 def test_the_cluster_rule_changes_mcr_and_the_numbers_of_clusters():
-    row = {"responses": ["a"] * 5, "targets": ["a"], "mcr": 0.4, "cluster": [0, 0, 1, 1, 2]}
+    row = {"responses": ["a"] * 5, "targets": ["a"], "cr": 0.4, "mcr": 0.4,
+           "cluster": [0, 0, 1, 1, 2]}
     path = graph(5, GRAPHS["path"][1])
     for rule, mcr, cluster in (("clique", 0.4, [0, 0, 1, 1, 2]), ("component", 1.0, [0] * 5),
                                ("greedy", 0.4, [0, 0, 1, 1, 2])):
-        found = MoreMetrics(cluster=rule).question(row, path)
+        found = MoreMetrics(cluster=rule).question(row, path, path)
         assert (found["mcr"], found["cluster"]) == (mcr, cluster)
         assert found["mcr_component"] == 1.0 and found["mcr_greedy"] == 0.4
     moved = graph(4, [(1, 2), (2, 3)])
-    found = MoreMetrics(cluster="component").question(row | {"responses": ["a"] * 4}, moved)
+    found = MoreMetrics(cluster="component").question(row | {"responses": ["a"] * 4}, moved, moved)
     assert found["cluster"] == [1, 0, 0, 0]  # the largest is number 0
 
 
@@ -128,7 +129,7 @@ def test_the_stemmer_reaches_rouge(question, evaluate):
 
 def test_metrics_are_strict_json_whatever_is_missing(question, evaluate):
     cases = ([], [question(["red"])], [question([""], targets=[""])],
-             [question(["a", "b"]), question(["c"])], [question(["?", "red", "red"])])
+             [question(["a", "b"]), question(["c"])], [question(["?", "red", "a"])])
     for questions in cases:
         found, rows = evaluate(questions)
         json.dumps([found, rows], allow_nan=False)

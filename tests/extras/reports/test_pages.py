@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_hostile_texts_survive_in_records_and_do_nothing_on_the_screen(tmp_path)
 
 def test_a_report_of_no_question(tmp_path, evaluate):
     metrics, rows = evaluate([])
-    write_results(tmp_path, {"none": metrics}, {"none": rows}, False)
+    write_results(SimpleNamespace(out=tmp_path, plain=False), {"none": metrics}, {"none": rows})
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert found["none"]["cr"] == {"mean": None, "ci95": None, "n": 0, "ci95_tasks": None,
                                    "tasks": 0}

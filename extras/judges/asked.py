@@ -1,0 +1,155 @@
+"""Whom eval.py asks: local models, models behind a server, and answers that are already there."""
+
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from eval import fail, find_template, local_answers, open_model, open_tokenizer, read_questions
+from extras.judges.client import check_flags, client_from_flags
+from extras.judges.judges import HttpJudge
+from extras.judges.local import LocalChat
+from extras.judges.questions import JudgeStopped, Question
+from judge import RuleJudge
+
+TEST_SETS = {"I": (10, 10), "II": (0, 100)}  # wordings of a task, and inputs, in arXiv 2403.14221
+CUT = "cut at max_tokens"
+ANSWERS = ("", CUT, "empty message")  # what a reply may have failed at and be an answer
+LOCAL = ("--model", "--adapter", "--reference", "--template", "--tokenizer", "--quantize",
+         "--device", "--dtype", "--batch-size", "--max-len")
+ASKING = ("--tasks", "--paraphrases", "--split", "--wordings", "--per-task", "--test-set",
+          "--samples", "--temperature", "--max-new-tokens", "--prefix", "--server",
+          "--server-model", "--server-extra")
+
+
+def add_flags(add: Callable) -> None:
+    """The flags of eval.py about who is asked and how answers are compared."""
+    add("--judge", choices=("rule", "http", "self"), default="rule", help="who compares responses")
+    add("--similar", default="",
+        help="rule, exact, rouge, or a function of yours (module:function), in place of --judge")
+    add("--server", default="", help="address of a server whose models are asked (.../v1)")
+    add("--server-model", default="", help="their names there, with commas between")
+    add("--server-key-env", default="SERVER_API_KEY", help="environment variable with its key")
+    add("--server-extra", default="", help="JSON object of further fields of each request")
+    add("--responses", nargs="+", default=[], help="files of answers: measure these, ask nobody")
+    add("--test-set", choices=("", *TEST_SETS), default="",
+        help="of the paper: I, 10 wordings x 10 inputs a task; II, the instruction x 100 inputs")
+    add("--samples", type=int, default=1, help="answers to each wording")
+    add("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy")
+    add("--seed", type=int, default=0, help="seeds sampled answers")
+
+
+def settle_flags(cfg, argv: list[str]) -> None:
+    """What the flags together mean; a flag that would go unread is refused (exit status 2)."""
+    given = {word.partition("=")[0] for word in argv if word.startswith("--")}
+
+    def refuse(names, why: str) -> None:
+        for name in sorted(given & set(names)):
+            fail(f"{name} {why}. Leave it out.")
+    for name, least in (("samples", 1), ("temperature", 0)):
+        if not least <= getattr(cfg, name) < float("inf"):
+            fail(f"--{name} is {getattr(cfg, name)}. Expected {least} or more.")
+    if cfg.test_set:
+        refuse(("--wordings", "--per-task"), "is what --test-set says already")
+        cfg.wordings, cfg.per_task = TEST_SETS[cfg.test_set]
+    if cfg.responses:
+        unread = set(ASKING) | set(LOCAL) - (set(LOCAL[:1]) if cfg.judge == "self" else set())
+        refuse(unread, "is for asking a model, and --responses brings the answers")
+    if not cfg.server:
+        refuse(("--server-model", "--server-key-env", "--server-extra"), "needs --server")
+    elif not cfg.server_model.strip(" ,"):
+        fail("--server has no model. Name those to be asked with --server-model.")
+    elif cfg.judge != "http":
+        refuse(("--judge-url", "--judge-model", "--judge-key-env", "--judge-extra",
+                "--judge-max-tokens", "--judge-cache"), "needs --judge http")
+    if cfg.similar:
+        refuse(("--judge",), "and --similar both say how answers are compared")
+    if (cfg.server or cfg.responses) and "--model" not in given:
+        if cfg.server:
+            refuse(LOCAL, "is for a local model. Name it with --model, or ask the server alone")
+        if cfg.judge == "self":
+            fail("--judge self needs the model that is to judge. Name it with --model.")
+        cfg.model = ""
+    if cfg.samples > 1 and not cfg.temperature and cfg.model and not cfg.responses:
+        fail(f"--samples {cfg.samples} at --temperature 0 would be the same answer each time. "
+             "Give a --temperature above 0.")
+
+
+# ----- Who says whether two answers agree -----
+def make_judge(cfg):
+    """The judge of pairs that --judge or --similar names."""
+    if not cfg.server:
+        check_flags(cfg, asked=cfg.judge == "http")
+    if cfg.judge == "http":
+        ask = client_from_flags(cfg, cfg.out).ask
+        return HttpJudge(ask, max_unparsed=cfg.max_unparsed, name=f"http {cfg.judge_model}")
+    if cfg.judge == "self":
+        model = open_model(cfg)
+        chat = LocalChat(model, open_tokenizer(cfg), find_template(cfg, model))
+        return HttpJudge(chat.ask, max_unparsed=cfg.max_unparsed, name=f"self {cfg.model}")
+    if cfg.similar:
+        from extras.judges.similar import make_similar
+        return make_similar(cfg.similar, cfg.rouge_threshold)
+    return RuleJudge(cfg.rouge_threshold)
+
+
+# ----- Answers -----
+def all_answers(cfg) -> Iterator[tuple]:
+    """(name, answered questions, further metrics) of files, of servers, of local models."""
+    if cfg.responses:
+        from extras.formats.responses import read_responses
+        for file in cfg.responses:
+            for name, questions in read_responses(file).items():
+                yield name, questions, {}
+        return
+    questions = read_questions(cfg)
+    for question in questions:  # each wording is there as often as it is asked
+        for name in ("wordings", "styles"):
+            question[name] = [x for x in question[name] for _ in range(cfg.samples)]
+    for name in filter(None, map(str.strip, cfg.server_model.split(","))):
+        yield name, *server_answers(cfg, name, questions)
+    if cfg.model:
+        asked = sum(len(question["wordings"]) for question in questions)
+        seeds = [f"{cfg.seed},{k}" for k in range(asked)]
+        yield from local_answers(cfg, questions, cfg.temperature, seeds)
+
+
+def server_answers(cfg, name: str, questions: list[dict]) -> tuple[list[dict], dict]:
+    """(answered questions, counts) of a model behind --server; answers.jsonl in --out keeps all.
+
+    An answer that was cut at --max-new-tokens is one, and so is an empty one. Wordings that got
+    none are left out of their question. Raises JudgeStopped where a share above --max-unparsed is.
+    """
+    role = {"role": "server", "judge_url": cfg.server, "judge_model": name,
+            "judge_key_env": cfg.server_key_env, "judge_extra": cfg.server_extra,
+            "judge_max_tokens": 0, "judge_cache": str(Path(cfg.out, "answers.jsonl"))}
+    client, replies = client_from_flags(Namespace(**vars(cfg) | role), cfg.out), {}
+    for sample in range(cfg.samples):
+        places = [(k, i) for k, question in enumerate(questions)
+                  for i in range(sample, len(question["wordings"]), cfg.samples)]
+        asked = [plain_question(cfg, questions[k], questions[k]["wordings"][i]) for k, i in places]
+        made = client.ask(asked, temperature=cfg.temperature, sample=1000 * cfg.seed + sample)
+        replies |= dict(zip(places, made, strict=True))
+    failed = Counter(reply.failure for reply in replies.values() if reply.failure not in ANSWERS)
+    if failed.total() > cfg.max_unparsed * len(replies):
+        causes = ", ".join(f"{n} {cause}" for cause, n in failed.most_common())
+        raise JudgeStopped(f"{name} left {failed.total()} of {len(replies)} questions without an "
+                           f"answer ({causes}). Run the same command again to ask these anew, or "
+                           "allow more with --max-unparsed.")
+    answered = []
+    for k, question in enumerate(questions):
+        kept = [i for i in range(len(question["wordings"])) if replies[k, i].failure in ANSWERS]
+        own = question | {"responses": [replies[k, i].text.strip() for i in kept]}
+        own |= {part: [question[part][i] for i in kept] for part in ("wordings", "styles")}
+        own["unfinished"] = sum(replies[k, i].failure == CUT for i in kept)
+        answered += [own] * bool(kept)
+    return answered, {"unanswered": failed.total(), "usage": client.usage()}
+
+
+def plain_question(cfg, question: dict, wording: str) -> Question:
+    """A wording with its input as a user's message, and no words of ours."""
+    instruction, input = cfg.prefix + wording, question["input"]
+    if "{input}" in instruction:
+        instruction, input = instruction.replace("{input}", input), ""
+    text = f"{instruction}\n{input}" if input else instruction
+    return Question([{"role": "user", "content": text}], cfg.max_new_tokens)

@@ -1,0 +1,89 @@
+"""What CR means: what answers without any meaning reach, and what sampling alone costs.
+
+Three sets of answers to the same questions, by the same judge: always the same one, the reference
+answers, and each model's own, dealt out anew among the questions of a task.
+"""
+
+import random
+from collections import Counter
+
+from eval import evaluate_responses, print_table
+
+
+def add_controls(cfg, results: dict, tables: dict, judge, more) -> None:
+    """Add "controls", {name: metrics}, to the metrics of each model.
+
+    Those that a judge is paid for, or is slow on, are left out unless --controls all.
+    """
+    free = cfg.judge == "rule" and not cfg.similar
+    if cfg.controls == "none" or cfg.controls == "auto" and not free:
+        return
+    known = {}  # equal answers, as the references of all models, are compared once
+    for model, rows in tables.items():
+        for name, answers in control_answers(rows, cfg.seed).items():
+            key = name, str(answers)
+            if answers and key not in known:
+                asked = [row | {"responses": texts, "unfinished": 0}
+                         for row, texts in zip(rows, answers, strict=True)]
+                known[key] = evaluate_responses(asked, judge, symmetrize=cfg.symmetrize,
+                                                more=more)[0]
+            if answers:
+                results[model].setdefault("controls", {})[name] = known[key]
+
+
+def control_answers(rows: list[dict], seed: int) -> dict[str, list]:
+    """{name: responses of each row}; [] where a control cannot be made."""
+    said = Counter(text for row in rows for text in row["responses"])
+    usual = said.most_common(1)[0][0] if said else ""
+    found = {"always the same answer": [[usual] * len(row["responses"]) for row in rows]}
+    found["reference answers"] = []
+    if rows and all(row["targets"] for row in rows):  # in turn, where there are several
+        found["reference answers"] = [
+            [row["targets"][i % len(row["targets"])] for i in range(len(row["responses"]))]
+            for row in rows]
+    pools, rng = {}, random.Random(seed)
+    for row in rows:
+        pools.setdefault(row["task"], []).extend(row["responses"])
+    for pool in pools.values():
+        rng.shuffle(pool)
+    found["shuffled within a task"] = [
+        [pools[row["task"]].pop() for _ in row["responses"]] for row in rows]
+    return found
+
+
+def describe(cfg, results: dict) -> None:
+    """Add "settings" to each model's metrics: what a reader has to know of how they were made."""
+    names = ("split", "test_set", "samples", "temperature", "seed", "rouge_threshold", "similar",
+             "max_new_tokens", "prefix")
+    settings = {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
+    for found in results.values():
+        found["settings"] = settings
+
+
+def print_notes(results: dict) -> None:
+    """Print what stands beside the table: controls, sampling noise, what could not be read."""
+    controls, several = {}, len(results) > 1
+    for model, found in results.items():
+        for name, metrics in found.get("controls", {}).items():
+            own = several and metrics != controls.get(name, metrics)
+            controls[f"{name}: {model}" if own else name] = metrics
+    if controls:
+        print()
+        print_table(controls, "control")
+    for model, found in results.items():
+        if found["within"]["n"] and found["cr"]["n"]:
+            within, cr, effect = map(percent, (found[name] for name in (
+                "within", "cr", "wording_effect")))
+            print(f"{model}: two answers to one wording agree in {within}, to two wordings in "
+                  f"{cr}; what wording changes beyond sampling: {effect}.")
+        if found["unparsed"]:
+            print(f"{model}: {found['unparsed']} of {found['asked']} verdicts on pairs could not "
+                  "be read; these pairs are left out.")
+        if found.get("unanswered"):
+            print(f"{model}: {found['unanswered']} wordings got no answer and are left out.")
+
+
+def percent(summary: dict) -> str:
+    """12.3 % [11.0, 13.6]."""
+    low, high = summary["ci95"] or (summary["mean"], summary["mean"])
+    return f"{100 * summary['mean']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"

@@ -1,0 +1,166 @@
+"""eval.py on models behind a server, files of answers, and several samples of each wording."""
+
+import json
+import re
+
+import pytest
+from chatserver import ChatServer, completion, lines
+
+import data
+import eval as evaluation
+
+
+@pytest.fixture
+def run(world, tmp_path):
+    """run(*flags): the exit status of eval.py on the tiny world, and what it wrote."""
+    def call(*flags):
+        argv = ["--tasks", str(world / "tasks"), "--paraphrases", str(world / "paraphrases.json"),
+                "--out", str(tmp_path / "out"), "--per-task", "3", "--max-new-tokens", "4", *flags]
+        status = evaluation.main(argv)
+        if status:
+            return status, {}, []
+        return (status, json.loads((tmp_path / "out/metrics.json").read_text()),
+                data.read_records(tmp_path / "out/questions.jsonl"))
+    return call
+
+
+def colour_of(request, number=0):
+    """A model that knows colours, and is asked for persons in vain."""
+    text = request["messages"][0]["content"]
+    found = re.search(" has a ([a-z]+) hat", text)[1]
+    return {"body": completion(found if "colour" in text else f"{number}")}
+
+
+def server_flags(server, model="m"):
+    return ["--server", f"{server.url}/v1", "--server-model", model]
+
+
+def test_a_server_is_asked_every_wording_and_nothing_else(run, tmp_path):
+    with ChatServer(colour_of) as server:
+        status, results, rows = run(*server_flags(server))
+        assert status == 0 and len(server.sent) == 12
+        again = run(*server_flags(server))
+        assert again[2] == rows and len(server.sent) == 12  # all of it is in answers.jsonl
+    assert len(lines(tmp_path / "out/answers.jsonl")) == 12
+    assert set(results) == {"m"} and len(rows) == 6
+    by_task = {task: [row["cr"] for row in rows if row["task"] == task]
+               for task in ("colour", "person")}
+    assert by_task == {"colour": [1, 1, 1], "person": [0, 0, 0]}
+    assert results["m"]["cr"]["mean"] == 0.5 and results["m"]["exact_match"]["mean"] == 0.5
+    usage = again[1]["m"]["usage"]
+    assert usage["answered"] == 0 and usage["cached"] == 12
+    for request in server.sent:
+        assert request["max_tokens"] == 4 and request["temperature"] == 0
+        [message] = request["messages"]
+        wording, input = message["content"].split("\n")
+        assert message["role"] == "user"
+        assert (wording, input) in [(w, row["input"]) for row in rows for w in row["wordings"]]
+
+
+def test_samples_are_asked_apart_and_compared_within_their_wording(run, capsys):
+    """The server says 1, 2 or 3 in turn: no two samples agree by their wording."""
+    def decide(request, number):
+        return {"body": completion(f"answer {request.get('seed', 0)}")}
+
+    with ChatServer(decide) as server:
+        flags = [*server_flags(server), "--samples", "3", "--temperature", "0.7"]
+        _, results, rows = run(*flags)
+        assert len(server.sent) == 36 and {x["temperature"] for x in server.sent} == {0.7}
+        assert {request["seed"] for request in server.sent} == {0, 1, 2}
+        run(*flags, "--seed", "1")
+        assert {request["seed"] for request in server.sent[36:]} == {1000, 1001, 1002}
+    assert results["m"]["within"]["mean"] == 0
+    assert results["m"]["cr"]["mean"] == pytest.approx(1 / 3)
+    assert results["m"]["wording_effect"]["mean"] == pytest.approx(-1 / 3)
+    for row in rows:
+        assert len(row["responses"]) == len(row["wordings"]) == 6
+        assert row["responses"] == ["answer 0", "answer 1", "answer 2"] * 2
+    assert "m: two answers to one wording agree in 0.0 % [" in capsys.readouterr().out
+
+
+def test_several_models_stand_in_one_table_with_a_local_one(run, world, capsys, tmp_path):
+    with ChatServer(colour_of) as server:
+        _, results, rows = run(*server_flags(server, "m, n"), "--model", str(world / "model"))
+        assert {request["model"] for request in server.sent} == {"m", "n"}
+    assert list(results) == ["m", "n", "model"] and len(rows) == 18
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0].strip() for line in printed[:4]] == ["model", "m", "n", "model"]
+    assert "n - m" in (tmp_path / "out/report.md").read_text().replace("\\", "")
+
+
+def test_what_a_server_leaves_unanswered_is_left_out_and_counted(run, capsys):
+    """A cut answer is one, and so is an empty one; a filtered one is none."""
+    def decide(request, number):
+        text = request["messages"][0]["content"]
+        if text.startswith("which colour"):
+            return {"body": completion("re", "length")}
+        if text.startswith("the colour"):
+            return {"body": completion("")}
+        if text.startswith("which person"):
+            return {"body": completion("", "content_filter")}
+        return {"body": completion("anna")}
+
+    with ChatServer(decide) as server:
+        status, results, rows = run(*server_flags(server), "--max-unparsed", "0.3")
+        assert status == 0 and results["m"]["unanswered"] == 3
+        assert results["m"]["unfinished"] == 3 and results["m"]["cr"]["n"] == 3
+        assert [row["responses"] for row in rows] == [["", "re"]] * 3 + [["anna"]] * 3
+        assert "m: 3 wordings got no answer and are left out." in capsys.readouterr().out
+        status, *_ = run(*server_flags(server))
+    assert status == 1
+    assert ("m left 3 of 12 questions without an answer (3 filtered). Run the same command again "
+            "to ask these anew, or allow more with --max-unparsed.") in capsys.readouterr().err
+
+
+def test_a_place_holder_takes_the_input(run, world, tmp_path):
+    wordings = {"colour": {"dev": ["of {input} : the colour", "say the colour :"]}}
+    path = tmp_path / "w.json"
+    path.write_text(json.dumps(wordings))
+    with ChatServer(colour_of) as server:
+        _, _, rows = run(*server_flags(server), "--paraphrases", str(path), "--prefix", "well , ")
+    inputs = [row["input"] for row in rows]
+    assert set(server.texts()) == {f"well , of {x} : the colour" for x in inputs} | {
+        f"well , say the colour :\n{x}" for x in inputs}
+
+
+@pytest.mark.parametrize("name, wordings, most", [("I", 2, 10), ("II", 1, 100)])
+def test_the_papers_test_sets_are_one_flag_each(name, wordings, most, world, tmp_path):
+    """The tiny world has two held-out wordings and six held-out inputs a task."""
+    argv = ["--tasks", str(world / "tasks"), "--paraphrases", str(world / "paraphrases.json"),
+            "--out", str(tmp_path), "--test-set", name]
+    cfg = evaluation.parse_flags(argv)
+    questions = evaluation.read_questions(cfg)
+    assert (cfg.per_task, {len(row["wordings"]) for row in questions}) == (most, {wordings})
+    with ChatServer(colour_of) as server:
+        assert evaluation.main([*argv, *server_flags(server)]) == 0
+    found = json.loads((tmp_path / "metrics.json").read_text())["m"]
+    assert found["settings"]["test_set"] == name and (found["cr"]["n"] == 0) == (name == "II")
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--server", "http://127.0.0.1:9/v1"], "--server has no model. Name those to be asked with "
+     "--server-model."),
+    (["--server-model", "m"], "--server-model needs --server. Leave it out."),
+    (["--server", "http://127.0.0.1:9/v1", "--server-model", "m", "--adapter", "x"],
+     "--adapter is for a local model. Name it with --model, or ask the server alone. Leave it out"),
+    (["--server", "http://127.0.0.1:9/v1", "--server-model", "m", "--judge-url", "x"],
+     "--judge-url needs --judge http. Leave it out."),
+    (["--server", "http://127.0.0.1:9/v1", "--server-model", "m", "--judge", "self"],
+     "--judge self needs the model that is to judge. Name it with --model."),
+    (["--test-set", "I", "--wordings", "3"], "--wordings is what --test-set says already. Leave it "
+     "out."),
+    (["--responses", "x", "--samples", "3"], "--samples is for asking a model, and --responses "
+     "brings the answers. Leave it out."),
+    (["--responses", "x", "--model", "x"], "--model is for asking a model, and --responses brings "
+     "the answers. Leave it out."),
+    (["--similar", "exact", "--judge", "rule"], "--judge and --similar both say how answers are "
+     "compared. Leave it out."),
+    (["--samples", "0"], "--samples is 0. Expected 1 or more."),
+    (["--temperature", "-1"], "--temperature is -1.0. Expected 0 or more."),
+    (["--temperature", "nan"], "--temperature is nan. Expected 0 or more."),
+    (["--samples", "3"], "--samples 3 at --temperature 0 would be the same answer each time. Give "
+     "a --temperature above 0.")])
+def test_flags_that_cannot_work_together_are_one_sentence(flags, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(flags)
+    assert stop.value.code == 2 and f"error: {said}" in capsys.readouterr().err

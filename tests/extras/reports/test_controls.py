@@ -1,0 +1,79 @@
+"""Controls beside CR: answers without meaning, and what is said of sampling."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from extras.reports import MoreMetrics
+from extras.reports.controls import add_controls, control_answers, print_notes
+
+
+class Rule:
+    name = "rule"
+
+    def __init__(self):
+        self.asked = 0
+
+    def similar_pairs(self, pairs):
+        self.asked += len(pairs)
+        return [False] * len(pairs)
+
+
+def settings(**more):
+    return SimpleNamespace(**{"judge": "rule", "similar": "", "controls": "auto", "seed": 0,
+                              "symmetrize": "and", **more})
+
+
+def made(question, evaluate, cfg, judge=None):
+    rng = random.Random()
+    questions = [question([rng.choice("abc") for _ in range(4)], ["a", "b"], task=f"t{k % 2}",
+                          input=f"{k}") for k in range(6)]
+    metrics, rows = evaluate(questions)
+    results = {"m": metrics}
+    add_controls(cfg, results, {"m": rows}, judge or Rule(), MoreMetrics())
+    return results["m"].get("controls"), rows
+
+
+def test_the_controls_are_what_they_are_called(question, evaluate):
+    found, rows = made(question, evaluate, settings())
+    assert list(found) == ["always the same answer", "reference answers", "shuffled within a task"]
+    assert found["always the same answer"]["cr"]["mean"] == 1
+    assert found["reference answers"]["exact_match"]["mean"] == 1
+    assert found["reference answers"]["cr"]["mean"] == pytest.approx(2 / 6)  # a b a b
+    answers = control_answers(rows, seed=3)
+    said = [text for row in rows for text in row["responses"]]
+    [usual] = {text for row in answers["always the same answer"] for text in row}
+    assert said.count(usual) == max(map(said.count, said))
+    for task in ("t0", "t1"):  # a task keeps its answers
+        own = [k for k, row in enumerate(rows) if row["task"] == task]
+        dealt = [text for k in own for text in answers["shuffled within a task"][k]]
+        assert sorted(dealt) == sorted(text for k in own for text in rows[k]["responses"])
+    assert control_answers(rows, seed=3) == answers
+
+
+def test_without_references_they_are_no_control(question, evaluate):
+    metrics, rows = evaluate([question(["a", "b"], [])])
+    results = {"m": metrics}
+    add_controls(settings(), results, {"m": rows}, Rule(), MoreMetrics())
+    assert list(results["m"]["controls"]) == ["always the same answer", "shuffled within a task"]
+
+
+@pytest.mark.parametrize("more, wanted", [
+    ({"controls": "none"}, False), ({"judge": "http"}, False), ({"similar": "exact"}, False),
+    ({"judge": "http", "controls": "all"}, True), ({}, True)])
+def test_a_judge_is_asked_for_controls_only_if_they_are_wanted(more, wanted, question, evaluate):
+    judge = Rule()
+    found, _ = made(question, evaluate, settings(**more), judge)
+    assert bool(found) == wanted == bool(judge.asked)
+
+
+def test_what_is_printed_of_them(question, evaluate, capsys):
+    results, tables = {}, {}
+    for model, answers in (("m", ["a", "a"]), ("n", ["a", "b"])):
+        results[model], tables[model] = evaluate([question(answers, ["a"])])
+    add_controls(settings(), results, tables, Rule(), MoreMetrics())
+    print_notes(results)
+    lines = [line.split(" | ")[0].strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["", "control", "always the same answer", "reference answers",
+                     "shuffled within a task", "shuffled within a task: n"]
