@@ -222,7 +222,7 @@ def ask_pairs(questions, judge, symmetrize: str) -> list:
     for k, question in enumerate(questions):
         pairs += [(k, a, b) for a, b in pick(dict.fromkeys(question["responses"]), 2)]
     verdicts = judge.similar_pairs([(questions[k], a, b) for k, a, b in pairs])
-    if pairs and verdicts.count(None) == len(pairs):
+    if set(verdicts) == {None}:
         raise ValueError(f"none of the judge's {len(pairs)} verdicts could be read, so there is "
                          "no consistency to report. Use another judge.")
     found = [{} for _ in questions]
@@ -247,11 +247,15 @@ def evaluate_question(question, similar, at_most, find=clusters):
     similar, at_most (n, n): pairs that agree for certain, and if unparsed verdicts were yes.
     """
     responses, targets, n = question["responses"], question["targets"], len(similar)
-    wordings = np.array(question["wordings"], dtype=object)  # (n,)
-    samples = wordings[:, None] == wordings  # (n, n): two answers under one wording
+    # A pair whose verdict hangs on an unparsed one is left out.
     read = (similar & similar.T) == (at_most & at_most.T)  # (n, n)
-    row = question | {"cr": consistency_rate(similar, read & ~samples), "mcr": None}
-    row["within"] = consistency_rate(similar, read & samples)  # the noise of sampling
+    # Two samples under one wording may differ, too. This noise is no effect of wording, and
+    # stands beside CR, which is of pairs under two wordings.
+    wordings = np.array(question["wordings"], dtype=object)  # (n,)
+    samples = wordings[:, None] == wordings  # (n, n)
+    counted = read & ~samples
+    row = question | {"cr": consistency_rate(similar, counted), "mcr": None}
+    row["within"] = consistency_rate(similar, read & samples)
     if row["cr"] is not None:
         row["mcr"] = max_consistency_rate(similar, find)
     # Each response gets the number of its cluster: the largest first, and of equally large ones
@@ -265,8 +269,8 @@ def evaluate_question(question, similar, at_most, find=clusters):
     # Exact match, and C&C: CR where only pairs of right answers agree.
     correct = np.array([judging.exact_match(text, targets) for text in responses])  # (n,)
     row |= {"exact_match": float(correct.mean()), "correct": correct.tolist()}
-    row["consistent_and_correct"] = consistency_rate(similar & np.outer(correct, correct),
-                                                     read & ~samples)
+    both = similar & np.outer(correct, correct)
+    row["consistent_and_correct"] = consistency_rate(both, counted)
     # ROUGE, the best over the targets, as means over the responses.
     rouge = [judging.rouge_scores(text, targets) for text in responses]
     for name in rouge[0]:
@@ -363,7 +367,6 @@ def parse_flags(argv, demo=False):
     add("--max-len", type=int, help="most tokens of prompt and response together")
     add("--batch-size", type=int, default=64, help="responses generated side by side")
     add("--rouge-threshold", type=float, default=0.7, help="ROUGE-L of similar texts, for rules")
-    add("--symmetrize", choices=("and", "or", "first"), default="and", help="orders of a pair")
     add("--tokenizer", default="", help="tokenizer file, if the model folder has none")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
@@ -399,7 +402,8 @@ def local_answers(cfg, questions, temperature=0.0, seeds=None):
     import lora  # and with it torch, which takes a second; mistakes have shown by now
     from model import Sampling
     for adapter in ["", *cfg.adapter]:
-        name, model, about = adapter or Path(cfg.model).name, open_model(cfg, adapter), {}
+        name, model = adapter or Path(cfg.model).name, open_model(cfg, adapter)
+        about = {}
         template = find_template(cfg, model, adapter)
         if getattr(cfg, "quantize", "none") == "none":
             model = lora.merge_lora(model, in_place=True)
@@ -415,14 +419,15 @@ def evaluate(cfg) -> None:
     """Evaluate all models that the flags name, side by side."""
     reports, results, tables = extra("reports", cfg.plain), {}, {}
     more = reports and reports.MoreMetrics(cfg.use_stemmer, cfg.cluster)
-    if judges := extra("judges", cfg.plain):  # other judges, servers, and files of answers
-        judge, answers = judges.make_judge(cfg), judges.all_answers(cfg)
+    judge, symmetrize = judging.RuleJudge(cfg.rouge_threshold), "and"
+    if judges := extra("judges", cfg.plain):  # other judges; servers, and files of answers
+        judge, symmetrize = judges.make_judge(cfg), cfg.symmetrize
+        answers = judges.all_answers(cfg)
     else:
-        judge = judging.RuleJudge(cfg.rouge_threshold)
         answers = local_answers(cfg, read_questions(cfg))
     for name, answered, about in answers:
         results[name], tables[name] = evaluate_responses(answered, judge, more=more,
-                                                         symmetrize=cfg.symmetrize)
+                                                         symmetrize=symmetrize)
         results[name] |= about
     if reports:
         reports.add_controls(cfg, results, tables, judge, more)

@@ -598,9 +598,8 @@ def test_the_flags_of_the_comparison_reach_it(command, monkeypatch):
         return evaluate_responses(questions, judge, **options)
 
     monkeypatch.setattr(evaluation, "evaluate_responses", recorded)
-    flags = ["--symmetrize", "or", "--rouge-threshold", "0.9"]
-    assert evaluation.main(command(*flags)) == 0
-    assert (seen["symmetrize"], seen["threshold"], seen["more"]) == ("or", 0.9, None)
+    assert evaluation.main(command("--rouge-threshold", "0.9")) == 0
+    assert (seen["symmetrize"], seen["threshold"], seen["more"]) == ("and", 0.9, None)
 
 
 def test_the_demos_tasks_are_the_default(world, monkeypatch):

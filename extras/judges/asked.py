@@ -25,6 +25,7 @@ ASKING = ("--tasks", "--paraphrases", "--split", "--wordings", "--per-task", "--
 def add_flags(add: Callable) -> None:
     """The flags of eval.py about who is asked and how answers are compared."""
     add("--judge", choices=("rule", "http", "self"), default="rule", help="who compares responses")
+    add("--symmetrize", choices=("and", "or", "first"), default="and", help="orders of a pair")
     add("--similar", default="",
         help="rule, exact, rouge, or a function of yours (module:function), in place of --judge")
     add("--server", default="", help="address of a server whose models are asked (.../v1)")

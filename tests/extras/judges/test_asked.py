@@ -137,6 +137,19 @@ def test_the_papers_test_sets_are_one_flag_each(name, wordings, most, world, tmp
     assert found["settings"]["test_set"] == name and (found["cr"]["n"] == 0) == (name == "II")
 
 
+def test_the_flags_of_the_comparison_reach_it(run, monkeypatch):
+    seen, found = {}, evaluation.evaluate_responses
+
+    def recorded(questions, judge, **options):
+        seen.update(options, threshold=judge.rouge_threshold)
+        return found(questions, judge, **options)
+
+    monkeypatch.setattr(evaluation, "evaluate_responses", recorded)
+    with ChatServer(colour_of) as server:
+        run(*server_flags(server), "--symmetrize", "or", "--rouge-threshold", "0.9")
+    assert (seen["symmetrize"], seen["threshold"]) == ("or", 0.9)
+
+
 @pytest.mark.parametrize("flags, said", [
     (["--server", "http://127.0.0.1:9/v1"], "--server has no model. Name those to be asked with "
      "--server-model."),
