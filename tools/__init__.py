@@ -14,6 +14,11 @@ from methods import merged_copy
 from methods.flags import spelled
 
 
+# Flags of eval.py about answers that no program here compares.
+ANSWERS = ("--server", "--server-model", "--server-key-env", "--server-extra", "--responses",
+           "--similar", "--samples", "--temperature", "--controls")
+
+
 def make_main(work: Callable, about: str, *, demo: bool = False, **own) -> Callable:
     """main(argv=None) of a program: parse its flags, make the folder --out, work(settings).
 
@@ -36,6 +41,9 @@ def make_main(work: Callable, about: str, *, demo: bool = False, **own) -> Calla
                 options |= {"type": str, "nargs": "+"}
             parser.add_argument(spelled(name), help=help, metavar="", **options)
         given, rest = parser.parse_known_args(argv)
+        for word in rest:
+            if word.partition("=")[0] in ANSWERS:
+                fail(f"{word.partition('=')[0]} is for eval.py alone. Leave it out.")
         cfg = parse_eval_flags(rest, demo)
         vars(cfg).update(vars(given))
         for name, (default, _) in own.items():

@@ -42,6 +42,8 @@ def test_help_fits_one_screen(name, capsys):
     (["meta_evaluate", "--data", "gone"], "gone"),
     (["meta_evaluate", "--data", "x", "--judge", "people"], "invalid choice"),
     (["best_of", "--samples", "many"], "invalid int value"),
+    (["best_of", "--server", "x"], "--server is for eval.py alone. Leave it out."),
+    (["chat", "--responses=x"], "--responses is for eval.py alone. Leave it out."),
     (["paraphrase", "--number", "1"], "--judge-model"),
     (["chat", "--template", "nobody"], "unknown template 'nobody'"),
 ])
