@@ -8,10 +8,10 @@ const textOf = (place) => data.strings[place];
 const textsOf = (place) => data.lists[place].map(textOf);
 
 // ----- Small helpers -----
-function make(tag, content, className) {
+function make(tag, content = [], className = "") {
   const element = document.createElement(tag);
   if (className) element.className = className;
-  for (const part of [content ?? ""].flat()) element.append(part);  // strings become text nodes
+  element.append(...[content].flat());  // strings become text nodes
   return element;
 }
 
@@ -47,7 +47,7 @@ class SortableTable {
   constructor(place, columns, open) {
     Object.assign(this, {columns, open, rows: [], page: 0, sorted: null, descending: false});
     this.opened = new Set();
-    this.status = make("span", "", "status");
+    this.status = make("span", [], "status");
     this.status.setAttribute("role", "status");
     this.previous = makeButton("Previous", () => this.turn(-1));
     this.next = makeButton("Next", () => this.turn(1));
@@ -178,7 +178,7 @@ function differingWords(words, reference) {
 }
 
 function markedResponse(response, reference) {
-  const place = make("span", "", "response");
+  const place = make("span", [], "response");
   place.dir = "auto";
   const differs = differingWords(splitWords(response), splitWords(reference));
   let number = 0;
@@ -245,7 +245,7 @@ function openQuestion(question) {
   for (const {wording, sample, style, places} of alignWordings(question)) {
     const head = make("th", textOf(wording), "outside");
     head.scope = "row";
-    if (sample > 1) head.append(make("small", ` sample ${sample}`));
+    if (sample > 1) head.append(" ", make("small", `sample ${sample}`));
     if (style !== undefined) head.append(" ", make("small", textOf(style), "style"));
     const line = make("tr", head);
     question.models.forEach((row, model) => {
@@ -262,6 +262,10 @@ function openQuestion(question) {
 const input = (name) => document.getElementById(name);
 const hasReferences = data.questions.some((question) => data.lists[question.targets].length);
 
+const rowsOf = (question) => question.models.filter(Boolean);
+const hasPairs = data.questions.some((question) => (
+  rowsOf(question).some((row) => row.responses.length > 1)));
+
 function countRight(row) {
   const known = row.correct.filter((right) => right !== null);
   return [known.filter(Boolean).length, known.length];
@@ -272,9 +276,9 @@ function questionColumns() {
     {title: "Input", value: (x) => textOf(x.input), cell: (x) => textOf(x.input).slice(0, 300),
      className: "outside input"},
     {title: "Task", value: (x) => textOf(x.task), cell: (x) => textOf(x.task),
-     className: "outside"}];
+     className: "outside task"}];
   data.names.forEach((group, model) => {
-    for (const [title, name] of [["CR", "cr"], ["MCR", "mcr"]]) {
+    for (const [title, name] of hasPairs ? [["CR", "cr"], ["MCR", "mcr"]] : []) {
       const value = (x) => x.models[model]?.[name] ?? null;
       columns.push({title, group, value, cell: (x) => percent(value(x)), className: "number"});
     }
@@ -322,7 +326,7 @@ function searchTexts(searched) {
 function isFound(question, found) {
   const own = [question.input, question.task, question.id, ...data.lists[question.targets]];
   if (own.some((place) => found.has(place))) return true;
-  return question.models.some((row) => row && (
+  return rowsOf(question).some((row) => (
     row.responses.some((place) => found.has(place))
     || data.lists[row.wordings].some((place) => found.has(place))));
 }
@@ -359,13 +363,14 @@ function showQuestions() {
   const table = new SortableTable(input("table"), questionColumns(), openQuestion);
   const styles = new Set();
   for (const question of data.questions) {
-    for (const row of question.models) if (row) styles.add(row.styles);
+    for (const row of rowsOf(question)) styles.add(row.styles);
   }
   addOptions(input("task"), byText(data.questions.map((question) => question.task)));
   addOptions(input("style"), byText([...styles].flatMap((list) => data.lists[list])));
   addOptions(input("model"), data.names.map((name, number) => [number, name]));
   input("style").parentElement.hidden = input("style").length < 3;
   input("correct").parentElement.hidden = !hasReferences;
+  input("agreement").parentElement.hidden = !hasPairs;
   const form = input("filters");
   form.hidden = false;
   input("help").hidden = false;
@@ -383,13 +388,13 @@ function showWordings() {
     {title: "Wording", value: (x) => textOf(x.wording), cell: (x) => textOf(x.wording),
      className: "outside"},
     {title: "Task", value: (x) => textOf(x.task), cell: (x) => textOf(x.task),
-     className: "outside"},
+     className: "outside task"},
     {title: "Style", value: (x) => textOf(x.style), cell: (x) => textOf(x.style)}];
   data.names.forEach((name, model) => {
     const cell = (x) => {
       if (!x.shares[model]) return "-";
       const [share, n] = x.shares[model];
-      return [percent(share), make("small", ` (n = ${n})`)];
+      return [percent(share), " ", make("small", `(n = ${n})`)];
     };
     columns.push({title: name, value: (x) => x.shares[model]?.[0] ?? null, cell,
                   className: "number", descending: true});

@@ -21,14 +21,17 @@ PLOTS = "<!-- plots -->"  # no text from outside can hold this: < is always esca
 
 def write_page(folder: Path, about: str, blocks: list[Block], names: list[str],
                questions: list[dict]) -> None:
-    """Write report.html. names: the models; questions: agreement.match_questions."""
+    """Write report.html.
+
+    about: HTML; names: the models; questions: those of agreement.match_questions.
+    """
     css = (HERE / "page.css").read_text(encoding="utf-8")
     script = (HERE / "page.js").read_text(encoding="utf-8")
     template = string.Template((HERE / "page.html").read_text(encoding="utf-8"))
     policy = (f"default-src 'none'; script-src '{digest(script)}'; style-src '{digest(css)}'; "
               "img-src data:; base-uri 'none'; form-action 'none'")
     text = template.substitute(
-        policy=policy, css=css, script=script, about=plain(about), plots=PLOTS + PLOTS,
+        policy=policy, css=css, script=script, about=about, plots=PLOTS + PLOTS,
         blocks="\n".join(map(section, blocks)), data=json_block(page_data(names, questions)))
     (folder / "report.html").write_text(text, encoding="utf-8")
     embed_plots(folder)
@@ -42,10 +45,10 @@ def digest(text: str) -> str:
 def section(block: Block) -> str:
     """A block as HTML."""
     name = block.title.lower().replace(" ", "-")
-    note = f"<p>{plain(block.note)}</p>" if block.note else ""
+    notes = "".join(f"<p>{plain(note)}</p>" for note in block.notes)
     return (f'<section id="{name}"><h2>{plain(block.title)}</h2>'
             f'<div class="wide" tabindex="0" role="region" aria-label="{plain(block.title)}">'
-            f"{html_table(block.corner, block.rows)}</div>{note}</section>")
+            f"{html_table(block.corner, block.rows)}</div>{notes}</section>")
 
 
 def json_block(value) -> str:
@@ -64,7 +67,10 @@ def embed_plots(folder: Path) -> None:
     path, images = folder / "report.html", []
     if not path.exists():
         return
-    for image in sorted(folder.rglob("plots/*.png")):
+    found = sorted(folder.glob("plots/*.png"))
+    if (folder / "log.jsonl").exists():  # a run, which holds its earlier stages
+        found += sorted(set(folder.rglob("plots/*.png")).difference(found))
+    for image in found:
         name = image.relative_to(folder).as_posix().replace("plots/", "").removesuffix(".png")
         if name != "question":  # the page shows all questions
             code = base64.b64encode(image.read_bytes()).decode()

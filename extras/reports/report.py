@@ -11,7 +11,7 @@ from eval import TABLE
 from extras.reports import page, plots
 from extras.reports.agreement import letters, match_questions, rank_styles, rank_wordings
 from extras.reports.metrics import paired_difference
-from extras.reports.tables import Block, fixed, is_empty, markdown, table
+from extras.reports.tables import Block, fixed, is_empty, markdown, plain, table
 
 # What the columns of the table mean: the short name also for plots, and a definition.
 MEANING = {
@@ -25,6 +25,11 @@ MEANING = {
                                "share of pairs that agree and are both exact matches")}
 INTERVALS = ("Percent. In brackets are 95 % intervals: the first for other questions of these "
              "tasks, the one after \"tasks\" for other tasks than these.")
+PAIRED = ("Later minus earlier model in percentage points, question by question over the questions "
+          "that both answered. Where an interval holds 0, chance may explain the difference.")
+WITHIN = ("Within one wording: share of pairs of samples under the same wording that agree. The "
+          "difference is what wording does beyond sampling noise.")
+CONTROLS = "The same metrics of responses whose quality is known. Read the results between these."
 TIES = ("Percent of questions, and their number, in which the answer is outside the question's "
         "largest cluster. If several clusters are the largest, each counts as the one with equal "
         "chance. Samples under one wording count as their mean.")
@@ -34,15 +39,15 @@ TIES = ("Percent of questions, and their number, in which the answer is outside 
 def write_report(folder: Path, results: dict, tables: dict, shown: int = 10) -> None:
     """Write report.md, report.html and plots; results, tables are those of eval.write_results."""
     names, questions = list(tables), match_questions(tables)
-    about, blocks = describe(results, questions), make_blocks(results, questions)
+    blocks = make_blocks(results, questions)
     drawn = {"metrics": (plots.plot_bars, main_rows(results), caption(results))}
     alike = [rows for rows in questions if plots.is_complete(rows, names)]
     if alike:
         drawn["question"] = plots.plot_question, names, [list(rows.values()) for rows in alike]
     plots.save_plots(folder, drawn)
-    parts = ["# Evaluation", markdown(about)]
+    parts = ["# Evaluation", describe(results, questions, markdown)]
     for block in blocks:
-        parts += [f"## {block.title}", table(block.corner, block.rows), block.note]
+        parts += [f"## {block.title}", table(block.corner, block.rows), *block.notes]
         parts += ["![Metrics](plots/metrics.png)"] * (
             block.title == "Results" and (folder / "plots/metrics.png").exists())
     parts += sample_sections(results, questions, shown)
@@ -51,11 +56,11 @@ def write_report(folder: Path, results: dict, tables: dict, shown: int = 10) -> 
                      "![A question](plots/question.png)")
     text = "\n\n".join(part for part in parts if part)
     (folder / "report.md").write_text(text + "\n", encoding="utf-8")
-    page.write_page(folder, about, blocks, names, questions)
+    page.write_page(folder, describe(results, questions, plain), blocks, names, questions)
 
 
-def describe(results: dict, questions: list[dict]) -> str:
-    """One sentence: which models, how many questions, tasks and wordings."""
+def describe(results: dict, questions: list[dict], escape) -> str:
+    """Which models, how many questions, tasks and wordings; escape: of the models' names."""
     tasks, wordings = set(), set()
     for rows in questions:
         for row in rows.values():
@@ -64,8 +69,8 @@ def describe(results: dict, questions: list[dict]) -> str:
     spread = " to ".join(str(n) for n in sorted({min(wordings, default=0),
                                                  max(wordings, default=0)}))
     models = "Model" if len(results) == 1 else "Models compared"
-    return (f"{models}: {', '.join(results)}. Questions: {len(questions)} of {len(tasks)} tasks, "
-            f"{split_of(results)}, each under {spread} wordings.")
+    return (f"{models}: {', '.join(map(escape, results))}. Questions: {len(questions)} of "
+            f"{len(tasks)} tasks, {split_of(results)}, each under {spread} wordings.")
 
 
 def split_of(results: dict) -> str:
@@ -121,23 +126,19 @@ def caption(results: dict) -> str:
 def make_blocks(results: dict, questions: list[dict]) -> list[Block]:
     """The tables of both pages."""
     shown = shown_metrics(results)
-    meanings = [f"{title}, {': '.join(MEANING[name])}" for name, title in shown.items()
+    meanings = [f"{title}: {', '.join(MEANING[name])}." for name, title in shown.items()
                 if name in MEANING]
     blocks = [Block("Settings", "setting", settings_rows(results)),
               Block("Results", "model", main_rows(results, shown),
-                    f"{INTERVALS} {'; '.join(meanings)}."),
+                    (INTERVALS, " ".join(meanings))),
               Block("Differences", "difference, points", difference_rows(questions, results, shown),
-                    "Later minus earlier model in percentage points, question by question over "
-                    "the questions that both answered. Where an interval holds 0, chance may "
-                    "explain the difference."),
+                    (PAIRED,)),
               within_block(results),
-              Block("Controls", "control", control_rows(results, shown),
-                    "The same metrics of responses whose quality is known. Read the results "
-                    "between these."),
+              Block("Controls", "control", control_rows(results, shown), (CONTROLS,)),
               Block("Counts", "model", count_rows(results)),
-              Block("Styles that break agreement", "style", rank_styles(questions), TIES),
+              Block("Styles that break agreement", "style", rank_styles(questions), (TIES,)),
               Block("Wordings that break agreement", "task and wording", wording_rows(questions),
-                    f"The ten that break it most often. {TIES}")]
+                    ("The ten that break it most often.", TIES))]
     return [block for block in blocks if block.rows]
 
 
@@ -165,8 +166,7 @@ def within_block(results: dict) -> Block:
             gap = fixed(100 * (within["mean"] - rate["mean"]), 1)
             rows[model] = {"CR": rate, "within one wording": within, "difference": gap}
     return Block("Wording and sampling noise", "model", rows,
-                 "Within one wording: share of pairs of samples under the same wording that agree. "
-                 "The difference is what wording does beyond sampling noise.")
+                 (WITHIN,))
 
 
 def control_rows(results: dict, shown: dict) -> dict[str, dict]:
@@ -188,16 +188,16 @@ def control_rows(results: dict, shown: dict) -> dict[str, dict]:
 def count_rows(results: dict) -> dict[str, dict]:
     """Counts; of verdicts only where a judge was asked, which rules never are."""
     rows = {}
-    inexact = any(metrics["mcr_inexact"] for metrics in results.values())
+    inexact = any(metrics.get("mcr_inexact") for metrics in results.values())
     for model, metrics in results.items():
-        row = {name: metrics[name] for name in ("questions", "responses", "unfinished")}
-        if metrics["judge"] != "rule":
-            row["unread verdicts"] = metrics["unparsed"]
+        row = {name: metrics.get(name) for name in ("questions", "responses", "unfinished")}
+        if metrics.get("judge") != "rule":
+            row["unread verdicts"] = metrics.get("unparsed")
             if metrics.get("unread_share") is not None:
                 row["unread, percent"] = fixed(100 * metrics["unread_share"], 1)
         if inexact:
-            row |= {"questions whose MCR is only a lower bound": metrics["mcr_inexact"],
-                    "MCR at most": metrics["mcr_upper"]}
+            row |= {"questions whose MCR is only a lower bound": metrics.get("mcr_inexact"),
+                    "MCR at most": metrics.get("mcr_upper")}
         if "kl" in metrics:  # --reference
             row["KL, nats per answer"] = metrics["kl"]["mean"]
         rows[model] = row

@@ -9,12 +9,12 @@ from extras.reports.plots import printable
 
 @dataclass(frozen=True)
 class Block:
-    """A table of the report, {name: {column: figure or text}}, and the text below it."""
+    """A table of the report, {name: {column: figure or text}}, and the paragraphs below it."""
 
     title: str
     corner: str
     rows: dict
-    note: str = ""
+    notes: tuple = ()
 
 
 def markdown(text: str, width: int = 1000) -> str:
@@ -79,8 +79,7 @@ def html_table(corner: str, rows: dict[str, dict]) -> str:
             value = row.get(column)
             text = cell(value, plain)
             if isinstance(value, dict) and {"mean", "share"} & value.keys():
-                main, *rest = text.split(" ", 1)
-                text = main + "".join(f" <small>{part}</small>" for part in rest)
+                text = re.sub(r" (\S*\s?[\[(].*?[\])])", r" <small>\1</small>", text)
             cells.append(f"<td>{text}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return "<table>" + "\n".join(lines) + "</tbody></table>"
