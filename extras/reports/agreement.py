@@ -69,9 +69,9 @@ def share_outside(questions: list[dict], keys) -> dict:
 
 
 def styles_of(row: dict) -> list:
-    """A style per response: "plain" where a wording has none, None if the row names no styles."""
-    styles = row.get("styles")
-    if not styles:
+    """A style per response: "plain" where a wording has none, None if the row does not say."""
+    styles = row.get("styles") or []
+    if len(styles) != len(row["responses"]):
         return [None] * len(row["responses"])
     return [style or "plain" for style in styles]
 

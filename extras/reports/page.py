@@ -1,8 +1,8 @@
 """report.html: one file with all questions, to sort, filter and search. It needs no network.
 
-The page is page.html, page.css and page.js put together. Tables are made here, so that they are
-there without a script; the questions go in as JSON. The page's policy (CSP) allows this one script
-and this one style sheet by their hashes, and images that are in the file, and nothing else.
+The page is page.html, page.css, table.js and page.js put together. Tables are made here, so that
+they are there without a script; the questions go in as JSON. The page's policy (CSP) allows this
+one script and this one style sheet by their hashes, images that are in the file, and nothing else.
 """
 
 import base64
@@ -12,7 +12,7 @@ import re
 import string
 from pathlib import Path
 
-from extras.reports.agreement import rank_wordings
+from extras.reports.agreement import rank_wordings, styles_of
 from extras.reports.tables import Block, html_table, plain
 
 HERE = Path(__file__).parent
@@ -26,7 +26,8 @@ def write_page(folder: Path, about: str, blocks: list[Block], names: list[str],
     about: HTML; names: the models; questions: those of agreement.match_questions.
     """
     css = (HERE / "page.css").read_text(encoding="utf-8")
-    script = (HERE / "page.js").read_text(encoding="utf-8")
+    parts = [HERE / name for name in ("table.js", "page.js")]
+    script = "\n".join(part.read_text(encoding="utf-8") for part in parts)
     template = string.Template((HERE / "page.html").read_text(encoding="utf-8"))
     policy = (f"default-src 'none'; script-src '{digest(script)}'; style-src '{digest(css)}'; "
               "img-src data:; base-uri 'none'; form-action 'none'")
@@ -109,7 +110,7 @@ def page_data(names: list[str], questions: list[dict]) -> dict:
         for name in names:
             models.append(None)
             if row := rows.get(name):
-                styles = [style or "plain" for style in row.get("styles") or []]
+                styles = [style for style in styles_of(row) if style is not None]
                 models[-1] = {
                     "wordings": text_list(row["wordings"]), "styles": text_list(styles),
                     "responses": [strings(text) for text in row["responses"]],

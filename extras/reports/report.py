@@ -59,6 +59,13 @@ def write_report(folder: Path, results: dict, tables: dict, shown: int = 10) -> 
     page.write_page(folder, describe(results, questions, plain), blocks, names, questions)
 
 
+def number_of(counts: set[int], what: str) -> str:
+    """Such as "1 task", "8 wordings" or "2 to 5 wordings"."""
+    least, most = min(counts, default=0), max(counts, default=0)
+    number = str(most) if least == most else f"{least} to {most}"
+    return f"{number} {what}" + "s" * (most != 1)
+
+
 def describe(results: dict, questions: list[dict], escape) -> str:
     """Which models, how many questions, tasks and wordings; escape: of the models' names."""
     tasks, wordings = set(), set()
@@ -66,11 +73,10 @@ def describe(results: dict, questions: list[dict], escape) -> str:
         for row in rows.values():
             tasks.add(row["task"])
             wordings.add(len(set(row["wordings"])))
-    spread = " to ".join(str(n) for n in sorted({min(wordings, default=0),
-                                                 max(wordings, default=0)}))
     models = "Model" if len(results) == 1 else "Models compared"
     return (f"{models}: {', '.join(map(escape, results))}. Questions: {len(questions)} of "
-            f"{len(tasks)} tasks, {split_of(results)}, each under {spread} wordings.")
+            f"{number_of({len(tasks)}, 'task')}, {split_of(results)}, each under "
+            f"{number_of(wordings, 'wording')}.")
 
 
 def split_of(results: dict) -> str:
@@ -102,9 +108,16 @@ def settings_rows(results: dict) -> dict:
 
 
 def shown_metrics(results: dict) -> dict[str, str]:
-    """{metric: title} of the table, without metrics that no model has."""
-    return {name: title for name, title in TABLE.items()
-            if not all(is_empty(found.get(name)) for found in results.values())} or TABLE
+    """{metric: title} of the table, without metrics that no model has.
+
+    Where no question has two responses there is no CR, and MCR would always be 100 %.
+    """
+    shown = {}
+    for name, title in TABLE.items():
+        needed = "cr" if name == "mcr" else name
+        if not all(is_empty(found.get(needed)) for found in results.values()):
+            shown[name] = title
+    return shown or TABLE
 
 
 def main_rows(results: dict, shown: dict | None = None) -> dict[str, dict]:
@@ -116,11 +129,10 @@ def main_rows(results: dict, shown: dict | None = None) -> dict[str, dict]:
 
 def caption(results: dict) -> str:
     """What a plot of the table needs to be read alone."""
-    counts = sorted({metrics["questions"] for metrics in results.values()})
+    counts = {metrics["questions"] for metrics in results.values()}
     codes = [f"{title} = {MEANING.get(name, (title,))[0]}"
              for name, title in shown_metrics(results).items()]
-    return (f"Whiskers: 95 % intervals over {' to '.join(map(str, counts[:1] + counts[1:][-1:]))} "
-            f"questions. {', '.join(codes)}")
+    return f"Whiskers: 95 % intervals over {number_of(counts, 'question')}. {', '.join(codes)}"
 
 
 def make_blocks(results: dict, questions: list[dict]) -> list[Block]:
@@ -221,7 +233,7 @@ def sample_sections(results: dict, questions: list[dict], shown: int) -> list[st
     note = f"Spread evenly over {whole}. A letter names the cluster of similar responses"
     if any(row["targets"] for rows in questions for row in rows.values()):
         note += ", a tick an exact match"
-    parts = [f"## {len(chosen)} questions", f"{note}. All questions are in report.html."]
+    parts = [f"## {number_of({len(chosen)}, 'question')}", f"{note}. All questions are in report.html."]
     for number, place in enumerate(chosen, 1):
         parts.append(f"### {number}. {question_section(questions[place])}")
     return parts

@@ -56,6 +56,8 @@ def test_wordings_are_ranked_per_task_and_model(question):
     without = [{name: value for name, value in row.items() if name != "styles"} for row in rows]
     assert rank_styles(match_questions({"m": without})) == {}
     assert len(rank_wordings(match_questions({"m": without}))) == 5
+    short = [row | {"styles": ["typo"] * (len(row["responses"]) - 1)} for row in rows]
+    assert rank_styles(match_questions({"m": short})) == {}  # whose style is whose is unknown
 
 
 def test_rows_are_matched_by_task_and_id_or_input(question):

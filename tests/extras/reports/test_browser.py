@@ -166,7 +166,7 @@ def test_filters_by_task_correctness_agreement_and_search(page, asked, browser):
     assert shown.status() == "none" and shown.rows() == []
 
 
-def test_a_click_opens_a_question_with_clusters_and_marked_words(page, question):
+def test_a_click_opens_a_question_with_clusters_and_marked_words(page, question, browser):
     answers = ["a dark red lamp", "a dark red lamp", "a red lamp", "a dark red", "?", "a red lamp"]
     base = question(answers, targets=["a red lamp"], input="which lamp?")
     base["wordings"] = ["w0", "w0", "w1", "w2", "w3", "w4"]  # two samples under w0
@@ -191,8 +191,11 @@ def test_a_click_opens_a_question_with_clusters_and_marked_words(page, question)
         return [...arguments[0].querySelectorAll(".responses td.cluster")].map(
             cell => getComputedStyle(cell).backgroundColor)""", opened)
     assert len(set(colours)) == 3  # two clusters and grey
-    shown.run("document.querySelector('#table button.open').click()")
-    assert not shown.run("return document.querySelector('.opened')")
+    button = browser.find_element("css selector", "#table button.open")
+    for expanded in ("false", "true", "false"):  # by the keyboard, too
+        button.send_keys("\n")
+        assert button.get_attribute("aria-expanded") == expanded
+        assert bool(shown.run("return document.querySelector('.opened')")) == (expanded == "true")
 
 
 def test_the_marked_words_are_those_outside_the_common_subsequence(page, question):
@@ -232,6 +235,7 @@ def test_hostile_texts_do_nothing(page, question, browser):
         assert shown.open(number)
     for title in ("Input", "Task", "CR", "Right"):
         shown.sort(title)
+    assert shown.run("return document.querySelectorAll('.opened').length") == len(HOSTILE)
     shown.choose("search", "<SCRIPT>")
     assert shown.status() == f"1 to {len(HOSTILE)} of {len(HOSTILE)}"
     assert shown.run("return window.hit ?? null") is None

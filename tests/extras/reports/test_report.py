@@ -172,6 +172,16 @@ def test_controls_and_samples_under_one_wording(models, tmp_path):
     assert '<section id="wording-and-sampling-noise">' in page
 
 
+def test_single_responses_have_no_consistency(question, evaluate, tmp_path):
+    """CUT's report asks each question once."""
+    metrics, rows = evaluate([question(["red"])])
+    write_report(tmp_path, {"CUT": metrics}, {"CUT": rows})
+    text = read(tmp_path)
+    assert "Model: CUT. Questions: 1 of 1 task, split not recorded, each under 1 wording." in text
+    assert "| model | R-1 | R-L | EM |\n" in text and "CR" not in text.split("## 1 question")[0]
+    assert "break agreement" not in text
+
+
 # ----- The plot -----
 def texts(figure):
     """All texts in a figure."""
