@@ -233,7 +233,8 @@ def sample_sections(results: dict, questions: list[dict], shown: int) -> list[st
     note = f"Spread evenly over {whole}. A letter names the cluster of similar responses"
     if any(row["targets"] for rows in questions for row in rows.values()):
         note += ", a tick an exact match"
-    parts = [f"## {number_of({len(chosen)}, 'question')}", f"{note}. All questions are in report.html."]
+    parts = [f"## {number_of({len(chosen)}, 'question')}",
+             f"{note}. All questions are in report.html."]
     for number, place in enumerate(chosen, 1):
         parts.append(f"### {number}. {question_section(questions[place])}")
     return parts
