@@ -102,8 +102,10 @@ def settings_rows(results: dict) -> dict:
         for name, settings in all_settings.items():
             value = settings.get(key)
             values[name] = "-" if value in (None, "", [], {}) else str(value)
-        alike = len(set(values.values())) == 1
-        rows[str(key).replace("_", " ")] = {"value": values[name] if alike else values}
+        text = "; ".join(f"{name}: {value}" for name, value in values.items())
+        if len(set(values.values())) == 1:
+            text = next(iter(values.values()))
+        rows[str(key).replace("_", " ")] = {"value": text}
     return rows
 
 

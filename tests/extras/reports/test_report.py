@@ -45,7 +45,7 @@ def test_the_top_says_what_was_compared_and_how(models, tmp_path):
         in text.split("## ")[0]
     for line in ("| judge | equal |", "| seed | 7 |", "| rouge threshold | 0.95 |",
                  "| temperature | 0.0 |", "| wordings | 3 |", "| samples | - |",
-                 "| server | base base, CAT CAT |"):
+                 "| server | base: base; CAT: CAT |"):
         assert line in part(text, "Settings"), line
     assert "Spread evenly over the dev split." in text and "test" not in text
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
