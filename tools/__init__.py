@@ -13,7 +13,6 @@ from eval import parse_flags as parse_eval_flags
 from methods import merged_copy
 from methods.flags import spelled
 
-
 # Flags of eval.py about answers that no program here compares.
 ANSWERS = ("--server", "--server-model", "--server-key-env", "--server-extra", "--responses",
            "--similar", "--samples", "--temperature", "--controls")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from extras.formats import read_judged
 from extras.reports.masks import LAMS, find_masks, score_masks
-from extras.reports.report import markdown, table
+from extras.reports.tables import markdown, table
 from methods import Run
 from methods.critics import FAILED
 from tools import make_main, open_models

@@ -57,7 +57,7 @@ def describe(cfg, results: dict) -> None:
              "max_new_tokens", "prefix")
     settings = {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
     for found in results.values():
-        found["settings"] = settings
+        found["settings"] = settings | found.get("settings", {})
 
 
 def print_notes(results: dict) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data import append_records
 from extras.reports import plots
-from extras.reports.report import markdown, table
+from extras.reports.tables import markdown, table
 
 
 def judge_table(results: dict[str, dict]) -> str:

@@ -71,6 +71,8 @@ class MoreMetrics:
                              for style, values in exact_match_by_style(rows).items()}
         found["mcr_inexact"] = sum(row["cr"] is not None and row["mcr"] < row["mcr_upper"]
                                    for row in rows)
+        if asked := sum(row["asked"] for row in rows):
+            found["unread_share"] = sum(row["unparsed"] for row in rows) / asked
         found["without_cr"] = sum(row["cr"] is None for row in rows)
         found["responses"] = sum(len(row["responses"]) for row in rows)
         found["rouge_tokenizer"] = dict(Counter(filter(None, (row["tokenizer"] for row in rows))))

@@ -1,5 +1,6 @@
 """Plots: grouped bars, curves, and the responses to one question. Each function makes a figure."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -34,20 +35,37 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
     return figure, figure.subplots(rows, columns, squeeze=False).flatten()
 
 
-def plot_bars(found: dict[str, dict]):
-    """A group of bars per metric, a bar per name with its interval; {name: {title: summary}}."""
+def plot_bars(found: dict[str, dict], caption: str = ""):
+    """A group of bars per metric, a bar per name with its interval; {name: {title: summary}}.
+
+    caption: the line below. A bar of zero is a stroke with a 0 on it, one without a value a dash.
+    """
     titles, width = list(next(iter(found.values()))), 0.8 / len(found)
-    figure, (axes,) = new_figure(max(7, 1.5 + 0.32 * len(titles) * (len(found) + 1)), 4)
+    wide = max(7, 1.5 + 0.32 * len(titles) * (len(found) + 1))
+    lines = textwrap.wrap(caption, int(13 * wide))
+    figure, (axes,) = new_figure(wide, 4 + 0.17 * len(lines))
     for k, (name, summaries) in enumerate(found.items()):
-        means = np.array([100 * (summary["mean"] or 0) for summary in summaries.values()])
-        low, high = 100 * np.array([summary["ci95"] or (0, 0) for summary in summaries.values()]).T
-        whiskers = np.where(high > 0, np.abs([low - means, high - means]), 0)  # (2, metrics)
         at = np.arange(len(titles)) + (k - (len(found) - 1) / 2) * width
-        axes.bar(at, means, width * 0.92, yerr=whiskers, label=printable(name[:40]),
-                 ecolor="#444444")
+        means, whiskers = np.zeros(len(titles)), np.zeros((2, len(titles)))
+        for place, summary in enumerate(summaries.values()):
+            mean, bounds = (summary or {}).get("mean"), (summary or {}).get("ci95")
+            means[place] = 100 * (mean or 0)
+            if bounds:
+                whiskers[:, place] = np.abs(100 * np.array(bounds) - means[place])
+            if not mean:
+                text = "–" if mean is None else "0"
+                axes.annotate(text, (at[place], 100 * (bounds or [0, 0])[1]), (0, 2),
+                              textcoords="offset points", ha="center", fontsize=7)
+        # The edge keeps a bar of zero visible, as a stroke.
+        bars = axes.bar(at, means, width * 0.92, yerr=whiskers, label=printable(name[:40]),
+                        ecolor="#444444", linewidth=0.8)
+        for bar in bars:
+            bar.set_edgecolor(bar.get_facecolor())
     axes.set_xticks(range(len(titles)), titles)
     axes.set(xlim=(-0.55, len(titles) - 0.45), ylim=(0, 103), ylabel="percent")
     figure.legend(loc="outside upper center", ncols=min(len(found), 5))
+    if lines:
+        figure.supxlabel("\n".join(lines), fontsize=8, parse_math=False)
     return figure
 
 
@@ -83,10 +101,16 @@ def plot_training(log_rows: list[dict], x: str = "step"):
     return figure
 
 
+def is_complete(rows: dict[str, dict], names: list[str]) -> bool:
+    """Whether all models answered a question, {model: row}, under the same wordings."""
+    wordings = [row["wordings"] for row in rows.values()]
+    return len(rows) == len(names) and all(mine == wordings[0] for mine in wordings)
+
+
 def plot_question(names: list[str], questions: list[tuple]):
     """Responses to the question on which the CR of the models differ most.
 
-    questions: a tuple of rows each, one per model.
+    questions: a list of rows each, one per model, with the same wordings (`is_complete`).
     """
     def interest(rows):
         rates = [row["cr"] or 0 for row in rows]
@@ -99,7 +123,7 @@ def plot_question(names: list[str], questions: list[tuple]):
             cluster = row["cluster"][i]
             colour = f"C{cluster}" if row["cluster"].count(cluster) > 1 else "#BBBBBB"
             axes.barh(i, 0.96, 0.86, left=column - 0.48, color=colour, alpha=0.4)
-            label = printable(text[:24]) + " ✓" * row["correct"][i]
+            label = printable(text[:24]) + " ✓" * bool(row["correct"][i])
             axes.text(column, i, label, ha="center", va="center", **style)
     axes.set_yticks(range(n), [printable(text[:50]) for text in rows[0]["wordings"]], **style)
     axes.set_xticks(range(len(rows)), [printable(name[:24]) for name in names], **style)

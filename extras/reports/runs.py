@@ -14,7 +14,7 @@ from eval import DEMO, answer_questions, evaluate_responses, open_model, write_r
 from extras.formats.checks import reading
 from extras.formats.records import read_judged
 from extras.judges.judges import confusion
-from extras.reports import masks, plots
+from extras.reports import masks, page, plots
 from extras.reports.judges import confusion_section
 from extras.reports.metrics import MoreMetrics
 from methods import candidates, heads, merged_copy, open_trained
@@ -103,8 +103,9 @@ def report_run(run) -> None:
         report_training(log.parent)
     if run.method.collect is candidates.collect and not getattr(run.cfg, "preferences", ""):
         report_candidates(run)
+    page.embed_plots(Path(run.cfg.out))
     if Path(run.cfg.out, "report.md").exists():
-        run.say(f"report: {run.cfg.out}/report.md\nnext: {next_command(run.cfg)}")
+        run.say(f"report: {run.cfg.out}/report.html\nnext: {next_command(run.cfg)}")
 
 
 def next_command(cfg) -> str:

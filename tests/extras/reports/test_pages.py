@@ -11,8 +11,9 @@ import data
 from eval import write_results
 from extras.reports import plots, write_report
 from extras.reports.judges import confusion_section, judge_table, write_judge_report
-from extras.reports.report import markdown, printable, table
+from extras.reports.plots import printable
 from extras.reports.runs import report_training
+from extras.reports.tables import markdown, table
 
 HOSTILE = ("\x0e\ud801a|b `c` <script>alert(1)</script> [x](http://e.org) $x_1$ \x1b[31m\n# head "
            "\u202e \ud800 **")
