@@ -75,7 +75,7 @@ def print_notes(results: dict) -> None:
             within, cr, effect = map(percent, (found[name] for name in (
                 "within", "cr", "wording_effect")))
             print(f"{model}: two answers to one wording agree in {within}, to two wordings in "
-                  f"{cr}; what wording changes beyond sampling: {effect}.")
+                  f"{cr}; the effect of wording beyond sampling: {effect}.")
         if found["unparsed"]:
             print(f"{model}: {found['unparsed']} of {found['asked']} verdicts on pairs could not "
                   "be read; these pairs are left out.")
@@ -84,6 +84,6 @@ def print_notes(results: dict) -> None:
 
 
 def percent(summary: dict) -> str:
-    """12.3 % [11.0, 13.6]."""
+    """12.3 % [11.0, 13.6]; a difference of two shares is in points."""
     low, high = summary["ci95"] or (summary["mean"], summary["mean"])
     return f"{100 * summary['mean']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"

@@ -105,7 +105,8 @@ def settings_rows(results: dict) -> dict:
         text = "; ".join(f"{name}: {value}" for name, value in values.items())
         if len(set(values.values())) == 1:
             text = next(iter(values.values()))
-        rows[str(key).replace("_", " ")] = {"value": text}
+        if text != "-":  # what nobody set
+            rows[str(key).replace("_", " ")] = {"value": text}
     return rows
 
 
@@ -142,14 +143,14 @@ def make_blocks(results: dict, questions: list[dict]) -> list[Block]:
     shown = shown_metrics(results)
     meanings = [f"{title}: {', '.join(MEANING[name])}." for name, title in shown.items()
                 if name in MEANING]
-    blocks = [Block("Settings", "setting", settings_rows(results)),
-              Block("Results", "model", main_rows(results, shown),
+    blocks = [Block("Results", "model", main_rows(results, shown),
                     (INTERVALS, " ".join(meanings))),
               Block("Differences", "difference, points", difference_rows(questions, results, shown),
                     (PAIRED,)),
               within_block(results),
               Block("Controls", "control", control_rows(results, shown), (CONTROLS,)),
               Block("Counts", "model", count_rows(results)),
+              Block("Settings", "setting", settings_rows(results)),
               Block("Styles that break agreement", "style", rank_styles(questions), (TIES,)),
               Block("Wordings that break agreement", "task and wording", wording_rows(questions),
                     ("The ten that break it most often.", TIES))]

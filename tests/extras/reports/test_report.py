@@ -44,9 +44,10 @@ def test_the_top_says_what_was_compared_and_how(models, tmp_path):
     assert "Models compared: base, CAT. Questions: 8 of 2 tasks, dev split, each under 3 wordings."\
         in text.split("## ")[0]
     for line in ("| judge | equal |", "| seed | 7 |", "| rouge threshold | 0.95 |",
-                 "| temperature | 0.0 |", "| wordings | 3 |", "| samples | - |",
+                 "| temperature | 0.0 |", "| wordings | 3 |",
                  "| server | base: base; CAT: CAT |"):
         assert line in part(text, "Settings"), line
+    assert "samples" not in part(text, "Settings")  # nobody said
     assert "Spread evenly over the dev split." in text and "test" not in text
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Models compared: base, CAT. Questions: 8 of 2 tasks, dev split" in page
