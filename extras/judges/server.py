@@ -215,7 +215,25 @@ def read_completion(body) -> dict | str:
     usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
     counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
     known = all(type(count) is int and 0 <= count < 1 << 40 for count in counts)
-    return {"text": text or "", "finish": finish, "usage": counts if known else None}
+    found = {"text": text or "", "finish": finish, "usage": counts if known else None}
+    if first := read_first_token(choice.get("logprobs")):
+        found["first"] = first
+    return found
+
+
+def read_first_token(logprobs) -> dict[str, float]:
+    """{token: log-probability} of the first token and those that were likeliest in its place."""
+    tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], dict):
+        return {}
+    listed, found = tokens[0].get("top_logprobs"), {}
+    for row in [tokens[0], *(listed if isinstance(listed, list) else [])]:
+        token, logprob = (row.get(name) if isinstance(row, dict) else None
+                          for name in ("token", "logprob"))
+        known = type(logprob) in (int, float) and -9999 < logprob <= 1  # OpenAI's -9999: unlisted
+        if isinstance(token, str) and known:
+            found[token] = logprob
+    return found
 
 
 # ----- The exchange -----

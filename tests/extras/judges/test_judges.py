@@ -65,7 +65,8 @@ def test_similarity_keeps_orders_apart():
              ({"instruction": "i", "input": "x"}, "alpha", "beta")]
     assert judge.similar_pairs(pairs) == [True, False, True]
     assert "<input " in ask.asked[-1].messages[1]["content"]
-    assert HttpJudge(Says(lambda question, text: "hm")).similar_pairs(pairs) == [None] * 3
+    ask = Says(lambda question, text: "VERDICT {n}: same" if "<input " in text else "hm")
+    assert HttpJudge(ask, max_unparsed=1).similar_pairs(pairs) == [None, None, True]
 
 
 @pytest.mark.parametrize("rule, cr, asked", [("and", 1 / 3, 2), ("or", 1, 2), ("first", 1, 1)])
