@@ -33,7 +33,7 @@ FIRST_LOOK = 10  # verdicts, most of which must be readable before more are paid
 UNPARSED_AFTER = 100  # verdicts, before a smaller share of unread ones can stop a run
 UNPARSED_BLOCK = 200  # verdicts that are asked for between two looks at that share
 UNLISTED = "no keyword among the likeliest tokens"
-# What a reply of one token can lack, and still have probabilities.
+# What is wrong with a reply of one token whose server gives no probabilities, if anything is.
 ONE_TOKEN = ("", "cut at max_tokens", "cut while thinking", "empty message", "no finish_reason")
 
 # What may stand before, between and behind the words of a verdict, and what is not seen at all.
@@ -204,10 +204,9 @@ def read_keyword(question: Question, reply: Reply) -> Reply:
     """
     if not question.one_token:
         return reply
-    answered = reply.failure in ONE_TOKEN
-    if answered and not reply.first or "logprobs" in reply.failure:
+    if reply.failure in ONE_TOKEN and not reply.first:
         raise JudgeStopped(describe_problem("no_logprobs"))
-    if not answered:
+    if reply.failure:
         return reply
     found = [[], []]  # log-probabilities for either choice
     for token, logprob in reply.first.items():

@@ -152,6 +152,8 @@ def read_response(status: int, headers, data: bytes, *, sent: list[str]) -> tupl
         return "stop", "no_credit", None
     if status in (401, 404):
         return "stop", {401: "wrong_key", 404: "not_found"}[status], None
+    if "logprobs" in f"{message} {code}" and status in (400, 403, 422):
+        return "stop", "no_logprobs", None
     refused = [name for name in sent if name in f"{message} {code}"]
     if refused and status in (400, 422) and UNSUPPORTED.search(f"{message} {code}"):
         if not TOO_LONG.search(message):

@@ -10,7 +10,7 @@ from extras import judges
 from extras.judges.client import RUN, ServerFlags
 from extras.judges.judges import FAILED, HttpCritic, HttpJudge, confusion
 from extras.judges.meta import wilson
-from extras.judges.questions import TEXTS, Reply
+from extras.judges.questions import TEXTS, JudgeStopped, Reply
 from judge import JudgeConfig, LocalJudge, RuleJudge, Verdict, combine_reward
 
 # ----- Rewards and agreement -----
@@ -240,4 +240,51 @@ def test_revisions_and_labels_of_a_run(tmp_path):
         assert judges.label_pairs(run, [pair]) == [0.5]
         assert "<instruction " in server.texts()[-1] and "i\n\nx\n" in server.texts()[-1]
         assert len(RUN.clients) == 1  # the client is made once
+    RUN.close(print)
+
+
+# ----- Rewards, labels and judgments that cannot be read -----
+
+@pytest.mark.parametrize("stage, more, file", [
+    ("cat", [], "candidates.jsonl"), ("rlaif", ["--labels", "letters"], "preferences.jsonl"),
+    ("cut", ["--critic", "http"], "judged.jsonl")])
+@pytest.mark.parametrize("most", ["0.1", "1"])
+def test_a_run_that_can_read_nothing_fails(stage, more, file, most, arguments, tmp_path):
+    """Nothing is kept, unless all may be unread: then there is nothing to train on."""
+    import train
+    from methods.schedule import check_items
+
+    with ChatServer(lambda request, number: {"body": completion("hm")}) as server:
+        argv = arguments(tmp_path / "run", "--stage", stage, "--pool-per-task", "4", "--judge",
+                         "http", "--judge-url", server.url, "--judge-model", "m", "--temperature",
+                         "2", "--max-unparsed", most, *more)
+        run = train.make_run(*train.parse_config(argv), train.Alone())
+        run.folder.mkdir()
+        run.model = train.trainable_model(run.cfg, None)
+        with pytest.raises((JudgeStopped, ValueError), match="judge replies had no readable verdict"
+                                                             "|nothing to train on"):
+            run.method.collect(run)
+            assert most == "1" and stage != "cat"
+            check_items(run, run.method.items(run))
+        assert most == "1" or len(server.requests) <= 2 * 10
+    kept = run.folder / file
+    assert most == "1" or not kept.exists() or not kept.read_text()
+    RUN.close(print)
+
+
+def test_labels_are_counted_over_the_whole_run(tmp_path):
+    """Calls with a pair each: the first ten verdicts are looked at together."""
+    def decide(request, number):
+        text = request["messages"][-1]["content"]
+        if int(text.split("question ")[1].split()[0]) % 2:
+            return {"body": completion("hm")}
+        return {"body": completion(f"VERDICT {nonce_of(request)}: a")}
+    with ChatServer(decide) as server:
+        run, _ = make_run(tmp_path, judge_url=server.url)
+        pairs = [{"instruction": f"question {k} .", "input": "", "first": item("red"),
+                  "second": item("blue")} for k in range(100)]
+        with pytest.raises(JudgeStopped, match="50 of 100 judge replies"):
+            for k in range(100):
+                found = judges.label_pairs(run, pairs[k:k + 1])
+                assert found == ([None] if k % 2 else [0.5])
     RUN.close(print)
