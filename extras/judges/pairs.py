@@ -99,7 +99,9 @@ class Evaluator:
                 system=TEXTS["question"]["writer"]))
         replies = self.ask(questions, sample=10 * self.sample)
         for (_, written, row), reply in zip(cases, replies, strict=True):
-            text = reply.text if reply.failure in ("", "cut at max_tokens", "filtered") else ""
+            text = reply.text
+            if reply.failure in ("cut while thinking", "prompt cut by the server"):
+                text = ""  # it says nothing of this instruction
             written[name] = text
             row["stages"].append(text)
             if not text or reply.failure not in ("", "cut at max_tokens"):

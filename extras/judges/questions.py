@@ -158,9 +158,9 @@ def parse_verdict(text: str, nonce: str, menu: str) -> str | None:
     not.
     """
     named = r"(?:output(?=[\s(\[*_`\"'])" + SEPARATOR + ")?"
-    match = re.fullmatch(rf"{BEFORE}verdict{SEPARATOR}{re.escape(nonce)}{SEPARATOR}(?<![^\W_])"
+    match = re.fullmatch(rf"{BEFORE}verdict{SEPARATOR}([0-9a-z]+){SEPARATOR}(?<![^\W_])"
                          rf"{named}({menu}){BEHIND}", last_line(text)[1])
-    return match and match[1]
+    return match[2] if match and match[1] == nonce else None
 
 
 def read_reply(question: Question, reply: Reply) -> Reply:
@@ -287,12 +287,18 @@ class Unread:
         if 0 < self.asked == self.causes.total():
             raise self.stop()
 
+    def describe(self) -> str:
+        """How many could not be read, and why; "" if all could."""
+        causes = ", ".join(f"{n} {cause}" for cause, n in self.causes.most_common())
+        if not causes:
+            return ""
+        return describe_problem("unread", missing=self.causes.total(), asked=self.asked,
+                                causes=causes)
+
     def stop(self) -> JudgeStopped:
         """Why the run stops, and what helps against the two most frequent causes."""
-        counted, remedies = self.causes.most_common(), []
-        for cause, _ in counted[:2]:
+        remedies = []
+        for cause, _ in self.causes.most_common(2):
             remedies.append(TEXTS["remedies"].get(cause, TEXTS["remedies"]["other"]))
-        return JudgeStopped(describe_problem(
-            "unread", missing=self.causes.total(), asked=self.asked,
-            causes=", ".join(f"{n} {cause}" for cause, n in counted),
-            remedies=" ".join(dict.fromkeys(remedies))))
+        remedies = " ".join(dict.fromkeys(remedies))
+        return JudgeStopped(f"{self.describe()} {remedies} {TEXTS['remedies']['all']}")

@@ -97,6 +97,8 @@ def after_collecting(run, judge, unanswered: Callable) -> None:
     """
     if isinstance(judge, HttpJudge):
         judge.verdicts.finish()
+        if unread := judge.verdicts.describe():
+            run.say(f"note: {unread} They are missing, not wrong.")
     path = run.folder / "canaries.json"
     gives_verdicts = isinstance(judge, (LocalJudge, HttpJudge))  # not plain numbers
     if gives_verdicts and not run.guard.first(path.exists):

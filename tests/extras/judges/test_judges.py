@@ -174,6 +174,23 @@ def test_canaries_are_measured_and_warned_about(decide, warned, tmp_path):
     assert RUN.clients == []
 
 
+def test_unread_rewards_are_counted_and_said(tmp_path):
+    def decide(request, number):
+        text = request["messages"][-1]["content"]
+        if "kind of answer" in text and "\nblue\n" in text:
+            return {"body": completion("hm")}
+        return strict(request, number)
+    with ChatServer(decide) as server:
+        run, said = make_run(tmp_path, judge_url=server.url, max_unparsed=0.5)
+        judge = judges.server_judge(run.cfg, None, run)
+        found = judge.judge([item("blue"), item("green"), item("grey")])
+        assert [v.reward for v in found] == [None, 1, 1]
+        judges.after_collecting(run, judge, lambda run: ITEMS)
+    note = "note: 1 of 5 judge replies had no readable verdict (1 no verdict). They are missing"
+    assert note in said[0]
+    RUN.close(print)
+
+
 def test_canaries_know_what_was_not_said(tmp_path):
     """A judge without verdicts is not given a clean bill."""
     run, said = make_run(tmp_path)
@@ -217,8 +234,11 @@ def test_flags_for_argparse():
 
     parser = argparse.ArgumentParser()
     judges.add_flags(parser.add_argument)
-    given = vars(parser.parse_args(["--judge-workers", "3", "--budget", "1.5"]))
-    wanted = vars(ServerFlags(judge_workers=3, budget=1.5))
+    argv = ["--judge-workers", "3", "--budget", "1.5", "--verdict", "keyword"]
+    given = vars(parser.parse_args(argv))
+    wanted = vars(ServerFlags(judge_workers=3, budget=1.5, verdict="keyword"))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--verdict", "word"])
     for name in ("judge_url", "judge_model"):  # eval.py has them itself
         assert name not in given
         del wanted[name]
@@ -262,7 +282,8 @@ def test_a_run_that_can_read_nothing_fails(stage, more, file, most, arguments, t
         run.folder.mkdir()
         run.model = train.trainable_model(run.cfg, None)
         with pytest.raises((JudgeStopped, ValueError), match="judge replies had no readable verdict"
-                                                             "|nothing to train on"):
+                                                             "|there is nothing to train on|"
+                                                             "nothing to train on for stage cut"):
             run.method.collect(run)
             assert most == "1" and stage != "cat"
             check_items(run, run.method.items(run))

@@ -283,7 +283,7 @@ def small_judge():
         process.stdout.close()
 
 
-THINGS = {"lime": "Green.", "sky": "Blue.", "rose": "Red."}
+THINGS = {"lime": "Green.", "rose": "Red."}
 COLOURS = [{"input": f"Name a colour of a {thing}.", "output_1": colour, "label": 1,
             "output_2": "I do not know."} for thing, colour in THINGS.items()]
 
@@ -294,7 +294,7 @@ def test_a_small_model_is_read_by_keywords_and_not_by_lines(small_judge):
     verdicts = Unread(client.ask, 0.1)
     rows = evaluate_pairs(verdicts, COLOURS, STRATEGIES["vanilla"])
     assert all(set(row["winners"]) <= {"1", "2"} for row in rows)
-    assert verdicts.asked == 6 and not verdicts.causes
+    assert verdicts.asked == 4 and not verdicts.causes
     by_line = HttpJudge(make_client(small_judge, **flags).ask, reask=0)
     with pytest.raises(JudgeStopped, match="1 of 1 judge replies .*--verdict keyword"):
         by_line.similar_pairs([({}, "blue", "red")])

@@ -155,6 +155,13 @@ def test_nothing_but_one_verdict_with_the_number_is_read(record_property):
     assert read > 100
 
 
+@pytest.mark.parametrize("piece", ["*", " ", "- ", "\\boxed{", "```\n", "</s>", "verdict ", "\n",
+                                   "a", "output ", "<|im_end|>\n", "verdict 3fa9c1d2: "])
+def test_long_replies_are_refused_and_do_not_hang(piece):
+    for text in (piece * 20_000, piece * 20_000 + "x", f"VERDICT {NONCE}: " + piece * 20_000 + "x"):
+        assert parse_verdict(text, NONCE, "a|b") is None
+
+
 def test_what_stands_before_a_verdict_is_kept():
     question = make_question("t", {}, choices=("a", "b"), think=True)
     line = f"VERDICT {question.nonce}: a"
