@@ -36,9 +36,15 @@ def meta_evaluate(cfg) -> None:
     if cfg.own:
         check_sources([pair for found in subsets.values() for pair in found], cfg.own)
     judged, results, clients = {}, {}, []
-    for name, evaluate in list(evaluators(cfg, clients)):
-        judged[name] = {subset: [evaluate(found, k) for k in range(cfg.repeats)]
-                        for subset, found in subsets.items()}
+    named = dict(evaluators(cfg, clients))
+    for name, evaluate in named.items():
+        try:
+            judged[name] = {subset: [evaluate(found, k) for k in range(cfg.repeats)]
+                            for subset, found in subsets.items()}
+        except JudgeStopped as error:
+            if len(named) > 1:
+                raise JudgeStopped(f"{name}: {error}") from None
+            raise
     if len(judged) > 2 and cfg.judge != "rule":  # two of the rules contradict each other
         judges = list(judged.values())
         judged["majority"] = {subset: [pairs.majority([found[subset][0] for found in judges])]

@@ -91,6 +91,19 @@ def test_the_share_of_unread_verdicts_stands_beside_the_numbers(tmp_path, capsys
     assert found["pairs"]["failures"] == {"no verdict": 16}
 
 
+def test_one_judge_of_several_that_cannot_be_read_is_named(tmp_path, capsys):
+    def judge(request, number):
+        text = "hm" if request["model"] == "two" else f"VERDICT {nonce(request)}: a"
+        return {"body": completion(text)}
+    with ChatServer(judge) as server:
+        argv = [*write_pairs(tmp_path, 9), *http(server), "--judge-model", "one,two"]
+        assert meta_evaluate.main(argv) == 1
+        assert "two rules: 10 of 10 judge replies had" in capsys.readouterr().err
+        assert meta_evaluate.main([*argv, "--max-unparsed", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "| one rules | 50.0 / 0.0 |" in said and "| two rules | - / - (100.0 % unread) |" in said
+
+
 @pytest.mark.parametrize("kind", MUTE)
 def test_an_evaluation_that_reads_nothing_fails(kind, questions, tmp_path, capsys, monkeypatch):
     def answer(model, tokenizer, template, asked, *_, **how):
