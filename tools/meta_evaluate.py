@@ -58,7 +58,8 @@ def meta_evaluate(cfg) -> None:
         print(f"\nOutputs by {cfg.own}:\n{own_table(results)}")
     if all(found["Average"]["unread"]["mean"] == 1 for found in results.values()):
         raise JudgeStopped("not a single verdict could be read, so nothing is known of this judge. "
-                           f"{Path(cfg.out, 'verdicts.jsonl')} says why. Use another judge.")
+                           f"{Path(cfg.out, 'verdicts.jsonl')} says why. Use another judge, or, "
+                           "behind a server, --verdict keyword.")
 
 
 def check(cfg) -> None:
