@@ -67,6 +67,9 @@ def collect(run) -> None:
                 kept.append(pair | {"probability": probability})
         unlabelled += len(chunk) - len(kept)
         run.guard.keep(path, kept)
+    if todo and unlabelled == len(todo) and not done:
+        raise ValueError(f"not one of {len(todo)} pairs got a label, so there is nothing to train "
+                         "on. Use another --judge.")
     if unlabelled:
         run.say(f"rlaif: {unlabelled} of {len(todo)} pairs got no label and are left out.")
 

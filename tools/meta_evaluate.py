@@ -9,30 +9,76 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from extras.judges import client_from_flags, pairs
+from eval import parse_flags
+from extras.judges import JudgeStopped, ServerFlags, check_flags, client_from_flags, pairs
 from extras.judges.local import LocalChat
-from extras.judges.meta import summarize_judge
-from extras.reports.judges import judge_table, write_judge_report
+from extras.judges.meta import check_sources, summarize_judge
+from extras.judges.questions import Unread
+from extras.reports.judges import judge_table, own_table, write_judge_report
+from methods.flags import flag_names, spelled
 from tools import make_main, open_models
+
+OWN = {"data": (None, "LLMBar's folder, or a file of labelled pairs"),
+       "judge": (("rule", "http", "self"), "rules, a server, or the model itself"),
+       "strategy": ([], "ways of asking (default: rules); with --judge rule which rules (all)"),
+       "own": ("", "how often the judge prefers outputs by this source, and people do"),
+       "repeats": (1, "ask so many times, to see if a judge agrees with itself"),
+       "instances": (0, "pairs per subset, at most (0: all)"), "seed": (0, "seeds the bootstrap")}
+# The flags of eval.py that say which model judges itself, and how it is run.
+MODEL = {"model", "adapter", "template", "batch_size", "tokenizer", "device", "dtype", "quantize"}
 
 
 def meta_evaluate(cfg) -> None:
     """Ask every evaluator about every pair, and write what that says of them."""
+    check(cfg)
     subsets = {name: found[:cfg.instances or None]
                for name, found in pairs.load_pairs(cfg.data).items()}
+    if cfg.own:
+        check_sources([pair for found in subsets.values() for pair in found], cfg.own)
     judged, results, clients = {}, {}, []
-    for name, evaluate in list(evaluators(cfg, clients)):
-        judged[name] = {subset: [evaluate(found, k) for k in range(cfg.repeats)]
-                        for subset, found in subsets.items()}
+    named = dict(evaluators(cfg, clients))
+    for name, evaluate in named.items():
+        try:
+            judged[name] = {subset: [evaluate(found, k) for k in range(cfg.repeats)]
+                            for subset, found in subsets.items()}
+        except JudgeStopped as error:
+            if len(named) > 1:
+                raise JudgeStopped(f"{name}: {error}") from None
+            raise
     if len(judged) > 2 and cfg.judge != "rule":  # two of the rules contradict each other
         judges = list(judged.values())
         judged["majority"] = {subset: [pairs.majority([found[subset][0] for found in judges])]
                               for subset in subsets}
     for name, found in judged.items():
-        results[name] = summarize_judge(subsets, found, seed=cfg.seed)
-    about = {"judge": cfg.judge, "usage": [client.usage() for client in clients]}
+        results[name] = summarize_judge(subsets, found, own=cfg.own, seed=cfg.seed)
+    about = {"judge": cfg.judge, "own": cfg.own, "usage": [client.usage() for client in clients]}
     write_judge_report(Path(cfg.out), subsets, results, judged, about)
     print(judge_table(results))
+    if cfg.own:
+        print(f"\nOutputs by {cfg.own}:\n{own_table(results)}")
+    if all(found["Average"]["unread"]["mean"] == 1 for found in results.values()):
+        raise JudgeStopped("not a single verdict could be read, so nothing is known of this judge. "
+                           f"{Path(cfg.out, 'verdicts.jsonl')} says why. Use another judge, or, "
+                           "behind a server, --verdict keyword.")
+
+
+def check(cfg) -> None:
+    """Raise ValueError for flags that would not be read."""
+    read = set(OWN) | {"out"} | flag_names(ServerFlags)
+    if cfg.judge == "self":
+        read |= MODEL
+    for name, default in vars(parse_flags([])).items():
+        if name not in read and getattr(cfg, name, default) != default:
+            raise ValueError(f"{spelled(name)} is not read with --judge {cfg.judge}. Leave it out.")
+    check_flags(cfg, asked=cfg.judge == "http")
+    if cfg.repeats > 1 and cfg.judge != "http":
+        raise ValueError(f"--repeats {cfg.repeats} needs --judge http: rules and the model itself "
+                         "say the same every time. Leave it out.")
+    if cfg.verdict == "keyword":
+        for name in cfg.strategy:
+            if pairs.find_strategy(name).kind != "verdict":
+                raise ValueError(f"--verdict keyword compares two words, and --strategy {name} "
+                                 "asks for more. Leave out one of them.")
 
 
 def evaluators(cfg, clients: list) -> Iterator[tuple]:
@@ -54,17 +100,15 @@ def evaluators(cfg, clients: list) -> Iterator[tuple]:
                     for name, *parts in open_models(cfg)]
     for model, backend in backends:
         for name, strategy in strategies.items():
-            def evaluate(found, repeat, ask=backend.ask, strategy=strategy):
-                return pairs.evaluate_pairs(ask, found, strategy, sample=repeat)
+            most = cfg.max_unparsed if cfg.judge == "http" else 1.0
+            verdicts = Unread(backend.ask, most)
+
+            def evaluate(found, repeat, verdicts=verdicts, strategy=strategy):
+                return pairs.evaluate_pairs(verdicts, found, strategy, sample=repeat)
             yield f"{model.strip()} {name}" if len(backends) > 1 else name, evaluate
 
 
-main = make_main(
-    meta_evaluate, __doc__, data=(None, "LLMBar's folder, or a file of labelled pairs"),
-    judge=(("rule", "http", "self"), "rules, a server, or the model itself"),
-    strategy=([], "ways of asking (default: rules); with --judge rule which rules (default: all)"),
-    repeats=(1, "ask so many times, to see if a judge agrees with itself"),
-    instances=(0, "pairs per subset, at most (0: all)"), seed=(0, "seeds the bootstrap"))
+main = make_main(meta_evaluate, __doc__, **OWN)
 
 if __name__ == "__main__":
     sys.exit(main())

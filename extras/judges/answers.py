@@ -35,10 +35,12 @@ def usable(record: dict) -> tuple[str, str]:
     """(text, failure) of an answer on file, without what a model thinks before </think>."""
     text, usage = record["text"], record["usage"]
     failure = ENDINGS.get(record["finish"], "ended otherwise")
+    if record.get("first") and record["finish"] == "length":
+        failure = ""
     prompt = "".join(message["content"] for message in record["request"]["messages"])
     if not failure and usage and 0 < usage[0] < len("".join(prompt.split())) / 8:
         failure = "prompt cut by the server"  # without a word: its count of tokens tells
-    if failure:
+    if failure or record.get("first"):  # the probabilities of its only token are the answer
         return text, failure
     if "</think>" in text:
         text = text.rpartition("</think>")[2].strip()

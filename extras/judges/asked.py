@@ -62,7 +62,7 @@ def settle_flags(cfg, argv: list[str]) -> None:
         fail("--server has no model. Name those to be asked with --server-model.")
     elif cfg.judge != "http":
         refuse(("--judge-url", "--judge-model", "--judge-key-env", "--judge-extra",
-                "--judge-max-tokens", "--judge-cache"), "needs --judge http")
+                "--judge-max-tokens", "--judge-cache", "--verdict"), "needs --judge http")
     if cfg.similar:
         refuse(("--judge",), "and --similar both say how answers are compared")
     if (cfg.server or cfg.responses) and "--model" not in given:

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 from extras.judges import questions as prompts
 from extras.judges.answers import AnswerFile, answer_key, usable
@@ -26,6 +27,7 @@ from methods.flags import flag, spelled
 
 WATCH_SECONDS = 0.1  # between two looks at the deadlines of what is under way
 PROXY = re.compile(r"http://(\[[\da-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?/?")
+TOP_LOGPROBS = 20  # the likeliest first tokens, as many as servers give
 FAILURES_IN_A_ROW = 10  # requests that fail for good, with none answered between them
 
 
@@ -49,6 +51,7 @@ class ServerFlags:
     price_in: float = flag(0.0, "price of a million prompt tokens", at_least=0)
     price_out: float = flag(0.0, "price of a million completion tokens", at_least=0)
     max_unparsed: float = flag(0.1, "share of unread verdicts, of 100, that stops", at_least=0)
+    verdict: Literal["line", "keyword"] = flag("line", "written, or the likelier of two words")
 
 
 def check_flags(flags, asked: bool) -> None:
@@ -136,6 +139,8 @@ class ChatClient:
 
         Raises JudgeStopped when nothing more can be asked.
         """
+        if self.flags.verdict == "keyword":
+            questions = [prompts.ask_for_keyword(question) for question in questions]
         keys, wanted, done = [], {}, queue.SimpleQueue()
         for question in questions:
             key, request = self.request(question, temperature, sample)
@@ -166,7 +171,8 @@ class ChatClient:
                 "saved", error=error, n=len(self.seen), cache=self.cache)) from None
         finally:
             self.answers.sync()
-        return [replies[key] for key in keys]
+        return [prompts.read_keyword(question, replies[key])
+                for question, key in zip(questions, keys, strict=True)]
 
     def _next(self, done: queue.SimpleQueue) -> tuple:
         """The next result of a worker. The deadlines of all of them are kept meanwhile."""
@@ -206,6 +212,8 @@ class ChatClient:
         """(key of the answer, all that the key covers)."""
         body = {"model": self.name, "messages": question.messages, "temperature": temperature,
                 "max_tokens": max(question.max_tokens, self.flags.judge_max_tokens)}
+        if question.one_token:
+            body |= {"max_tokens": 1, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
         if temperature > 0:
             body["seed"] = sample  # else a server with a fixed seed says the same in every sample
         request = {"address": self.server.address, "request": body, "sample": sample,
@@ -315,7 +323,7 @@ class ChatClient:
         with self.lock:
             self.seen.add(key)
             self.failures.update([failure] * bool(failure))
-        return Reply(text, failure, nonce=record.get("nonce", ""))
+        return Reply(text, failure, nonce=record.get("nonce", ""), first=record.get("first"))
 
     def _give_up(self, key: str, cause: str, tries: int) -> Reply:
         """Write a failed request down; it is asked again in the next run. Ten in a row stop."""

@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Callable
 
-from extras.judges.questions import TEXTS, Unread, make_question
-from judge import TYPE_WORDS, JudgeConfig, Verdict, gated_verdicts, normalize
+from extras.judges.questions import TEXTS, Reply, Unread, make_question
+from judge import TYPE_WORDS, JudgeConfig, Verdict, gated_verdicts, normalize, two_way
 
 FAILED = "$ERROR$"  # no judgment came; such records are dropped and counted
 
@@ -12,7 +12,7 @@ FAILED = "$ERROR$"  # no judgment came; such records are dropped and counted
 class HttpJudge:
     """The questions of the self-judge, and whether two responses agree, answered in words.
 
-    The run stops when more than `max_unparsed` of a hundred or more verdicts cannot be read.
+    The run stops when more than `max_unparsed` of them cannot be read, see questions.Unread.
     """
 
     def __init__(self, ask: Callable, config: JudgeConfig | None = None, *, reask: int = 1,
@@ -31,7 +31,8 @@ class HttpJudge:
         return [wrong if is_wordless(item) else next(verdicts) for item in items]
 
     def probabilities(self, keys, question, words) -> dict:
-        """For `gated_verdicts`: {key: 1.0 or 0.0, or None where no verdict could be read}."""
+        """For `gated_verdicts`: {key: probability, 1.0 or 0.0 of a verdict in words, None: unread}.
+        """
         texts, choices, questions = TEXTS["judge"], tuple(word.strip() for word in words), []
         for instruction, input, target, response in keys:
             parts = {"instruction": instruction, "input": input or None, "reference": target,
@@ -43,13 +44,14 @@ class HttpJudge:
             parts = {name: text for name, text in parts.items() if text is not None}
             questions.append(make_question(task, parts, choices=choices))
         replies = self.verdicts.ask(questions)
-        return {key: reply.verdict and float(reply.verdict == choices[0])
+        return {key: first_probability(reply, choices[0])
                 for key, reply in zip(keys, replies, strict=True)}
 
     def similar_pairs(self, pairs: list[tuple[dict, str, str]]) -> list[bool | None]:
         """For each (question, first, second) whether they say the same, asked in this order only.
 
         None: no verdict could be read. A question holds `instruction` and `input`, where known.
+        Raises JudgeStopped if that is so for all of them.
         """
         questions = []
         for known, first, second in pairs:
@@ -57,7 +59,15 @@ class HttpJudge:
             questions.append(make_question(TEXTS["judge"]["similar"], parts,
                                            choices=("same", "contradicted")))
         replies = self.verdicts.ask(questions)
+        self.verdicts.finish()
         return [reply.verdict and reply.verdict == "same" for reply in replies]
+
+
+def first_probability(reply: Reply, first: str) -> float | None:
+    """How probable the first choice is, where the backend knows; else 1.0 or 0.0. None: unread."""
+    if reply.verdict and reply.odds is not None:
+        return two_way(reply.odds, 0.0)
+    return reply.verdict and float(reply.verdict == first)
 
 
 class HttpCritic:

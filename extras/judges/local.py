@@ -1,8 +1,6 @@
 """The local model as a backend, in place of a server."""
 
-import math
-
-from extras.judges.questions import Question, Reply
+from extras.judges.questions import Question, Reply, pick_choice
 
 
 class LocalChat:
@@ -39,10 +37,8 @@ class LocalChat:
             prefixes = [prompts[i].rstrip("\n") + "\n" for i in picked]
             logprobs = keyword_logprobs(self.model, self.tokenizer, prefixes, heads, words,
                                         batch_size=self.batch_size)
-            for i, head, pair, (first, second) in zip(picked, heads, words, logprobs, strict=True):
-                replies[i] = Reply(head + pair[second > first], odds=first - second)
-                if math.isnan(first - second):
-                    replies[i] = Reply("", "no number")
+            for i, pair in zip(picked, logprobs, strict=True):
+                replies[i] = pick_choice(questions[i], *pair)
         if written:
             sampling = Sampling(max(questions[i].max_tokens for i in written), temperature)
             made = complete(self.model, self.tokenizer, [prompts[i] for i in written], sampling,

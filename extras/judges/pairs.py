@@ -1,8 +1,9 @@
 """Which of two outputs follows an instruction better? Evaluators of LLMBar (arXiv 2310.07641).
 
-A pair is {input, output_1, output_2}, with a label 1 or 2 where people gave one. It is judged in
-both orders. Its row holds "winners", one for each order: "1", "2" or None (unparsed); whether it is
-a "draw"; what was said in the "stages"; and "failures".
+A pair is {input, output_1, output_2}, with a label 1 or 2 where people gave one, and source_1 and
+source_2 where it is known which models wrote the outputs. It is judged in both orders. Its row
+holds "winners", one for each order: "1", "2" or None (unread); whether it is a "draw"; what was
+said in the "stages"; and "failures".
 """
 
 import json
@@ -13,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import read_json
-from extras.judges.questions import TEXTS, ask_all, make_question, read_reply
-from judge import rouge_l, two_way
+from extras.judges.judges import first_probability
+from extras.judges.questions import FIRST_LOOK, TEXTS, Unread, make_question, read_reply
+from judge import rouge_l
 
 SUBSETS = ("Natural", "Neighbor", "GPTInst", "GPTOut", "Manual")  # LLMBar's
-OUTPUTS = ("output_1", "output_2")
+OUTPUTS, SOURCES = ("output_1", "output_2"), ("source_1", "source_2")
 DRAW = ("2", "1")  # how LLMBar writes a draw: right in one order only
 
 
@@ -53,7 +55,8 @@ def live_question(task: str, parts: dict[str, str], kind: str, **menu):
 class Evaluator:
     """Evaluates pairs by a strategy; `make` and `read` are the form of verdicts.
 
-    A case is (pair, texts that were written about it beforehand, its row).
+    `verdicts` counts those that cannot be read, and stops where there are too many. A case is
+    (pair, texts that were written about it beforehand, its row).
     """
 
     ask: Callable
@@ -62,21 +65,21 @@ class Evaluator:
     sample: int = 0
     make: Callable = live_question
     read: Callable = read_reply
+    verdicts: Unread | None = None
 
     def evaluate(self, pairs: list[dict]) -> list[dict]:
-        """One row per pair. A helper's text that fails leaves its pair unparsed."""
+        """One row per pair."""
         cases, strategy = [], self.strategy
         for pair in pairs:
             row = {"winners": [None, None], "draw": False, "stages": [], "failures": []}
             cases.append((pair, {}, row))
         for name in strategy.writes:
             self.write(cases, name)
-        able = [case for case in cases if not case[2]["failures"]]
         if strategy.kind == "score":
-            self.score(able)
+            self.score(cases)
         else:
-            self.compare(able, "compare", strategy.kind)
-            disputed = [case for case in able if set(case[2]["winners"]) == {"1", "2"}]
+            self.compare(cases, "compare", strategy.kind)
+            disputed = [case for case in cases if set(case[2]["winners"]) == {"1", "2"}]
             if strategy.disagree == "draw":
                 for _, _, row in disputed:
                     row.update(winners=list(DRAW), draw=True)
@@ -85,7 +88,10 @@ class Evaluator:
         return [row for _, _, row in cases]
 
     def write(self, cases: list[tuple], name: str) -> None:
-        """Let the judge write something about each instruction. A truncated text still helps."""
+        """Let the judge write something about each instruction.
+
+        As in LLMBar a truncated text still helps, and one that fails is empty; both count.
+        """
         questions, length = [], {"questions": 150, "reference": 384}[name]
         for pair, _, _ in cases:
             questions.append(make_question(
@@ -93,9 +99,12 @@ class Evaluator:
                 system=TEXTS["question"]["writer"]))
         replies = self.ask(questions, sample=10 * self.sample)
         for (_, written, row), reply in zip(cases, replies, strict=True):
-            written[name] = reply.text
-            row["stages"].append(reply.text)
-            if not reply.text or reply.failure not in ("", "cut at max_tokens"):
+            text = reply.text
+            if reply.failure in ("cut while thinking", "prompt cut by the server"):
+                text = ""  # it says nothing of this instruction
+            written[name] = text
+            row["stages"].append(text)
+            if not text or reply.failure not in ("", "cut at max_tokens"):
                 row["failures"].append(f"{name}: {reply.failure or 'empty'}")
 
     def replies(self, task: str, kind: str, parts: list[dict], **menu):
@@ -104,8 +113,8 @@ class Evaluator:
         notes += [f"{name}_note" for name in self.strategy.writes]
         task = "\n\n".join(TEXTS["pairs"][note] for note in notes)
         questions = [self.make(task, part, kind, **menu) for part in parts]
-        found = ask_all(self.ask, questions, read=self.read, reask=self.reask,
-                        sample=10 * self.sample)
+        verdicts = self.verdicts or Unread(self.ask, 1.0, self.reask)
+        found = verdicts.ask(questions, read=self.read, sample=10 * self.sample)
         return zip(found[::2], found[1::2], strict=True)
 
     def compare(self, cases: list[tuple], task: str, kind: str) -> None:
@@ -120,7 +129,7 @@ class Evaluator:
             row["winners"] = [{"a": "1", "b": "2"}.get(first.verdict),
                               {"a": "2", "b": "1"}.get(second.verdict)]
             row["stages"].append({"first": first.text, "second": second.text})
-            row["failures"] = [reply.failure for reply in (first, second) if reply.failure]
+            row["failures"] += [reply.failure for reply in (first, second) if reply.failure]
 
     def score(self, cases: list[tuple]) -> None:
         """Score each output alone, 0 to 9; the higher score wins, equal ones are a draw."""
@@ -130,15 +139,21 @@ class Evaluator:
         for (_, _, row), (one, two) in zip(cases, replies, strict=True):
             row["stages"].append({"score_1": one.verdict or one.text,
                                   "score_2": two.verdict or two.text})
-            row["failures"] = [reply.failure for reply in (one, two) if reply.failure]
-            if not row["failures"]:
+            row["failures"] += [reply.failure for reply in (one, two) if reply.failure]
+            if one.verdict and two.verdict:
                 decide(row, int(one.verdict), int(two.verdict))
 
 
-def evaluate_pairs(ask: Callable, pairs: list[dict], strategy: Strategy, *, reask: int = 1,
+def evaluate_pairs(verdicts: Unread, pairs: list[dict], strategy: Strategy, *,
                    sample: int = 0) -> list[dict]:
-    """One row per pair, by the live form of verdicts. `sample` numbers the repeats."""
-    return Evaluator(ask, strategy, reask, sample).evaluate(pairs)
+    """One row per pair, by the live form of verdicts. `sample` numbers the repeats.
+
+    The first few pairs are judged before helpers write about the others, so that a judge that
+    cannot be read is not paid for to the end.
+    """
+    evaluator = Evaluator(verdicts.backend, strategy, sample=sample, verdicts=verdicts)
+    first = max(0, FIRST_LOOK - verdicts.asked) // 2
+    return evaluator.evaluate(pairs[:first]) + evaluator.evaluate(pairs[first:])
 
 
 def show_pair(pair: dict, written: dict, swapped: bool) -> dict[str, str]:
@@ -190,18 +205,14 @@ def majority(evaluations: list[list[dict]]) -> list[dict]:
 def preference_probabilities(ask: Callable, pairs: list[dict]) -> list[float | None]:
     """How probable it is that output_1 is the better one: soft labels (RLAIF, arXiv 2309.00267).
 
-    The mean over both orders, against position bias. The probability of the letter counts where the
-    backend knows it, else the verdict, 1 or 0. None where an order has no answer.
+    The mean over both orders, against position bias. `ask` gives replies with their verdicts read.
+    The probability of the letter counts where the backend knows it, else the verdict, 1 or 0. None
+    where an order has no answer.
     """
     parts = [show_pair(pair, {}, swapped) for pair in pairs for swapped in (False, True)]
     questions = [make_question(TEXTS["pairs"]["compare"], part, choices=("a", "b"))
                  for part in parts]
-    found = []
-    for reply in map(read_reply, questions, ask(questions)):
-        p = reply.verdict and float(reply.verdict == "a")
-        if reply.verdict and reply.odds is not None:
-            p = two_way(reply.odds, 0.0)
-        found.append(p)
+    found = [first_probability(reply, "a") for reply in ask(questions)]
     return [None if None in (first, second) else (first + 1 - second) / 2
             for first, second in zip(found[::2], found[1::2], strict=True)]
 
@@ -228,7 +239,7 @@ def load_pairs(path) -> dict[str, list[dict]]:
     such files named by subset (LLMBar_Natural.json), or one file.
     """
     path, subsets = Path(path), {}
-    wanted = "a JSON list of {input, output_1, output_2, label 1 or 2}"
+    wanted = "a JSON list of {input, output_1, output_2, label 1 or 2; source_1, source_2 if known}"
     files = [path]
     if path.is_dir():
         files = sorted(path.rglob("dataset.json")) or sorted(path.glob("*.json"))
@@ -243,10 +254,12 @@ def load_pairs(path) -> dict[str, list[dict]]:
         for number, row in enumerate(rows):
             row = row if isinstance(row, dict) else {}
             kinds = [type(row.get(name)) for name in ("input", *OUTPUTS, "label")]
-            if kinds != [str, str, str, int] or row["label"] not in (1, 2):
+            kinds += [type(row.get(name, "")) for name in SOURCES]
+            if kinds != [str, str, str, int, str, str] or row["label"] not in (1, 2):
                 raise ValueError(f"{file}, record {number} is {json.dumps(rows[number])[:60]}. "
                                  f"Expected {wanted}.")
-        subsets[name] = [{key: row[key] for key in ("input", *OUTPUTS, "label")} for row in rows]
+        names = ("input", *OUTPUTS, "label", *SOURCES)
+        subsets[name] = [{key: row[key] for key in names if key in row} for row in rows]
     if not subsets:
         raise ValueError(f"no pairs at {path}. Give LLMBar's folder, or {wanted}.")
     known = [name for name in SUBSETS if name in subsets]

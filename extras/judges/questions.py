@@ -12,6 +12,7 @@ ChatClient.ask is one, a server; LocalChat.ask another, the model itself.
 
 import hashlib
 import json
+import math
 import re
 import secrets
 import unicodedata
@@ -28,11 +29,22 @@ NONCE_BYTES = 12  # of a nonce that is sent: twice as many hexadecimal digits
 
 NO_VERDICT = "no verdict"
 REASK_TEMPERATURE = 0.7  # at 0 a reply without a verdict would come again
-UNPARSED_AFTER = 100  # verdicts, before their share of unparsed ones can stop a run
+FIRST_LOOK = 10  # verdicts, most of which must be readable before more are paid for
+UNPARSED_AFTER = 100  # verdicts, before a smaller share of unread ones can stop a run
 UNPARSED_BLOCK = 200  # verdicts that are asked for between two looks at that share
+UNLISTED = "no keyword among the likeliest tokens"
+# What is wrong with a reply of one token whose server gives no probabilities, if anything is.
+ONE_TOKEN = ("", "cut at max_tokens", "cut while thinking", "empty message", "no finish_reason")
 
-# What may stand between the words of a verdict, and what is not seen at all.
-SEPARATOR = r"(?:[\s:=*_`\"'()\[\]>|\u2013\u2014]|-(?=\s))*"
+# What may stand before, between and behind the words of a verdict, and what is not seen at all.
+BOXED = r"\\(?:boxed|text(?:bf)?)\{"
+BEFORE = rf"(?:[\s*_`\"'#>(\[|$\u2022]|-(?=\s)|{BOXED})*"
+SEPARATOR = rf"(?:[\s:=*_`\"'()\[\]>|$\u2013\u2014]|-(?=\s)|{BOXED})*"
+BEHIND = r"[\s.!*_`\"')\]|}$]*"
+# How models mark the end of a turn; some servers leave it in the text.
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_text|>",
+             "<|endoftext|>", "<|end_of_turn|>", "<|return|>", "<|end\u2581of\u2581sentence|>",
+             "<end_of_turn>", "<eos>", "</s>")
 INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
 
 
@@ -55,6 +67,7 @@ class Question:
     menu: str = ""  # empty: the reply is free text
     choices: tuple[str, ...] = ()  # the verdicts as words, where they are words
     pick: bool = False  # nothing but one of the choices is wanted
+    one_token: bool = False  # the probabilities of the first token are the answer
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,7 @@ class Reply:
     odds: float | None = None  # log p(first choice) - log p(second), where the backend knows it
     verdict: str | None = None  # filled in by `ask_all`; then `text` is what stood before it
     nonce: str = field(default="", compare=False)  # that was sent; "": the question's own
+    first: dict | None = None  # {token: log-probability} of the likeliest first tokens, if asked
 
 
 def normal_form(text: str) -> str:
@@ -117,18 +131,37 @@ def make_question(task: str, parts: dict[str, str], *, choices: tuple[str, ...] 
     return Question(messages, max_tokens, nonce, menu, choices, bool(choices) and not think)
 
 
-def parse_verdict(text: str, nonce: str, menu: str) -> str | None:
-    """The verdict in the last line that is not blank, if that line is nothing but the verdict.
+def last_line(text: str) -> tuple[str, str]:
+    """(the text before its last line, that line in its normal form).
 
-    Case, Markdown, brackets, quotes and invisible characters around it are forgiven; another
-    nonce, word or number, or a line after it, are not.
+    Blank lines, marks of an ended turn and one closing code fence behind it are not lines.
     """
-    lines = normal_form(text).replace("\r", "\n").split("\n")
-    last = next((line for line in reversed(lines) if line.strip()), "")
-    match = re.fullmatch(
-        rf"[\s*_`\"'#>(\[|]*verdict{SEPARATOR}{re.escape(nonce)}{SEPARATOR}({menu})"
-        rf"[\s.!*_`\"')\]|]*", last)
-    return match and match[1]
+    lines, fenced, last = text.replace("\r", "\n").split("\n"), False, ""
+    while lines:
+        last = normal_form(lines.pop()).strip()
+        while last.endswith(TURN_ENDS):
+            mark = next(mark for mark in TURN_ENDS if last.endswith(mark))
+            last = last.removesuffix(mark).rstrip()
+        if last and (last != "```" or fenced):
+            break
+        fenced = fenced or bool(last)
+    before = "\n".join(lines).strip()
+    if fenced:
+        before = re.sub(r"(?:\A|\n)```\w*\Z", "", before).strip()
+    return before, last
+
+
+def parse_verdict(text: str, nonce: str, menu: str) -> str | None:
+    """The verdict in the last line of a text, if that line is nothing but the verdict.
+
+    Case, Markdown, brackets, quotes, LaTeX's \\boxed and invisible characters around it are
+    forgiven, and "Output" before a letter; another nonce, word or number, or a line after it, are
+    not.
+    """
+    named = r"(?:output(?=[\s(\[*_`\"'])" + SEPARATOR + ")?"
+    match = re.fullmatch(rf"{BEFORE}verdict{SEPARATOR}([0-9a-z]+){SEPARATOR}(?<![^\W_])"
+                         rf"{named}({menu}){BEHIND}", last_line(text)[1])
+    return match[2] if match and match[1] == nonce else None
 
 
 def read_reply(question: Question, reply: Reply) -> Reply:
@@ -138,8 +171,60 @@ def read_reply(question: Question, reply: Reply) -> Reply:
     verdict = parse_verdict(reply.text, reply.nonce or question.nonce, question.menu)
     if verdict is None:
         return replace(reply, failure=NO_VERDICT)
-    before = reply.text.strip().rpartition("\n")[0].strip()
-    return replace(reply, text=before, verdict=verdict)
+    return replace(reply, text=last_line(reply.text)[0], verdict=verdict)
+
+
+# ----- Verdicts by the probability of a keyword -----
+def pick_choice(question: Question, first: float, second: float) -> Reply:
+    """The more probable of two choices as a reply, from their log-probabilities."""
+    if math.isnan(first - second):
+        return Reply("", "no number")
+    choice = question.choices[second > first]
+    return Reply(f"VERDICT {question.nonce}: {choice}", odds=first - second)
+
+
+def ask_for_keyword(question: Question) -> Question:
+    """The question so that its answer begins with one of two choices. Others stay as they are."""
+    if not question.pick:
+        return question
+    system, user = question.messages
+    menu = " or ".join(question.choices)
+    brief = TEXTS["question"]["brief"].format(nonce=question.nonce, menu=menu)
+    assert user["content"].endswith(brief), "a choice that is asked for in another way"
+    text = user["content"].removesuffix(brief) + TEXTS["verdict"]["keyword"].format(menu=menu)
+    messages = [system, {**user, "content": text}]
+    return replace(question, messages=messages, max_tokens=1, one_token=True)
+
+
+def read_keyword(question: Question, reply: Reply) -> Reply:
+    """The reply to `ask_for_keyword` as `pick_choice` gives it.
+
+    A token counts for the one choice that it begins, whatever its case and blanks before it. A
+    choice that is not listed is at most as probable as the least probable token that is. Raises
+    JudgeStopped if the server gives no probabilities.
+    """
+    if not question.one_token:
+        return reply
+    if reply.failure in ONE_TOKEN and not reply.first:
+        raise JudgeStopped(describe_problem("no_logprobs"))
+    if reply.failure:
+        return reply
+    found = [[], []]  # log-probabilities for either choice
+    for token, logprob in reply.first.items():
+        begun = normal_form(token).strip()
+        fits = [choice.startswith(begun) for choice in question.choices]
+        if begun and sum(fits) == 1:
+            found[fits.index(True)].append(logprob)
+    if not any(found):
+        return replace(reply, failure=UNLISTED, first=None)
+    least = min(reply.first.values())
+    return pick_choice(question, *(log_sum(logprobs or [least]) for logprobs in found))
+
+
+def log_sum(logprobs: list[float]) -> float:
+    """log(sum(exp(logprobs)))."""
+    highest = max(logprobs)
+    return highest + math.log(sum(math.exp(logprob - highest) for logprob in logprobs))
 
 
 def ask_all(ask: Callable, questions: list[Question], *, read: Callable = read_reply,
@@ -163,26 +248,58 @@ def ask_all(ask: Callable, questions: list[Question], *, read: Callable = read_r
 
 
 class Unread:
-    """Asks for verdicts, and stops the run when the share of unreadable ones is above `most`."""
+    """Asks for verdicts, and stops the run when too many of them cannot be read.
+
+    That is more than the share `most` of a hundred or more, and more than half of fewer: the first
+    ten are looked at before the next are asked for, and so are all of a call if none was read so
+    far. With `most` 1 nothing stops before `finish`.
+    """
 
     def __init__(self, ask: Callable, most: float, reask: int = 1):
         self.backend, self.most, self.reask = ask, most, reask
         self.asked, self.causes = 0, Counter()
 
-    def ask(self, questions: list[Question]) -> list[Reply]:
-        """`ask_all` in blocks, so that a judge that cannot be read is not paid for to the end.
-
-        Raises JudgeStopped, from the hundredth verdict on.
-        """
+    def ask(self, questions: list[Question], *, read: Callable = read_reply,
+            sample: int = 0) -> list[Reply]:
+        """`ask_all` in blocks, so that a judge that cannot be read is not paid for to the end."""
         replies = []
-        for start in range(0, len(questions), UNPARSED_BLOCK):
-            block = questions[start:start + UNPARSED_BLOCK]
-            replies += ask_all(self.backend, block, reask=self.reask)
-            failures = [reply.failure.split(":")[0] for reply in replies[start:] if reply.failure]
-            self.asked, self.causes = self.asked + len(block), self.causes + Counter(failures)
-            missing = self.causes.total()
-            if self.asked >= UNPARSED_AFTER and missing > self.most * self.asked:
-                causes = ", ".join(f"{n} {cause}" for cause, n in self.causes.most_common())
-                raise JudgeStopped(describe_problem(
-                    "unread", missing=missing, asked=self.asked, causes=causes))
+        while len(replies) < len(questions):
+            size = max(0, FIRST_LOOK - self.asked) or UNPARSED_BLOCK
+            block = questions[len(replies):len(replies) + size]
+            made = ask_all(self.backend, block, read=read, reask=self.reask, sample=sample)
+            replies += made
+            self.asked += len(made)
+            self.causes.update(reply.failure.split(":")[0] for reply in made if reply.failure)
+            self.look()
         return replies
+
+    def look(self) -> None:
+        """Raise JudgeStopped if too many verdicts could not be read so far."""
+        missing, most = self.causes.total(), self.most
+        if self.asked < UNPARSED_AFTER:
+            most = max(most, 0.5)
+        if self.asked < FIRST_LOOK and missing < self.asked:  # too few to tell
+            return
+        if missing > most * self.asked:
+            raise self.stop()
+
+    def finish(self) -> None:
+        """The last verdict is there. Raises JudgeStopped if not a single one could be read."""
+        if 0 < self.asked == self.causes.total():
+            raise self.stop()
+
+    def describe(self) -> str:
+        """How many could not be read, and why; "" if all could."""
+        causes = ", ".join(f"{n} {cause}" for cause, n in self.causes.most_common())
+        if not causes:
+            return ""
+        return describe_problem("unread", missing=self.causes.total(), asked=self.asked,
+                                causes=causes)
+
+    def stop(self) -> JudgeStopped:
+        """Why the run stops, and what helps against the two most frequent causes."""
+        remedies = []
+        for cause, _ in self.causes.most_common(2):
+            remedies.append(TEXTS["remedies"].get(cause, TEXTS["remedies"]["other"]))
+        remedies = " ".join(dict.fromkeys(remedies))
+        return JudgeStopped(f"{self.describe()} {remedies} {TEXTS['remedies']['all']}")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import astuple, fields
+from typing import get_args, get_type_hints
 
 from extras.judges import asked
 from extras.judges.client import RUN, ServerFlags, client_from_flags
@@ -10,7 +11,7 @@ from extras.judges.judges import HttpCritic, HttpJudge, canary_items
 from extras.judges.local import LocalChat
 from extras.judges.meta import wilson
 from extras.judges.pairs import preference_probabilities
-from extras.judges.questions import Reply
+from extras.judges.questions import Reply, Unread, describe_problem
 from extras.judges.writers import PRINCIPLES, constitutional
 from judge import JudgeConfig, LocalJudge
 from methods.flags import spelled
@@ -19,8 +20,10 @@ from methods.flags import spelled
 def add_flags(add: Callable) -> None:
     """Call argparse's add_argument for the flags of eval.py that only this room reads."""
     asked.add_flags(add)
+    hints = get_type_hints(ServerFlags)
     for item in fields(ServerFlags):
         add(spelled(item.name), type=type(item.default), default=item.default,
+            choices=get_args(hints[item.name]) or None,
             help=f"{item.metadata['help']} ({item.default})")
 
 
@@ -46,22 +49,26 @@ def make_backend(run) -> Callable:
     return ask_server if "http" in (cfg.judge, getattr(cfg, "critic", "")) else ask_model
 
 
-def server_judge(cfg, config: JudgeConfig | None = None, run=None) -> HttpJudge:
-    """The judge behind the server that the flags name, for a run or for eval.py."""
-    if run:
-        ask = make_backend(run)
-    else:
-        ask = client_from_flags(cfg, cfg.out).ask
-    return HttpJudge(ask, config, max_unparsed=cfg.max_unparsed, name=f"http {cfg.judge_model}")
+def server_judge(cfg, config: JudgeConfig, run) -> HttpJudge:
+    """The judge behind the server that the flags of a run name."""
+    return HttpJudge(make_backend(run), config, max_unparsed=cfg.max_unparsed, name=f"http {cfg.judge_model}")
 
 
 def server_critic(cfg, run) -> HttpCritic:
     """The critic behind the server that the flags name."""
+    refuse_keyword(cfg, "a judgment in words")
     return HttpCritic(make_backend(run), max_unparsed=cfg.max_unparsed)
+
+
+def refuse_keyword(cfg, what: str) -> None:
+    """Raise ValueError for --verdict keyword where it would not be read."""
+    if getattr(cfg, "verdict", "line") == "keyword":
+        raise ValueError(describe_problem("no_keyword", what=what))
 
 
 def revise(run, records: list[dict], principles: list[str]) -> list[dict]:
     """Critique and revision of sampled answers, by our own principles where none are given."""
+    refuse_keyword(run.cfg, "a revision")
     return constitutional(make_backend(run), records, principles or PRINCIPLES,
                           rounds=run.cfg.revisions, seed=run.cfg.seed)
 
@@ -73,14 +80,22 @@ def label_pairs(run, pairs: list[dict]) -> list[float | None]:
         asked = f"{pair['instruction']}\n\n{pair['input']}".strip()
         texts.append({"input": asked, "output_1": pair["first"]["response"],
                       "output_2": pair["second"]["response"]})
-    return preference_probabilities(make_backend(run), texts)
+    most = run.cfg.max_unparsed if run.cfg.judge == "http" else 1.0
+    verdicts = run.memory.setdefault("labels", Unread(None, most))  # counts over the whole run
+    verdicts.backend = make_backend(run)
+    return preference_probabilities(verdicts.ask, texts)
 
 
 def after_collecting(run, judge, unanswered: Callable) -> None:
     """Report what a server was asked; write canaries.json, how often empty talk passes as right.
 
-    `unanswered(run)` gives the items that were collected for.
+    `unanswered(run)` gives the items that were collected for. Raises JudgeStopped if there were
+    verdicts, and none could be read.
     """
+    if isinstance(judge, HttpJudge):
+        judge.verdicts.finish()
+        if unread := judge.verdicts.describe():
+            run.say(f"note: {unread} They are missing, not wrong.")
     path = run.folder / "canaries.json"
     gives_verdicts = isinstance(judge, (LocalJudge, HttpJudge))  # not plain numbers
     if gives_verdicts and not run.guard.first(path.exists):

@@ -152,6 +152,8 @@ def read_response(status: int, headers, data: bytes, *, sent: list[str]) -> tupl
         return "stop", "no_credit", None
     if status in (401, 404):
         return "stop", {401: "wrong_key", 404: "not_found"}[status], None
+    if "logprobs" in f"{message} {code}" and status in (400, 403, 422):
+        return "stop", "no_logprobs", None
     refused = [name for name in sent if name in f"{message} {code}"]
     if refused and status in (400, 422) and UNSUPPORTED.search(f"{message} {code}"):
         if not TOO_LONG.search(message):
@@ -215,7 +217,25 @@ def read_completion(body) -> dict | str:
     usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
     counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
     known = all(type(count) is int and 0 <= count < 1 << 40 for count in counts)
-    return {"text": text or "", "finish": finish, "usage": counts if known else None}
+    found = {"text": text or "", "finish": finish, "usage": counts if known else None}
+    if first := read_first_token(choice.get("logprobs")):
+        found["first"] = first
+    return found
+
+
+def read_first_token(logprobs) -> dict[str, float]:
+    """{token: log-probability} of the first token and those that were likeliest in its place."""
+    tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], dict):
+        return {}
+    listed, found = tokens[0].get("top_logprobs"), {}
+    for row in [tokens[0], *(listed if isinstance(listed, list) else [])]:
+        token, logprob = (row.get(name) if isinstance(row, dict) else None
+                          for name in ("token", "logprob"))
+        known = type(logprob) in (int, float) and -9999 < logprob <= 1  # OpenAI's -9999: unlisted
+        if isinstance(token, str) and known:
+            found[token] = logprob
+    return found
 
 
 # ----- The exchange -----

@@ -1,6 +1,7 @@
 """Pages about judges: against people's labels (LLMBar), and against exact rules."""
 
 import json
+import math
 from pathlib import Path
 
 from data import append_records
@@ -9,14 +10,30 @@ from extras.reports.tables import markdown, table
 
 
 def judge_table(results: dict[str, dict]) -> str:
-    """Markdown: for each evaluator and subset accuracy / agreement of both orders, in percent."""
+    """Markdown: for each evaluator and subset accuracy / agreement of both orders, in percent.
+
+    Behind it stands the share of verdicts that could not be read, if there were any.
+    """
     rows = {}
     for name, found in results.items():
         rows[name] = {}
         for subset, metrics in found.items():
-            accuracy, agreement = metrics["accuracy"]["mean"], metrics["agreement"]["mean"]
-            rows[name][subset] = f"{100 * accuracy:.1f} / {100 * agreement:.1f}"
+            figures = [metrics[column]["mean"] for column in ("accuracy", "agreement")]
+            text = " / ".join(map(percent, figures))
+            if metrics["unread"]["mean"]:
+                text += f" ({percent(metrics['unread']['mean'])} % unread)"
+            rows[name][subset] = text
     return table("evaluator", rows)
+
+
+def percent(share: float | None) -> str:
+    """A share in percent, or "-"."""
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def own_table(results: dict[str, dict]) -> str:
+    """Markdown: how often each evaluator prefers outputs of its own family, and people do."""
+    return table("evaluator", {name: found["Average"]["own"] for name, found in results.items()})
 
 
 def write_judge_report(out: Path, subsets: dict, results: dict, judged: dict, about: dict) -> None:
@@ -35,8 +52,11 @@ def write_judge_report(out: Path, subsets: dict, results: dict, judged: dict, ab
                 append_records(out / "verdicts.jsonl", [
                     place | pair | row for pair, row in zip(subsets[subset], rows, strict=True)])
     parts = ["# How far to trust the judge", f"Judge: {markdown(about['judge'])}. Accuracy / "
-             "agreement of both orders, percent; averages are over subsets, unweighted.",
-             judge_table(results)]
+             "agreement of both orders, percent, over the verdicts that could be read; averages "
+             "are over subsets, unweighted.", judge_table(results)]
+    if about.get("own"):
+        parts += [f"## Outputs by {markdown(about['own'])}", "How often the judge and people "
+                  "prefer them to others' outputs, percent, over all pairs.", own_table(results)]
     parts += [f"## {markdown(name)}\n\n{table('subset', results[name])}" for name in results]
     parts += [f"Asked: {markdown(json.dumps(usage))}" for usage in about["usage"]]
     (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -47,7 +67,12 @@ def plot_judges(results: dict[str, dict]):
     """Accuracy per subset, a bar per evaluator."""
     accuracy = {}
     for name, found in results.items():
-        accuracy[name] = {subset: metrics["accuracy"] for subset, metrics in found.items()}
+        accuracy[name] = {}
+        for subset, metrics in found.items():
+            figure = metrics["accuracy"]
+            if figure["mean"] is None:  # nothing was read: no bar
+                figure = figure | {"mean": math.nan}
+            accuracy[name][subset] = figure
     return plots.plot_bars(accuracy)
 
 

@@ -1,7 +1,7 @@
 """LLMBar as published: the form of its verdicts, how its code reads them, its statistics.
 
-For parity. `published_question` and `published_reply` are the `make` and `read` of an Evaluator.
-The prompts themselves are ours.
+For parity. `published_question` and `published_reply` are the `make` and `read` of an Evaluator;
+`published_winners` is how LLMBar writes what could not be read. The prompts themselves are ours.
 """
 
 import re
@@ -32,7 +32,10 @@ def published_question(task, parts, kind, **menu):
 def published_verdict(text, kind):
     """What LLMBar's code reads in a text: "a", "b", a score as it stands, or None."""
     if kind == "score":
-        return text.strip() if re.fullmatch(r"\s*[+-]?\d+\s*", text) else None
+        try:
+            return str(int(text))
+        except ValueError:
+            return None
     for rule, side in RULES[kind]:
         if re.search(rule, text.strip()):
             return side
@@ -46,6 +49,15 @@ def published_reply(question, reply):
     verdict = published_verdict(reply.text, question.menu)
     failure = NO_VERDICT if verdict is None else ""
     return replace(reply, text=reply.text.strip(), verdict=verdict, failure=failure)
+
+
+def published_winners(row, kind):
+    """The winners of a row as LLMBar has them: scores of which one is no number are 1 and 2.
+
+    (Equal scores are 2 and 1.) Other verdicts that cannot be read stay None: they are wrong, and
+    two of them agree.
+    """
+    return ["1", "2"] if kind == "score" and None in row["winners"] else row["winners"]
 
 
 def llmbar_statistics(labels, winners):

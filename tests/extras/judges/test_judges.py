@@ -10,7 +10,7 @@ from extras import judges
 from extras.judges.client import RUN, ServerFlags
 from extras.judges.judges import FAILED, HttpCritic, HttpJudge, confusion
 from extras.judges.meta import wilson
-from extras.judges.questions import TEXTS, Reply
+from extras.judges.questions import TEXTS, JudgeStopped, Reply
 from judge import JudgeConfig, LocalJudge, RuleJudge, Verdict, combine_reward
 
 # ----- Rewards and agreement -----
@@ -65,7 +65,8 @@ def test_similarity_keeps_orders_apart():
              ({"instruction": "i", "input": "x"}, "alpha", "beta")]
     assert judge.similar_pairs(pairs) == [True, False, True]
     assert "<input " in ask.asked[-1].messages[1]["content"]
-    assert HttpJudge(Says(lambda question, text: "hm")).similar_pairs(pairs) == [None] * 3
+    ask = Says(lambda question, text: "VERDICT {n}: same" if "<input " in text else "hm")
+    assert HttpJudge(ask, max_unparsed=1).similar_pairs(pairs) == [None, None, True]
 
 
 @pytest.mark.parametrize("rule, cr, asked", [("and", 1 / 3, 2), ("or", 1, 2), ("first", 1, 1)])
@@ -173,6 +174,23 @@ def test_canaries_are_measured_and_warned_about(decide, warned, tmp_path):
     assert RUN.clients == []
 
 
+def test_unread_rewards_are_counted_and_said(tmp_path):
+    def decide(request, number):
+        text = request["messages"][-1]["content"]
+        if "kind of answer" in text and "\nblue\n" in text:
+            return {"body": completion("hm")}
+        return strict(request, number)
+    with ChatServer(decide) as server:
+        run, said = make_run(tmp_path, judge_url=server.url, max_unparsed=0.5)
+        judge = judges.server_judge(run.cfg, None, run)
+        found = judge.judge([item("blue"), item("green"), item("grey")])
+        assert [v.reward for v in found] == [None, 1, 1]
+        judges.after_collecting(run, judge, lambda run: ITEMS)
+    note = "note: 1 of 5 judge replies had no readable verdict (1 no verdict). They are missing"
+    assert note in said[0]
+    RUN.close(print)
+
+
 def test_canaries_know_what_was_not_said(tmp_path):
     """A judge without verdicts is not given a clean bill."""
     run, said = make_run(tmp_path)
@@ -216,9 +234,12 @@ def test_flags_for_argparse():
 
     parser = argparse.ArgumentParser()
     judges.add_flags(parser.add_argument)
-    given = vars(parser.parse_args(["--judge-workers", "3", "--budget", "1.5"]))
-    wanted = vars(ServerFlags(judge_workers=3, budget=1.5))
+    argv = ["--judge-workers", "3", "--budget", "1.5", "--verdict", "keyword"]
+    given = vars(parser.parse_args(argv))
+    wanted = vars(ServerFlags(judge_workers=3, budget=1.5, verdict="keyword"))
     assert {name: given[name] for name in wanted} == wanted
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--verdict", "word"])
 
 
 def test_revisions_and_labels_of_a_run(tmp_path):
@@ -236,4 +257,52 @@ def test_revisions_and_labels_of_a_run(tmp_path):
         assert judges.label_pairs(run, [pair]) == [0.5]
         assert "<instruction " in server.texts()[-1] and "i\n\nx\n" in server.texts()[-1]
         assert len(RUN.clients) == 1  # the client is made once
+    RUN.close(print)
+
+
+# ----- Rewards, labels and judgments that cannot be read -----
+
+@pytest.mark.parametrize("stage, more, file", [
+    ("cat", [], "candidates.jsonl"), ("rlaif", ["--labels", "letters"], "preferences.jsonl"),
+    ("cut", ["--critic", "http"], "judged.jsonl")])
+@pytest.mark.parametrize("most", ["0.1", "1"])
+def test_a_run_that_can_read_nothing_fails(stage, more, file, most, arguments, tmp_path):
+    """Nothing is kept, unless all may be unread: then there is nothing to train on."""
+    import train
+    from methods.schedule import check_items
+
+    with ChatServer(lambda request, number: {"body": completion("hm")}) as server:
+        argv = arguments(tmp_path / "run", "--stage", stage, "--pool-per-task", "4", "--judge",
+                         "http", "--judge-url", server.url, "--judge-model", "m", "--temperature",
+                         "2", "--max-unparsed", most, *more)
+        run = train.make_run(*train.parse_config(argv), train.Alone())
+        run.folder.mkdir()
+        run.model = train.trainable_model(run.cfg, None)
+        with pytest.raises((JudgeStopped, ValueError), match="judge replies had no readable verdict"
+                                                             "|there is nothing to train on|"
+                                                             "nothing to train on for stage cut"):
+            run.method.collect(run)
+            assert most == "1" and stage != "cat"
+            check_items(run, run.method.items(run))
+        assert most == "1" or len(server.requests) <= 2 * 10
+    kept = run.folder / file
+    assert most == "1" or not kept.exists() or not kept.read_text()
+    RUN.close(print)
+
+
+def test_labels_are_counted_over_the_whole_run(tmp_path):
+    """Calls with a pair each: the first ten verdicts are looked at together."""
+    def decide(request, number):
+        text = request["messages"][-1]["content"]
+        if int(text.split("question ")[1].split()[0]) % 2:
+            return {"body": completion("hm")}
+        return {"body": completion(f"VERDICT {nonce_of(request)}: a")}
+    with ChatServer(decide) as server:
+        run, _ = make_run(tmp_path, judge_url=server.url)
+        pairs = [{"instruction": f"question {k} .", "input": "", "first": item("red"),
+                  "second": item("blue")} for k in range(100)]
+        with pytest.raises(JudgeStopped, match="50 of 100 judge replies"):
+            for k in range(100):
+                found = judges.label_pairs(run, pairs[k:k + 1])
+                assert found == ([None] if k % 2 else [0.5])
     RUN.close(print)

@@ -3,10 +3,12 @@
 import pytest
 
 from extras.judges.meta import (
+    check_sources,
     cohen_kappa,
     judge_metrics,
     length_bias,
     retest_agreement,
+    self_preference,
     summarize_judge,
     wilson,
 )
@@ -34,8 +36,10 @@ def test_figures_of_a_judge_by_hand():
     judged = rows("11", "22", "12", (None, "2"))
     judged[2]["draw"], judged[3]["failures"] = True, ["http 400: long"]
     found = judge_metrics(pairs, judged)
-    assert found["accuracy"]["mean"] == pytest.approx((1 + 1 + 0.5 + 0.5) / 4)
-    assert found["accuracy_both"]["mean"] == found["agreement"]["mean"] == 0.5
+    assert found["accuracy"]["mean"] == pytest.approx((1 + 1 + 0.5 + 1) / 4)  # of what was read
+    assert found["accuracy_both"]["mean"] == found["agreement"]["mean"] == pytest.approx(2 / 3)
+    assert found["accuracy"]["n"] == 4 and found["agreement"]["n"] == 3
+    assert found["unread"] == {"mean": 1 / 8, "n": 8}
     assert (found["n"], found["verdicts"], found["unparsed"], found["draws"]) == (4, 8, 1, 1)
     assert found["failures"] == {"http 400": 1} and found["kappa_orders"] is not None
     assert judge_metrics(pairs, rows("11", "22", "11", "22"))["kappa"] == 1
@@ -53,12 +57,55 @@ def test_length_bias_by_hand():
     assert length_bias([], [])["longer_wins"] is None
 
 
+def test_what_was_not_read_is_missing_and_not_wrong():
+    pairs = [PAIR | {"label": label} for label in (1, 2, 1, 2)]
+    read = judge_metrics(pairs, rows("11", "21", "12", "22"))
+    more = judge_metrics(pairs + [PAIR] * 3, rows("11", "21", "12", "22", *[(None, None)] * 3))
+    for name in ("accuracy", "accuracy_both", "agreement", "kappa", "kappa_orders"):
+        assert more[name] == read[name]
+    assert more["unread"]["mean"] == 3 / 7 and read["unread"]["mean"] == 0
+    nothing = judge_metrics(pairs, rows(*[(None, None)] * 4))
+    for name in ("accuracy", "accuracy_both", "agreement"):
+        assert nothing[name] == {"mean": None, "ci95": None, "n": 0}
+    assert nothing["kappa"] is nothing["kappa_orders"] is None and nothing["unread"]["mean"] == 1
+
+
 def test_retest_by_hand():
     found = retest_agreement([rows("11", "12"), rows("11", "11"), rows("12", "12")])
     assert found["mean"] == pytest.approx((4 / 6 + 4 / 6) / 2)
     assert retest_agreement([rows("11")]) is None
-    # An unread verdict agrees with nothing.
-    assert retest_agreement([rows((None, "1")), rows((None, "1"))])["mean"] == 0.5
+    # An unread verdict is missing.
+    assert retest_agreement([rows((None, "1")), rows((None, "1"))])["mean"] == 1
+    assert retest_agreement([rows((None, "1")), rows(("1", "2"))])["mean"] == 0
+    assert retest_agreement([rows((None, "1")), rows(("1", None))])["mean"] is None
+
+
+def test_self_preference_by_hand():
+    pairs = [PAIR | {"label": 2, "source_1": "acme-7b", "source_2": "other"},
+             PAIR | {"label": 1, "source_1": "other", "source_2": "ACME-13b"},
+             PAIR | {"label": 1, "source_1": "acme-7b", "source_2": "acme-13b"}, PAIR,
+             PAIR | {"source_1": "acme-7b"}]
+    winners = [["1", "1"], ["1", "2"], ["1", "1"], ["1", "1"], [None, None]]
+    found = self_preference(pairs, winners, "acme")
+    assert [found[name]["mean"] for name in ("judge", "people", "difference")] == [0.75, 0, 0.75]
+    assert {found[name]["n"] for name in found} == {2}
+    assert found["difference"]["ci95"][0] <= 0.75 <= found["difference"]["ci95"][1]
+    swapped = self_preference(pairs[:1] * 20 + pairs[1:2] * 20, [["2", "2"]] * 40, "Acme")
+    assert swapped["judge"]["mean"] == 0.5 == swapped["difference"]["mean"]
+    everything = summarize_judge({"x": pairs[:1], "y": pairs[1:]}, {
+        "x": [rows("11")], "y": [rows("12", "11", "11", (None, None))]}, own="acme")
+    assert everything["Average"]["own"] == found and everything["x"]["own"]["judge"]["n"] == 1
+
+
+def test_sources_that_say_nothing_are_refused():
+    with pytest.raises(ValueError, match="--own acme needs to know who wrote the outputs, and no"):
+        check_sources([PAIR], "acme")
+    known = PAIR | {"source_1": "other", "source_2": "zeta"}
+    with pytest.raises(ValueError, match="no pair has one output by acme and .* are other, zeta"):
+        check_sources([PAIR, known], "acme")
+    with pytest.raises(ValueError, match="no pair has one output by e and one by another"):
+        check_sources([known], "e")  # both hold it
+    check_sources([PAIR, known], "Zeta")
 
 
 def test_the_average_is_over_the_published_sets():
@@ -71,6 +118,13 @@ def test_the_average_is_over_the_published_sets():
     assert average(names) == average([*names, "Mine"]) == (1, True)
     assert average([*names[:4], "Mine"]) == (0.8, False)
     assert average([*names[1:], "Mine"]) == (0.8, True)
+
+
+def test_an_average_over_nothing_is_none():
+    judged = {"x": [rows("11", (None, "1"))], "y": [rows((None, None), (None, None))]}
+    found = summarize_judge({"x": [PAIR] * 2, "y": [PAIR] * 2}, judged)["Average"]
+    assert found["accuracy"]["mean"] is None and found["accuracy"]["ci95"] is None
+    assert found["unread"] == {"mean": 5 / 8, "n": 8}
 
 
 def test_intervals_of_averages():

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
-from chatserver import Says
+from chatserver import Says, fenced
 
 from extras.judges.meta import judge_metrics
 from extras.judges.pairs import (
@@ -20,7 +20,7 @@ from extras.judges.pairs import (
     majority,
     preference_probabilities,
 )
-from extras.judges.questions import Reply
+from extras.judges.questions import JudgeStopped, Reply, Unread
 
 LLMBAR = Path(__file__).parents[4] / "shared" / "data" / "llmbar"
 PAIR = {"input": "Name a colour.", "output_1": "Red.", "label": 1,
@@ -130,21 +130,51 @@ def test_what_holds_no_verdict_is_asked_again_once_and_what_failed_is_not(bad):
     calls = [(how["temperature"], how["sample"]) for how in ask.calls]
     assert calls == [(0.0, 0)] * 2 + again
     found = judge_metrics([PAIR], [row])
-    assert found["unparsed"] == 2 and found["accuracy"]["mean"] == 0
+    assert found["unparsed"] == 2 and found["unread"]["mean"] == 1
+    assert found["accuracy"]["mean"] is None
 
 
-def test_a_helper_that_fails_is_not_made_up():
-    ask = Says(lambda question, text: "VERDICT {n}: a" if question.menu else Reply("", "http 500"))
+@pytest.mark.parametrize("reply, shown, cause", [
+    (Reply("", "http 500"), "", "http 500"), (Reply("", "filtered"), "", "filtered"),
+    (Reply(""), "", "empty"), (Reply("1. Is", "cut at max_tokens"), "1. Is", None),
+    (Reply("<think>", "cut while thinking"), "", "cut while thinking")])
+def test_a_helper_that_fails_is_empty_and_counted(reply, shown, cause):
+    ask = Says(lambda question, text: "VERDICT {n}: a" if question.menu else reply)
     row, = Evaluator(ask, STRATEGIES["metrics"]).evaluate([PAIR])
-    assert row["winners"] == [None, None] and row["failures"] == ["questions: http 500"]
-    assert len(ask.asked) == 1
+    assert row["winners"] == ["1", "2"] and row["stages"][0] == shown
+    assert row["failures"] == ([f"questions: {cause}"] if cause else [])
+    for question in ask.asked[1:]:
+        assert fenced(question, "questions") == shown
+    counted = judge_metrics([PAIR], [row])
+    assert counted["failures"] == ({"questions": 1} if cause else {}) and not counted["unparsed"]
 
 
 def test_repeats_are_other_samples():
     ask = prefers(PAIR["output_1"])
-    row, = evaluate_pairs(ask, [PAIR], STRATEGIES["metrics"], sample=2)
+    row, = evaluate_pairs(Unread(ask, 0.1), [PAIR], STRATEGIES["metrics"], sample=2)
     assert row["winners"] == ["1", "1"]
     assert {how["sample"] for how in ask.calls} == {20}
+
+
+@pytest.mark.parametrize("name", ["metrics_reference", "swap", "rating", "rules"])
+def test_a_judge_that_cannot_be_read_is_asked_about_five_pairs(name):
+    """Helpers have not written about the others by then."""
+    mute = Says(lambda question, text: "Blue." if not question.menu else Reply("", "empty message"))
+    pairs, helpers = [PAIR | {"input": str(k)} for k in range(50)], len(STRATEGIES[name].writes)
+    with pytest.raises(JudgeStopped, match="10 of 10 judge replies had no readable verdict"):
+        evaluate_pairs(Unread(mute, 0.1), pairs, STRATEGIES[name])
+    assert len(mute.asked) == 10 + 5 * helpers
+    rows = evaluate_pairs(Unread(mute, 1.0), pairs, STRATEGIES[name])
+    assert [row["winners"] for row in rows] == [[None, None]] * 50
+
+
+def test_the_first_look_is_one_for_all_subsets_and_repeats():
+    ask = prefers(PAIR["output_1"])
+    verdicts = Unread(ask, 0.1)
+    for sample, n in enumerate((3, 0, 8, 1)):
+        rows = evaluate_pairs(verdicts, [PAIR] * n, STRATEGIES["rules"], sample=sample)
+        assert [row["winners"] for row in rows] == [["1", "1"]] * n
+    assert verdicts.asked == 24 and not verdicts.causes
 
 
 def test_majority_of_several_judges():
@@ -161,14 +191,15 @@ def test_majority_of_several_judges():
 
 def test_soft_labels():
     """The probability where it is known, else the verdict; a mean over both orders."""
-    assert preference_probabilities(prefers(PAIR["output_1"]), [PAIR]) == [1.0]
-    assert preference_probabilities(always("a"), [PAIR]) == [0.5]
-    assert preference_probabilities(Says(lambda question, text: "hm"), [PAIR]) == [None]
+    def labels(ask):
+        return preference_probabilities(Unread(ask, 1.0).ask, [PAIR])
+    assert labels(prefers(PAIR["output_1"])) == [1.0] and labels(always("a")) == [0.5]
+    assert labels(Says(lambda question, text: "hm")) == [None]
 
     def ask(questions, **how):
         first, second = (f"VERDICT {question.nonce}: a" for question in questions)
         return [Reply(first, odds=0), Reply(second, odds=800)]
-    assert preference_probabilities(ask, [PAIR]) == [pytest.approx((0.5 + 1 - 1) / 2)]
+    assert labels(ask) == [pytest.approx((0.5 + 1 - 1) / 2)]
 
 
 def test_names():
@@ -207,6 +238,10 @@ def test_subsets_in_the_layout_of_the_repository(tmp_path):
         (tmp_path / "Dataset" / name).mkdir(parents=True)
         (tmp_path / "Dataset" / name / "dataset.json").write_text(json.dumps([pair]))
     assert load_pairs(tmp_path) == {"Natural": [pair], "Manual": [pair], "Mine": [pair]}
+    known = [pair | {"source_1": "m", "source_2": "people", "more": 1}, pair]
+    (tmp_path / "known.json").write_text(json.dumps(known))
+    assert load_pairs(tmp_path / "known.json") == {
+        "known": [pair | {"source_1": "m", "source_2": "people"}, pair]}
     (tmp_path / "Manual").mkdir()
     (tmp_path / "Manual/dataset.json").write_text(json.dumps([pair]))
     with pytest.raises(ValueError, match="subset 'Manual' is there twice. Rename one"):
@@ -218,7 +253,7 @@ def test_files_that_hold_no_pairs(tmp_path):
     with pytest.raises(ValueError, match="no pairs at .*. Give LLMBar's folder"):
         load_pairs(tmp_path)
     wrong = [pair | {"label": label} for label in (3, True, 1.0, "1", None)]
-    for record in (*wrong, pair | {"input": 7}, {"label": 1}, [], None):
+    for record in (*wrong, pair | {"input": 7}, pair | {"source_2": 7}, {"label": 1}, [], None):
         file.write_text(json.dumps([pair, record]))
         with pytest.raises(ValueError, match=r"a.json, record 1 is .* label 1 or 2"):
             load_pairs(file)

@@ -1,12 +1,19 @@
 """Parity with LLMBar: published statistics, stored completions, strategies replayed over HTTP."""
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from chatserver import ChatServer, Says, completion, make_client
-from published import llmbar_statistics, published_question, published_reply, published_verdict
+from published import (
+    llmbar_statistics,
+    published_question,
+    published_reply,
+    published_verdict,
+    published_winners,
+)
 
 from extras.judges.meta import judge_metrics
 from extras.judges.pairs import DRAW, STRATEGIES, Evaluator, find_strategy
@@ -70,6 +77,8 @@ def test_stored_completions_are_read_as_they_were(folder):
                 said = [published_verdict(stage[name][0], kind) for name in ("score_1", "score_2")]
                 one, two = (0, 0) if None in said else map(int, said)
                 winners = ["1" if one > two else "2", "2" if two > one else "1"]
+                if None in said:
+                    winners = ["1", "2"]
             else:
                 rule = "verdict" if strategy == "Swap" and number else kind
                 said = [published_verdict(stage[swap]["completion"][0], rule) for swap in SWAPS]
@@ -120,33 +129,86 @@ class Replay:
         return {"body": completion(stage[0], stage[1] or "stop")}
 
 
-@each_folder
-def test_strategies_replayed_over_http_give_the_published_statistics(folder, tmp_path):
-    model, strategy, rows, published = read(folder)
-    kind = kind_of(model, strategy)
+def replayed(rows, model, strategy, cache):
+    """(our rows for LLMBar's rows, replayed over HTTP, the Replay); each is asked for once."""
+    kind, replay = kind_of(model, strategy), Replay(rows, strategy)
 
     def make(task, parts, asked, **menu):
         question = published_question(task, parts, asked, **menu)
         if asked == "cot" and kind == "verdict":  # PaLM2's explanations
             return replace(question, menu="verdict")
         return question
-    replay = Replay(rows, strategy)
     with ChatServer(replay) as server:
         for _ in range(2):  # the second time everything is on file: nothing is asked again
-            client = make_client(server, tmp_path / "judge.jsonl", judge_workers=16)
+            client = make_client(server, cache, judge_workers=16)
             found = Evaluator(client.ask, find_strategy(strategy), reask=0, make=make,
                               read=published_reply).evaluate(rows)
         assert client.usage()["requests"] == 0 and len(server.requests) == len(replay.counts)
     for row in found:
-        if kind == "score" and None in row["winners"]:  # published: what is no number is a draw
-            row["winners"] = list(DRAW)
-    winners = [row["winners"] for row in found]
-    same_statistics(llmbar_statistics([row["label"] for row in rows], winners), published)
-    accuracy = judge_metrics(rows, found)["accuracy"]["mean"]
-    assert f"{100 * accuracy!r}"[:12] == published["correct_average"].rstrip("%")[:12]
+        row["winners"] = published_winners(row, kind)
+    return found, replay
+
+
+@each_folder
+def test_strategies_replayed_over_http_give_the_published_statistics(folder, tmp_path):
+    model, strategy, rows, published = read(folder)
+    found, replay = replayed(rows, model, strategy, tmp_path / "judge.jsonl")
+    winners, labels = [row["winners"] for row in found], [row["label"] for row in rows]
+    same_statistics(llmbar_statistics(labels, winners), published)
+    if not any(None in both for both in winners):  # ours leave out what could not be read
+        accuracy = judge_metrics(rows, found)["accuracy"]["mean"]
+        assert f"{100 * accuracy!r}"[:12] == published["correct_average"].rstrip("%")[:12]
     late = sum(len(row["results"]) == 2 for row in rows) if find_strategy(strategy).disagree else 0
     assert replay.counts.count("late") <= 2 * late
     assert (late == 0) == (replay.counts.count("late") == 0)
+
+
+def rows_of_scores(dice, n):
+    """LLMBar's rows of a rating strategy with helpers, some of whose texts are empty or filtered.
+
+    The winners are those that its code gives to such completions.
+    """
+    rows = []
+    for k in range(n):
+        said = [dice.choice(["7", " 3 ", "+4", "9\n", "", "7.5", "Score: 8", "seven", "7/10"])
+                for _ in range(2)]
+        winners = ["1", "2"]
+        if all(text.strip().lstrip("+").isdigit() for text in said):
+            one, two = map(int, said)
+            winners = ["1" if one > two else "2", "2" if two > one else "1"]
+        last = {f"score_{i + 1}": [text, "stop"] for i, text in enumerate(said)}
+        last |= {swap: {"winner": winner} for swap, winner in zip(SWAPS, winners, strict=True)}
+        helper = dice.choice([["1. Is it?", "stop"], ["", "stop"], ["", "content_filter"],
+                              ["1. Is", "length"], ["1. I", "content_filter"]])
+        rows.append({"input": f"Do {k}.", "output_1": f"one {k}", "output_2": f"two {k}",
+                     "label": dice.randint(1, 2), "results": [helper, last]})
+    return rows
+
+
+def test_scores_and_helpers_that_are_nothing_are_coded_as_llmbar_does(tmp_path):
+    """No row is dropped: an empty helper's text is handed on, a score that is none is 1 and 2."""
+    rows = rows_of_scores(random.Random(), 120)
+    found, _ = replayed(rows, "GPT-4", "Rating_Metrics", tmp_path / "judge.jsonl")
+    stored = [[row["results"][-1][swap]["winner"] for swap in SWAPS] for row in rows]
+    assert [row["winners"] for row in found] == stored
+    # The controls: there are such rows, and coded as draws they would be others.
+    broken = [row for row in found if "no verdict" in row["failures"]]
+    assert broken and all(row["winners"] == ["1", "2"] != list(DRAW) for row in broken)
+    assert any(row["failures"] == ["questions: empty message"] for row in found)
+    assert any("questions: filtered" in row["failures"] for row in found)
+
+
+@pytest.mark.parametrize("helper", [["", "stop"], ["", "content_filter"], ["In part", "length"]])
+def test_an_empty_reference_does_not_drop_a_pair(helper, tmp_path):
+    rows = []
+    for k in range(6):
+        stage = {swap: {"completion": [f"Output ({letter})", "stop"], "winner": "1"}
+                 for swap, letter in zip(SWAPS, "ab", strict=True)}
+        rows.append({"input": f"Do {k}.", "output_1": f"one {k}", "output_2": f"two {k}",
+                     "label": 1, "results": [helper, stage]})
+    found, replay = replayed(rows, "GPT-4", "Reference", tmp_path / "judge.jsonl")
+    assert [row["winners"] for row in found] == [["1", "1"]] * 6
+    assert replay.counts.count("compare") == 12
 
 
 def test_an_endless_thought_is_no_verdict_under_the_published_rules():

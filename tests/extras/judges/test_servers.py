@@ -219,10 +219,11 @@ def test_an_answer_that_is_truncated_is_a_failure(server):
 def test_judge_and_critic_guess_nothing(server):
     """The model never writes a verdict line with the nonce: all is unparsed, critiques fail."""
     client = client_of(server)
-    verdict, exact = HttpJudge(client.ask).judge([item("blue"), item("red")])
+    verdict, exact = HttpJudge(client.ask, max_unparsed=1).judge([item("blue"), item("red")])
     assert (verdict.reward, verdict.how) == (None, "unparsed") and exact.reward == 2
-    assert HttpJudge(client.ask).similar_pairs([({}, "blue", "red")]) == [None]
-    assert HttpCritic(client.ask).critique([item("blue")]) == [FAILED]
+    with pytest.raises(JudgeStopped, match=r"1 of 1 judge replies .* \(1 no verdict\)"):
+        HttpJudge(client.ask).similar_pairs([({}, "blue", "red")])
+    assert HttpCritic(client.ask, max_unparsed=1).critique([item("blue")]) == [FAILED]
     # Each of three questions was asked, and once more.
     assert client.usage()["requests"] == client.usage()["answered"] == 6
 

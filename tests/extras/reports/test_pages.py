@@ -126,7 +126,8 @@ def test_the_page_of_a_meta_evaluation(tmp_path):
     assert lines[1] == {"evaluator": "a|b", "subset": "pairs", "repeat": 0, **pairs["pairs"][1],
                         **rows[1]}
     text = (tmp_path / "report.md").read_text()
-    assert "| a\\|b | 50.0 / 50.0 | 50.0 / 50.0 |" in text and judge_table(results) in text
+    shown = "50.0 / 100.0 (25.0 % unread)"
+    assert f"| a\\|b | {shown} | {shown} |" in text and judge_table(results) in text
     assert (tmp_path / "plots/judge.png").exists()
 
 
