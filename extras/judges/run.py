@@ -51,7 +51,8 @@ def make_backend(run) -> Callable:
 
 def server_judge(cfg, config: JudgeConfig, run) -> HttpJudge:
     """The judge behind the server that the flags of a run name."""
-    return HttpJudge(make_backend(run), config, max_unparsed=cfg.max_unparsed, name=f"http {cfg.judge_model}")
+    return HttpJudge(make_backend(run), config, max_unparsed=cfg.max_unparsed,
+                     name=f"http {cfg.judge_model}")
 
 
 def server_critic(cfg, run) -> HttpCritic:

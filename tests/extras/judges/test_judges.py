@@ -217,6 +217,8 @@ def test_judges_of_plain_numbers_get_no_canaries(tmp_path):
 
 
 def test_a_critic_and_a_judge_of_eval(tmp_path):
+    from types import SimpleNamespace
+
     def decide(request, number):
         return {"body": completion(f"Wrong.\nVERDICT {nonce_of(request)}: flawed")}
     with ChatServer(decide) as server:
@@ -224,7 +226,8 @@ def test_a_critic_and_a_judge_of_eval(tmp_path):
         assert judges.server_critic(run.cfg, run).critique([item("x")]) == ["Wrong."]
     with ChatServer(pleased) as server:
         run, _ = make_run(tmp_path / "eval", judge_url=server.url)
-        assert judges.server_judge(run.cfg).judge([item("x")])[0].reward == 2
+        cfg = SimpleNamespace(**vars(run.cfg) | {"judge": "http", "server": ""})
+        assert judges.make_judge(cfg).judge([item("x")])[0].reward == 2
     assert (tmp_path / "eval/judge.jsonl").is_file()
     RUN.close(print)
 
