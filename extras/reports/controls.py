@@ -41,13 +41,16 @@ def control_answers(rows: list[dict], seed: int) -> dict[str, list]:
         found["reference answers"] = [
             [row["targets"][i % len(row["targets"])] for i in range(len(row["responses"]))]
             for row in rows]
-    pools, rng = {}, random.Random(seed)
-    for row in rows:
-        pools.setdefault(row["task"], []).extend(row["responses"])
+    sizes, pools, rng = Counter(row["task"] for row in rows), {}, random.Random(seed)
+    # Tasks of a single question, as plain questions are, share their answers.
+    homes = [row["task"] if sizes[row["task"]] > 1 else None for row in rows]
+    for home, row in zip(homes, rows, strict=True):
+        pools.setdefault(home, []).extend(row["responses"])
     for pool in pools.values():
         rng.shuffle(pool)
     found["shuffled within a task"] = [
-        [pools[row["task"]].pop() for _ in row["responses"]] for row in rows]
+        [pools[home].pop() for _ in row["responses"]]
+        for home, row in zip(homes, rows, strict=True)]
     return found
 
 

@@ -52,6 +52,12 @@ def test_the_controls_are_what_they_are_called(question, evaluate):
     assert control_answers(rows, seed=3) == answers
 
 
+def test_single_questions_share_their_answers(question, evaluate):
+    _, rows = evaluate([question([f"{k}"] * 4, task=f"t{k}") for k in range(30)])
+    dealt = control_answers(rows, seed=1)["shuffled within a task"]
+    assert sum(len(set(row)) > 1 for row in dealt) > 20
+
+
 def test_without_references_they_are_no_control(question, evaluate):
     metrics, rows = evaluate([question(["a", "b"], [])])
     results = {"m": metrics}
