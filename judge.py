@@ -37,8 +37,8 @@ LENGTH_FACTOR = 3  # free text of a third to three times the target's length has
 ENDINGS = " .,;:!?。、।॥؟،؛۔։።၊။។"  # what may end a sentence
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
 NUMERALS = re.compile("([²³¹¼-¾⁰-₎⅐-⅟↉])")  # raised and lowered digits, and fractions
-COUNTS = {word: n for n, word in enumerate("zero one two three four five six seven eight nine ten "
-    "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split())}
+COUNTS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve thirteen "
+    "fourteen fifteen sixteen seventeen eighteen nineteen twenty".split(), range(21), strict=True))
 NUMBER = re.compile(rf"(?:(?<![\w)])[-−])?(?:\d|{NUMERALS.pattern[1:-1]})+(?:[.,٫٬]\d+)*"
                     rf"|\b(?!one\b)(?:{'|'.join(COUNTS)})\b")
 # Texts that say a number and no more, with 0 in its place: not "0 million", "Friday at 0", "-0".
@@ -228,8 +228,8 @@ class RuleJudge:
         else:
             expected = any(similar_length(response, target) for target in targets)
         expected, exact = expected or correct, normalize(response) in map(normalize, targets)
-        reward = combine_reward(expected, correct)
-        return Verdict(expected, correct, reward, "exact" if exact else "rule")
+        reward, how = combine_reward(expected, correct), ("rule", "exact")[exact]
+        return Verdict(expected, correct, reward, how)
 
     def similar(self, a: str, b: str, labels: list[str] | None = None) -> bool:
         """Do two responses say the same? Equal when normalized, or free text close by ROUGE-L.

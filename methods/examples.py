@@ -1,12 +1,16 @@
-"""Instruction examples, and how a model is asked as a judge.
+"""Instruction examples, and how a model is taught and asked to judge.
 
 Each training instance becomes a prompt and its reference output. A share of the examples
-(--judge-share) teaches judging (teaching.py), in the format in which `ask_model` asks.
+(--judge-share) teaches judging: answers to training inputs, right and wrong ones, with the verdicts
+of exact rules, so that a small model can be its own judge later. The same format serves when the
+model is asked, `ask_model`.
 """
+
+import random
 
 import data
 from methods import collate, document_logprobs, record_name, torch
-from methods.teaching import judging_documents
+from methods.teaching import judge_document, judged_by_rule
 
 
 def instruction_items(run, *, wordings: int, augment: str) -> list[dict]:
@@ -23,6 +27,59 @@ def instruction_items(run, *, wordings: int, augment: str) -> list[dict]:
     for number, document in enumerate(judging_documents(run, n)):
         found.append({"documents": [document], "name": f"judging example {number}"})
     return found
+
+
+# ----- Teaching the model to judge -----
+def judging_documents(run, n: int) -> list[dict]:
+    """n documents in the self-judge's format: four answers to one training input each."""
+    cfg, documents, by_input = run.cfg, [], {}
+    rng = random.Random(f"judge/{cfg.seed}")
+    # Tasks share inputs; the output of one is a tempting wrong answer to another.
+    for task in run.tasks:
+        for instance in task.instances:
+            by_input.setdefault(instance.input, []).append(instance.outputs[0])
+    for _ in range(n):
+        task = rng.choice(run.tasks)
+        pool = data.split_instances(task, "train")[:cfg.per_task] or task.instances
+        instance = rng.choice(pool)
+        target = instance.outputs[0]
+        # Four answers to it, right ones and wrong ones.
+        others = [text for text in by_input[instance.input] if text != target]
+        outputs = [other.outputs[0] for other in pool]
+        answers = answers_to_judge(target, same_task=outputs, same_input=others, rng=rng, n=4)
+        judged = judged_by_rule(run, task, instance, answers, rng)
+        # A quarter of the documents hides the target, so that the judge can do without.
+        shown = target
+        if rng.random() >= 0.75:
+            shown = None
+        # The keywords that follow are what is learnt.
+        segments = judge_document(task.definition, instance.input, shown, judged)
+        documents.append(data.encode_document(run.tokenizer, segments, max_len=cfg.max_len))
+    return documents
+
+
+def answers_to_judge(target: str, *, same_task, same_input, rng, n: int) -> list[str]:
+    """n answers: the target about half the time, else an error of the kinds that models make.
+
+    same_input: outputs of other tasks for this input. same_task: outputs of this task for other
+    inputs. An error is one of those, or the target with one word dropped or changed.
+    """
+    answers = []
+    for _ in range(n):
+        kind, words = rng.random(), target.split()
+        if kind < 0.4:
+            answer = target
+        elif kind < 0.6 and same_input:  # right for another task
+            answer = rng.choice(same_input)
+        elif kind < 0.8 and len(words) > 1:  # one word changed, or dropped
+            at = rng.randrange(len(words))
+            other = rng.choice(rng.choice(same_task).split())
+            words[at] = other if rng.random() < 0.7 else ""
+            answer = " ".join(filter(None, words))
+        else:  # right for another input
+            answer = rng.choice(same_task)
+        answers.append(answer)
+    return answers
 
 
 # ----- Asking the model as a judge -----
