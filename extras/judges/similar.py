@@ -15,6 +15,7 @@ from collections.abc import Callable
 from judge import RuleJudge, normalize, rouge_l, split_numbers
 
 NAMES = ("rule", "exact", "rouge")
+NEVER = 2.0  # a ROUGE-L that no pair reaches
 
 
 def make_similar(name: str, rouge_threshold: float):
@@ -22,22 +23,18 @@ def make_similar(name: str, rouge_threshold: float):
     if name == "rule":
         return RuleJudge(rouge_threshold)
     if name == "exact":
-        return Own(name, lambda question, a, b: same_form(a, b))
+        return Own(name, lambda question, a, b: close(a, b, NEVER))
     if name == "rouge":
         return Own(name, lambda question, a, b: close(a, b, rouge_threshold))
     return Own(name, find_function(name))
 
 
-def same_form(a: str, b: str) -> bool:
-    """Whether two texts are equal when normalized, with their numbers read as numbers."""
-    return split_numbers(normalize(a)) == split_numbers(normalize(b))
-
-
 def close(a: str, b: str, threshold: float) -> bool:
-    """Whether two texts have the same numbers, and a ROUGE-L of at least the threshold."""
-    (first, numbers), (second, others) = split_numbers(normalize(a)), split_numbers(normalize(b))
-    return first == second and numbers == others or (
-        numbers == others and rouge_l(first, second) >= threshold)
+    """Whether two texts have the same numbers, and are equal or have a ROUGE-L as high as this."""
+    a, b = normalize(a), normalize(b)
+    (first, numbers), (second, others) = split_numbers(a), split_numbers(b)
+    same = numbers == others
+    return a == b or same and (first == second or rouge_l(first, second) >= threshold)
 
 
 class Own:
@@ -83,7 +80,7 @@ def find_function(name: str) -> Callable:
         raise ValueError(f"{name!r:.60} says no way to compare answers. Expected one of "
                          f"{', '.join(NAMES)}, or module:function.")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())  # last: a file there must not stand in for one of ours
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -95,7 +92,9 @@ def find_function(name: str) -> Callable:
         raise ValueError(f"{name} cannot be loaded: {error!r:.100}.") from error
     function = getattr(found, attribute, None)
     if function is None:
-        raise ValueError(f"module {module} ({found.__file__}) has no function {attribute}.")
+        place = getattr(found, "__file__", "a part of Python")
+        raise ValueError(f"module {module} ({place}) has no function {attribute}. If that is not "
+                         "your module, give yours another name.")
     if not callable(function):
         raise ValueError(f"{name} is {function!r:.60}, and no function. Expected one of two "
                          "answers, or of a question and two answers.")
