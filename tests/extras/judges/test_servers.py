@@ -229,7 +229,8 @@ def test_judge_and_critic_guess_nothing(server):
 
 def test_wordings_are_checked_and_dropped_with_the_reason(server):
     tasks = {"colour": "Name the colour.", "place": "Name the place."}
-    rows = paraphrase(client_of(server).ask, tasks, 2, model=server[1])
+    ask = client_of(server).ask
+    rows = paraphrase(ask, tasks, 2, checker=ask, model=server[1])
     assert [(row["task"], row["text"], row["reason"]) for row in rows] == [
         ("colour", SAYS, "not checked: no verdict"), ("place", SAYS, "not checked: no verdict"),
         ("colour", SAYS, "said already"), ("place", SAYS, "said already")]

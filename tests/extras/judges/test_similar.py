@@ -109,8 +109,8 @@ def test_modules_that_are_not_there_or_broken(own):
 
 
 @pytest.mark.parametrize("body, said", [
-    ("a[5]", "stopped with IndexError: 'string index out of range', on the pair 'red' and 'blue' of "
-     "question colour q7. Fix it; for a pair that it cannot read it should return None."),
+    ("a[5]", "stopped with IndexError: 'string index out of range', on the pair 'red' and 'blue' "
+     "of question colour q7. Fix it; for a pair that it cannot read it should return None."),
     ("0.8", "returned 0.8 for the pair 'red' and 'blue' of question colour q7. Expected True, "),
     ("'yes'", "returned 'yes' for the pair"), ("1", "returned 1 for the pair")])
 def test_what_a_function_of_ones_own_does_wrong_is_one_sentence(own, body, said):
