@@ -42,7 +42,7 @@ COUNTS = dict(zip("zero one two three four five six seven eight nine ten eleven 
 NUMBER = re.compile(rf"(?:(?<![\w)])[-−])?(?:\d|{NUMERALS.pattern[1:-1]})+(?:[.,٫٬]\d+)*"
                     rf"|\b(?!one\b)(?:{'|'.join(COUNTS)})\b")
 # Texts that say a number and no more, with 0 in its place: not "0 million", "Friday at 0", "-0".
-STATED = re.compile(r"((the )?answer( is)?:? |it is |there (is|are) |they have )?0"
+STATED = re.compile(r"((the )?answer( is)?:? |it is |there (is|are) |they have )?[*(\"']*0[*)\"']*"
                     r"( (?!(hundred|thousand|[mb]illion|dozen|percent)\b)[^\W\d]+)?")
 # Thai, Lao, Burmese, Khmer, Japanese and Chinese are written without spaces between words.
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u9fff"

@@ -180,7 +180,7 @@ def test_other_tasks_are_asked_as_ever(shared):
     ({"question": "b?", "target": {"a": 1}}, 'target is {"a": 1}. Expected a text, or a list of'),
     ({"question": "b?", "target": [True]}, "target is true. Expected a text"),
     ({"question": "b?", "wordings": "c?"}, "Expected a list of wordings"),
-    ({"question": "b?", "wordings": ["{name}?"]}, "holds {name}, which is no place that is filled")])
+    ({"question": "b?", "wordings": ["{name}?"]}, "holds {name}, which is no place that")])
 def test_plain_questions_that_cannot_be_asked(row, said, tmp_path):
     path = tmp_path / "some.jsonl"
     path.write_text(json.dumps({"question": "a?", "id": "x"}) + "\n" + json.dumps(row) + "\n")
