@@ -284,7 +284,8 @@ def test_texts_with_the_same_number_agree(texts):
     ("1, 2, 3, 4", "1, 2, 4, 3"), ("1, 2, 3", "1, 2"), ("he was born on 2001-05-03 there",
     "he was born on 2001-05-04 there"),
     ("from 5 to 10 people came here", "from 5 to 12 people came here"), ("1,000", "1"),
-    ("½", "0"), (">8", "8"), ("~8", "8"), ("8+", "8"), ("$8 million", "8"), ("8 or 9", "8"), ("8 or more legs", "8"),
+    ("½", "0"), (">8", "8"), ("~8", "8"), ("8+", "8"), ("$8 million", "8"), ("8 or 9", "8"),
+    ("8 or more legs", "8"),
     ("version 1.2.3 is the one here", "version 1.2.4 is the one here"), ("٣", "4"),
     ("twenty-two cats sat on the mat", "twenty-three cats sat on the mat"), ("8kg", "9kg")])
 def test_texts_with_other_numbers_do_not(a, b):
