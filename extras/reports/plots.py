@@ -99,7 +99,7 @@ def plot_question(names: list[str], questions: list[tuple]):
             cluster = row["cluster"][i]
             colour = f"C{cluster}" if row["cluster"].count(cluster) > 1 else "#BBBBBB"
             axes.barh(i, 0.96, 0.86, left=column - 0.48, color=colour, alpha=0.4)
-            label = printable(text[:24]) + " ✓" * row["correct"][i]
+            label = printable(text[:24]) + " ✓" * bool(row["correct"][i])
             axes.text(column, i, label, ha="center", va="center", **style)
     axes.set_yticks(range(n), [printable(text[:50]) for text in rows[0]["wordings"]], **style)
     axes.set_xticks(range(len(rows)), [printable(name[:24]) for name in names], **style)

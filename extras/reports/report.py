@@ -84,7 +84,7 @@ def question_section(found: dict[str, dict]) -> str:
     for i, wording in enumerate(first["wordings"]):
         rows[wording] = {}
         for model, row in found.items():
-            mark = string.ascii_uppercase[row["cluster"][i] % 26] + " ✓" * row["correct"][i]
+            mark = string.ascii_uppercase[row["cluster"][i] % 26] + " ✓" * bool(row["correct"][i])
             rows[wording][model] = f"{mark} {row['responses'][i]}"
     return (f"{markdown(first['task'])}\n\nInput: {markdown(first['input'])}  \nReference: "
             f"{' / '.join(map(markdown, first['targets']))}\n\n{table('wording', rows)}\n")
