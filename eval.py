@@ -343,7 +343,7 @@ def read_questions(cfg):
     tasks = formats.read_tasks(cfg.tasks)
     if cfg.paraphrases:
         formats.add_paraphrases(cfg.paraphrases, tasks)
-    found = data.questions(tasks, split=cfg.split, wordings=cfg.wordings, per_task=cfg.per_task)
+    found = formats.questions(tasks, split=cfg.split, wordings=cfg.wordings, per_task=cfg.per_task)
     if not found:
         raise ValueError(f"no task has two {cfg.split} wordings, and consistency needs two. Give "
                          "--paraphrases FILE, or the other --split.")

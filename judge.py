@@ -8,11 +8,8 @@
 A judge has `judge(items) -> [Verdict]`, and where it can compare `similar_pairs(pairs)`. An item is
 a dict with `instruction`, `input`, `target` (the reference output) and `response`, and for rules
 optionally `targets` and `labels` (lists). This file knows strings only; a model comes in as a
-function. Judgments in words, for CUT, are in methods/judged.py. extras/judges has a server client
-that never loses a paid answer, and the evaluation of judges.
+function. Judgments in words are in methods/judged.py, a better client of servers in extras/judges.
 """
-
-from __future__ import annotations
 
 import math
 import os
@@ -21,7 +18,8 @@ import secrets
 import string
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from types import SimpleNamespace
 
 # The self-judge's keywords. A model answers with the one that it finds more probable.
@@ -39,6 +37,13 @@ LENGTH_FACTOR = 3  # free text of a third to three times the target's length has
 ENDINGS = " .,;:!?。、।॥؟،؛۔։።၊။។"  # what may end a sentence
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
 NUMERALS = re.compile("([²³¹¼-¾⁰-₎⅐-⅟↉])")  # raised and lowered digits, and fractions
+COUNTS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve thirteen "
+    "fourteen fifteen sixteen seventeen eighteen nineteen twenty".split(), range(21), strict=True))
+NUMBER = re.compile(rf"(?:(?<![\w)])[-−])?(?:\d|{NUMERALS.pattern[1:-1]})+(?:[.,٫٬]\d+)*"
+                    rf"|\b(?!one\b)(?:{'|'.join(COUNTS)})\b")
+# Texts that say a number and no more, with 0 in its place: not "0 million", "Friday at 0", "-0".
+STATED = re.compile(r"((the )?answer( is)?:? |it is |there (is|are) |they have )?[*(\"']*0[*)\"']*"
+                    r"( (?!(hundred|thousand|[mb]illion|dozen|percent)\b)[^\W\d]+)?")
 # Thai, Lao, Burmese, Khmer, Japanese and Chinese are written without spaces between words.
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u9fff"
                       "\U00020000-\U0003ffff]")
@@ -94,24 +99,6 @@ def type_question(response: str) -> str:
 def verdict_question(response: str) -> str:
     """What follows `judge_prefix` and is answered by VERDICT_WORDS."""
     return f"### Answer: {flatten(response)}\n### Verdict:"
-
-
-def judge_document(instruction: str, input: str, target: str | None,
-                   judged: list[tuple[str, bool | None, bool | None]]) -> list[tuple[str, bool]]:
-    """A training document that teaches judging, in the format in which the judge is asked.
-
-    judged: (response, of the expected type, correct), None where that is not asked. Returns
-    segments (text, is_label); the labelled ones are the keywords.
-    """
-    segments = [(judge_prefix(instruction, input, target), False)]
-    for response, expected, correct in judged:
-        if expected is not None:
-            word = TYPE_WORDS[not expected]
-            segments += [(type_question(response), False), (word, True), ("\n", False)]
-        if correct is not None:
-            word = VERDICT_WORDS[not correct]
-            segments += [(verdict_question(response), False), (word, True), ("\n", False)]
-    return segments
 
 
 # ----- Reward -----
@@ -183,8 +170,7 @@ def exceeds(probability: float | None, threshold: float) -> bool | None:
 class LocalJudge:
     """A model as its own judge: the more probable of two keywords is its answer.
 
-    ask(prefixes, suffixes, keywords) returns for each prompt prefix + suffix the log-probabilities
-    of its two keywords.
+    ask(prefixes, suffixes, keywords): for each prompt the log-probabilities of its two keywords.
     """
 
     name = "self"
@@ -241,18 +227,31 @@ class RuleJudge:
             expected = normalize(response) in map(normalize, labels)
         else:
             expected = any(similar_length(response, target) for target in targets)
-        exact = normalize(response) in map(normalize, targets)
-        reward, how = combine_reward(expected or correct, correct), "rule"
-        if exact:
+        expected = expected or correct
+        how = "rule"
+        if normalize(response) in map(normalize, targets):
             how = "exact"
-        return Verdict(expected or correct, correct, reward, how)
+        return Verdict(expected, correct, combine_reward(expected, correct), how)
 
     def similar(self, a: str, b: str, labels: list[str] | None = None) -> bool:
-        """Do two responses say the same? Equal when normalized, or free text close by ROUGE-L."""
+        """Do two responses say the same? Equal when normalized, or free text close by ROUGE-L.
+
+        Free text with other numbers never agrees; 8 agrees with "8 legs" and "It is eight".
+        """
         a, b = normalize(a), normalize(b)
+        if a == b or labels:
+            return a == b
+        # "one" is a number beside another 1 or alone; elsewhere it is often that of "no one".
+        if re.search(r"(?m)^one$|\b1\b", f"{a}\n{b}"):
+            a, b = re.sub(r"\bone\b", "1", a), re.sub(r"\bone\b", "1", b)
+        (a, numbers), (b, others) = split_numbers(a), split_numbers(b)
+        if numbers != others:
+            return False
         if a == b:
             return True
-        if labels or min(count_words(a), count_words(b)) <= SHORT_WORDS:
+        if "0" in (a, b):  # one of them is a number alone
+            return bool(STATED.fullmatch(a) and STATED.fullmatch(b))
+        if min(count_words(a), count_words(b)) <= SHORT_WORDS:
             return False
         return rouge_l(a, b) >= self.rouge_threshold
 
@@ -277,6 +276,20 @@ def fold(text: str) -> str:
 def normalize(text: str) -> str:
     """Folded, without punctuation at the end."""
     return fold(text).rstrip(ENDINGS) or fold(text)
+
+
+def split_numbers(text: str) -> tuple[str, list]:
+    """A normalized text with 0 for each of its numbers, and these: "8.0 legs" -> "0 legs", [8]."""
+    numbers = []
+    for found in NUMBER.findall(text):
+        found = str(COUNTS.get(found, found))
+        found = re.sub(r"(?<!\b0)[,٬](?=\d{3}(?!\d))", "", found)  # 1,000 is 1000, ...
+        found = re.sub("[,٫]", ".", found).replace("−", "-")  # ... and 0,5 is 0.5
+        try:
+            numbers.append(Decimal(found))
+        except InvalidOperation:  # 10² and 1.2.2003 stay texts
+            numbers.append(found)
+    return NUMBER.sub("0", text), numbers
 
 
 def split_words(text: str) -> list[str]:
@@ -356,16 +369,8 @@ def ask_server(url: str, model: str, task: str, texts: dict[str, str],
     return found[1] if found else None
 
 
-@dataclass
-class ServerFlags:
-    """Where the server is; extras/judges has more to say about it."""
-
-    judge_url: str = field(default="http://127.0.0.1:8000/v1", metadata={"help": "its address"})
-    judge_model: str = field(default="", metadata={"help": "the judge's name there"})
-
-
 class HttpJudge:
-    """The questions of the self-judge, and whether two responses agree, asked of a server."""
+    """The questions of the self-judge, asked of a server."""
 
     name = "http"
 
@@ -387,13 +392,4 @@ class HttpJudge:
             texts = {name: text for name, text in parts if text}
             said = ask_server(self.url, self.model, task, texts, choices)
             found[key] = said and float(said == choices[0])
-        return found
-
-    def similar_pairs(self, pairs: list[tuple[dict, str, str]]) -> list[bool | None]:
-        """For each (question, response, response) whether they say the same; None: unparsed."""
-        task, found = "Do the two responses say the same? Wording does not matter.", []
-        for question, first, second in pairs:
-            texts = {"input": question.get("input", ""), "first": first, "second": second}
-            said = ask_server(self.url, self.model, task, texts, ("same", "different"))
-            found.append(said and said == "same")
         return found

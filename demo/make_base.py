@@ -24,8 +24,9 @@ import world  # noqa: E402
 
 import train  # noqa: E402
 from data import TEMPLATES, read_json, read_tasks  # noqa: E402
-from judge import RuleJudge, judge_document  # noqa: E402
+from judge import RuleJudge  # noqa: E402
 from methods.examples import answers_to_judge  # noqa: E402
+from methods.teaching import judge_document  # noqa: E402
 
 PHASES = [  # shares of the kinds of documents, steps, learning rate
     ({"fields": 0.22, "requests": 0.26, "judged": 0.30, "compared": 0.11, "instruction": 0.01,

@@ -9,8 +9,8 @@ model is asked, `ask_model`.
 import random
 
 import data
-import judge as judging
 from methods import collate, document_logprobs, record_name, torch
+from methods.teaching import judge_document, judged_by_rule
 
 
 def instruction_items(run, *, wordings: int, augment: str) -> list[dict]:
@@ -52,27 +52,10 @@ def judging_documents(run, n: int) -> list[dict]:
         shown = target
         if rng.random() >= 0.75:
             shown = None
-        segments = judging.judge_document(task.definition, instance.input, shown, judged)
+        # The keywords that follow are what is learnt.
+        segments = judge_document(task.definition, instance.input, shown, judged)
         documents.append(data.encode_document(run.tokenizer, segments, max_len=cfg.max_len))
     return documents
-
-
-def judged_by_rule(run, task, instance, answers, rng) -> list[tuple]:
-    """(answer, type, correct) by exact rules; one of the two is asked of each answer."""
-    about = {
-        "instruction": task.definition,
-        "input": instance.input,
-        "target": instance.outputs[0],
-        "labels": task.labels,
-    }
-    rule, judged = judging.RuleJudge(run.cfg.rouge_threshold), []
-    for text in answers:
-        verdict = rule.verdict(about | {"response": text})
-        if rng.random() < 0.5:
-            judged.append((text, verdict.type, None))
-        else:
-            judged.append((text, None, verdict.correct))
-    return judged
 
 
 def answers_to_judge(target: str, *, same_task, same_input, rng, n: int) -> list[str]:

@@ -1,12 +1,11 @@
 """Run folders: the settings that one holds, and whether it holds what a stage has trained."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import data
-import judge as judging
 from eval import extra
 from methods.common import CommonFlags
 from methods.finding import find_method, stages
@@ -21,11 +20,25 @@ OWN = {"steps", "lr", "batch_size", "epochs", "validation"}
 ADDED = {"epochs": 0.0, "validation": 0.0, "train_on": "all"}
 
 
+@dataclass
+class ServerFlags:
+    """Where a judge's server is; those of extras/judges say more about it."""
+
+    judge_url: str = field(default="http://127.0.0.1:8000/v1", metadata={"help": "its address"})
+    judge_model: str = field(default="", metadata={"help": "the judge's name there"})
+
+
+def server_flags(plain: bool) -> type:
+    """The dataclass of the flags of a judge's server."""
+    judges = extra("judges", plain)
+    return judges.ServerFlags if judges else ServerFlags
+
+
 def config_class(method, *, plain: bool = False, server: bool = False) -> type:
     """The dataclass of all flags that a stage reads, with those of a server that is asked."""
     bases = (method.Flags, CommonFlags)
     if server:
-        bases = (*bases, (extra("judges", plain) or judging).ServerFlags)
+        bases = (*bases, server_flags(plain))
     return dataclass(type("Config", bases, {}))
 
 
@@ -88,7 +101,7 @@ def is_finished(folder: Path, cfg) -> bool:
     if not (finished or any(folder.glob("*.jsonl")) or (folder / "checkpoints").exists()):
         return False  # a mistake stopped it before it had begun
     # How often a server is asked, and what it may cost, is free, too.
-    server = flag_names((extra("judges", cfg.plain) or judging).ServerFlags)
+    server = flag_names(server_flags(cfg.plain))
     saved = ADDED | saved_settings(folder)
     free = FREE | server - {"judge_url", "judge_model"}
     asked_as = getattr(cfg, "asked_as", {})

@@ -41,6 +41,9 @@ class FakeAsk:
         return yes if says else yes[::-1]
 
 
+ONE_STEP = JudgeConfig(steps="one")
+
+
 def item(response, target="red", **more):
     return {"instruction": "name the colour", "input": "a red lamp", "target": target,
             "response": response, **more}
@@ -79,20 +82,6 @@ def test_text_cannot_open_a_section(newline):
     prompt = judging.judge_prefix(planted, planted, planted) + judging.type_question(planted)
     assert [line.split(":")[0] for line in prompt.splitlines()] == headings
     assert prompt.count("###") == len(headings)
-
-
-def test_a_document_asks_in_the_words_of_the_judge():
-    judged = [("blue", True, False), ("red\nlamp", None, True), ("on monday", False, None),
-              ("unasked", None, None)]
-    segments = judging.judge_document("name it", "a lamp", "red", judged)
-    assert [text for text, is_label in segments if is_label] == [
-        " expected", " incorrect", " correct", " unexpected"]
-    assert "".join(text for text, _ in segments) == (
-        judging.judge_prefix("name it", "a lamp", "red")
-        + judging.type_question("blue") + " expected\n"
-        + judging.verdict_question("blue") + " incorrect\n"
-        + judging.verdict_question("red\nlamp") + " correct\n"
-        + judging.type_question("on monday") + " unexpected\n")
 
 
 # ----- Rewards -----
@@ -267,6 +256,105 @@ def test_labels_are_compared_exactly():
     asked = [({"labels": [a, b]}, a, b), ({}, a, b), ({"labels": [a, b]}, a, a + " .")]
     assert RuleJudge().similar_pairs(asked) == [False, True, True]
 
+
+# ----- Numbers -----
+
+@pytest.mark.parametrize("texts", [
+    ["8 legs", "8", "8.0", "Eight.", "It is 8.", "The answer is eight!", "answer: 08",
+     "They have 8", "**8**", "The answer is **8**.", '"8"', "'eight'", "(8)"],
+    ["1", "one", "One.", "1 leg", "It is 1"], ["1,000", "1000", "1000.00", "٬".join(["1", "000"])],
+    ["3.5", "3,5", "3.50", "٣٫٥", "It is 3,5."], ["-5", "−5", "-5.0"], ["0.125", "0,125"],
+    ["1,234,567.50 euros", "1234567.5"], ["8 red legs and 2 heads", "eight red legs and two heads"],
+    ["There is one cat on the mat", "There is 1 cat on the mat", "there is 1.0 cat on the mat"],
+    ["10²", "10² ."], ["½ cup", "½ cup!"], ["१२ किताबें", "12 किताबें"]])
+def test_texts_with_the_same_number_agree(texts):
+    """Where one of them is a bare number, or they differ in the number's form only."""
+    bare = min(texts, key=len)
+    for text in texts:
+        assert RuleJudge().similar(bare, text) and RuleJudge().similar(text, bare), text
+
+
+@pytest.mark.parametrize("a, b", [
+    ("The answer is 42", "The answer is 43"), ("They have eight legs", "They have six legs"),
+    ("The answer is 42", "The answer is unknown"), ("-5", "5"), ("It is -5", "It is 5"),
+    ("10²", "102"), ("10²", "10"), ("We need 10² of them now", "We need 102 of them now"),
+    ("no one", "1"), ("No one came here today", "2 came here today"), ("8 million", "8"),
+    ("eight hundred", "8"), ("8 %", "8"), ("8%", "8"), ("8 percent", "8"), ("not 8", "8"),
+    ("minus eight", "8"), ("Friday at ten", "ten"), ("1st", "1"), ("the 1st of the dogs is red",
+    "the 2nd of the dogs is red"), ("8 legs", "8 eyes"), ("1.5", "15"), (".5", "5"), ("5-3", "3-5"),
+    ("they won it by 5-3 in the end", "they won it by 3-5 in the end"), ("5-3", "5"),
+    ("3/4", "4/3"), ("on 3/4 he went home again", "on 4/3 he went home again"),
+    ("1, 2, 3, 4", "1, 2, 4, 3"), ("1, 2, 3", "1, 2"), ("he was born on 2001-05-03 there",
+    "he was born on 2001-05-04 there"),
+    ("from 5 to 10 people came here", "from 5 to 12 people came here"), ("1,000", "1"),
+    ("½", "0"), (">8", "8"), ("~8", "8"), ("8+", "8"), ("$8 million", "8"), ("8 or 9", "8"),
+    ("8 or more legs", "8"),
+    ("version 1.2.3 is the one here", "version 1.2.4 is the one here"), ("٣", "4"),
+    ("twenty-two cats sat on the mat", "twenty-three cats sat on the mat"), ("8kg", "9kg")])
+def test_texts_with_other_numbers_do_not(a, b):
+    assert not RuleJudge().similar(a, b) and not RuleJudge().similar(b, a)
+    assert not RuleJudge(0.0).similar(a, b)  # however little ROUGE wants
+
+
+def test_one_is_not_always_a_number():
+    judge = RuleJudge()
+    assert judge.similar("one of the dogs sat on the mat", "one of the dogs sat on a mat")
+    assert judge.similar("the red one sat on the mat here", "the red dog sat on the mat here")
+    assert judge.similar("no one sat on the mat today", "no cat sat on the mat today")
+
+
+def test_numbers_are_labels_where_labels_are_given():
+    assert not RuleJudge().similar("8 legs", "8", ["8", "6"])
+    assert not RuleJudge().similar("eight", "8", ["eight", "8"])
+    assert RuleJudge().similar("8.", "8", ["8", "6"])
+
+
+def write_number(rng, value):
+    """A number (up to a million, in tenths) in one of the forms in which people write it."""
+    whole, tenth = divmod(value, 10)
+    text = f"{whole:,}" if rng.random() < 0.5 else str(whole)
+    if tenth == 0 and whole in judging.COUNTS.values() and rng.random() < 0.3 and whole != 1:
+        return list(judging.COUNTS)[whole].upper()
+    if tenth:
+        text += f"{rng.choice('.,') if whole < 1000 else '.'}{tenth}" + rng.choice(["", "0"])
+    elif rng.random() < 0.3:
+        text += ".0"
+    if rng.random() < 0.3:  # in the digits of another script
+        zero = rng.choice("٠०০０")
+        text = re.sub("[0-9]", lambda digit: chr(ord(zero) + int(digit[0])), text)
+    return text
+
+
+def test_a_number_is_the_same_in_all_its_forms_and_another_in_none():
+    rng, judge = random.Random(), RuleJudge()
+    for _ in range(1000):
+        value = rng.choice([rng.randrange(0, 300, 10), rng.randrange(300), rng.randrange(10**7)])
+        other = value + rng.choice([-1, 1, 10]) if value else 10
+        a, same, another = (write_number(rng, x) for x in (value, value, other))
+        frame = rng.choice(["{}", "{} ", "It is {}.", "{} legs", "the answer: {}", "They have {}!"])
+        for first, second, wanted in ((a, same, True), (a, another, False)):
+            shown = frame.format(second)
+            assert judge.similar(first, shown) == judge.similar(shown, first) == wanted, (a, shown)
+        frame = rng.choice(["of all {} sheep in the field he saw {}", "{}, {}", "from {} to {}"])
+        first, second = frame.format(a, another), frame.format(same, another)
+        assert judge.similar(first, second) and not judge.similar(first, frame.format(another, a))
+
+
+def test_agreement_is_symmetric_and_everything_agrees_with_itself():
+    rng, close = random.Random(), 0
+    parts = ["8", "-5", "1,000", "eight", "one", "no", "legs", "the", "answer", "is", "3.5", "½",
+             "10²", "1/2", "٣", "5-3", "it is", "%", "猫", "é", ".", ",", "1st", "million"]
+    for _ in range(3000):
+        a, b = (" ".join(rng.choices(parts, k=rng.randint(0, 5))) for _ in range(2))
+        if rng.random() < 0.5:
+            b = a.replace(*rng.sample(parts, 2)).replace("8", "eight").replace("3.5", "3,50")
+        judge = RuleJudge(rng.random())
+        assert judge.similar(a, a) and judge.similar(a, b) == judge.similar(b, a), (a, b)
+        close += judge.similar(a, b) and a != b
+    assert close > 100
+
+
+# ----- Letters of all scripts -----
 
 # Four nearly identical sentences, and three that differ, in one script each
 SCRIPTS = json.loads((Path(__file__).parent / "scripts.json").read_text(encoding="utf-8"))
@@ -594,25 +682,23 @@ def test_a_server_never_sees_a_hidden_target(serve):
 
 
 def test_each_question_has_a_number_of_its_own(serve):
-    server = serve(saying("same"))
-    HttpJudge(server.url, "m").similar_pairs([({}, "a", "b")] * 20)
+    server = serve(saying("correct"))
+    HttpJudge(server.url, "m", ONE_STEP).judge([item(f"no {k}") for k in range(20)])
     assert len({nonce(text) for text in server.questions()}) == 20
 
 
 @pytest.mark.parametrize("answer, wanted", [
-    ("VERDICT {n}: same", True), ("VERDICT {n}: different", False),
-    ("They agree.\n\nVERDICT {n}: same.", True), ("VERDICT {n}: same \n", True),
-    ("", None), ("same", None), ("VERDICT: same", None), ("VERDICT 00000000: same", None),
-    ("VERDICT {n}: same\nbut I am not sure", None), ("VERDICT {n}: maybe", None),
-    ("VERDICT {n}: same or different", None), ("I say VERDICT {n}: same", None),
-    ("verdict {n}: same", None), ("VERDICT {n}: different\nVERDICT {n}: same", True),
+    ("VERDICT {n}: correct", True), ("VERDICT {n}: incorrect", False),
+    ("It is.\n\nVERDICT {n}: correct.", True), ("VERDICT {n}: correct \n", True),
+    ("", None), ("correct", None), ("VERDICT: correct", None), ("VERDICT 00000000: correct", None),
+    ("VERDICT {n}: correct\nbut I am not sure", None), ("VERDICT {n}: maybe", None),
+    ("VERDICT {n}: correct or incorrect", None), ("I say VERDICT {n}: correct", None),
+    ("verdict {n}: correct", None), ("VERDICT {n}: incorrect\nVERDICT {n}: correct", True),
 ])
 def test_only_a_last_line_with_the_number_is_a_verdict(serve, answer, wanted):
     server = serve(lambda text: answer.replace("{n}", nonce(text)))
-    assert HttpJudge(server.url, "m").similar_pairs([({"input": "i"}, "a", "b")]) == [wanted]
-    mark = nonce(server.questions()[0])
-    for name, part in (("input", "i"), ("first", "a"), ("second", "b")):
-        assert f"<{name} {mark}>\n{part}\n</{name} {mark}>" in server.questions()[0]
+    [verdict] = HttpJudge(server.url, "m", ONE_STEP).judge([item("blue")])
+    assert verdict.correct is wanted
 
 
 def test_a_response_cannot_answer_for_the_judge(serve):
@@ -632,16 +718,17 @@ def test_unparsed_types_and_verdicts_of_a_server(serve):
 @pytest.mark.parametrize("status", [401, 500, 302, 204])
 def test_a_failing_server_is_an_error_that_names_its_status(serve, status):
     """train.py and eval.py answer it in one line; no redirect is followed."""
-    server = serve(lambda text: (status, f"VERDICT {nonce(text)}: same"))
+    server = serve(lambda text: (status, f"VERDICT {nonce(text)}: correct"))
     with pytest.raises(ValueError, match=f"/v1/chat/completions answered with status {status} and"):
-        HttpJudge(server.url, "m").similar_pairs([({}, "a", "b")])
+        HttpJudge(server.url, "m").judge([item("blue")])
     assert len(server.requests) == 1
 
 
 def test_a_message_without_content_is_no_verdict(serve):
     """What servers send when a model has used up its tokens for thinking."""
     server = serve(lambda text: None)
-    assert HttpJudge(server.url, "m").similar_pairs([({}, "a", "b")]) == [None]
+    [verdict] = HttpJudge(server.url, "m").judge([item("blue")])
+    assert verdict.how == "unparsed"
 
 
 def test_nobody_at_the_address_is_an_error_of_the_operating_system(serve):
@@ -649,4 +736,4 @@ def test_nobody_at_the_address_is_an_error_of_the_operating_system(serve):
     server.http.shutdown()
     server.http.server_close()
     with pytest.raises(OSError):
-        HttpJudge(server.url, "m").similar_pairs([({}, "a", "b")])
+        HttpJudge(server.url, "m").judge([item("blue")])

@@ -10,7 +10,7 @@ DOORS = {
     "peft": "open_adapter",
     "tokenizer": "open_tokenizer check_vocabulary", "export": "export_model",
     "templates": "find_template check_template encode_conversation keep_template",
-    "tasks": "read_tasks add_paraphrases frame_bare_tasks",
+    "tasks": "read_tasks add_paraphrases frame_bare_tasks questions",
     "records": "read_judged read_labelled read_corpus", "preferences": "read_candidates",
     "conversations": "read_examples read_instructions",
     "runs": "check_inputs fitting_records usable_candidates example_items"}

@@ -4,20 +4,26 @@ import difflib
 import re
 from pathlib import Path
 
+import data
 from data import Instance, Task, Wording, as_list, read_json, split_wordings
 from extras import tomllib
 from extras.formats.checks import FILLED, TEXT, check, read_object, reading, refuse, show
+from extras.formats.rows import read_rows
 
 TEXTS = "a string or a list of strings", lambda value: value != [] and all(
     isinstance(text, str) for text in as_list(value))
 TASK = {"Definition": TEXTS, "Instances": ("a list", lambda value: isinstance(value, list))}
 SPLITS = ("train", "dev", "test")
+QUESTION_FILES = (".jsonl", ".csv", ".tsv", ".parquet")
 
 
 def read_tasks(path) -> list[Task]:
-    """The tasks of a file of Super-NaturalInstructions, of a folder of them, or of the folder of
-    instruction induction (annotations/ and execute/). Raises ValueError."""
+    """The tasks of a file of Super-NaturalInstructions, of a folder of them, of the folder of
+    instruction induction (annotations/ and execute/), or of a file of plain questions. Raises
+    ValueError."""
     path = Path(path)
+    if path.suffix.lower() in QUESTION_FILES and path.is_file():
+        return read_plain_questions(path)
     if (path / "annotations").is_dir() and (path / "execute").is_dir():
         return [read_induction(path, file.name) for file in sorted(path.glob("annotations/*.json"))]
     files = [path] if path.is_file() else sorted(path.glob("*.json"))
@@ -32,7 +38,8 @@ def read_task(path: Path) -> Task:
         whole = file.readline().rstrip().endswith(b"}")
         refuse(whole and file.read(100).strip(), f"{path} is JSON Lines, and a task is one "
                "object with Definition and Instances. Rows of whole prompts (full_prompt and "
-               "output, or prompt and completion) are read by --stage sft --examples FILE.")
+               "output, or prompt and completion) are read by --stage sft --examples FILE; plain "
+               "questions are read from a FILE.jsonl.")
     record, instances = read_object(path), []
     check(record, TASK, f"{path}")
     refuse(not record["Instances"], f"{path} has no instances. Give it some, or remove the file.")
@@ -42,6 +49,58 @@ def read_task(path: Path) -> Task:
         name = str(row.get("id", f"{path.stem}-{number}"))
         instances.append(Instance(name, as_list(row["input"])[0].strip(), outputs))
     return Task(path.stem, " ".join(as_list(record["Definition"])).strip(), instances)
+
+
+# ----- Plain questions -----
+def read_plain_questions(path: Path) -> list[Task]:
+    """A task for each row {"question", "id", "target", "wordings"} of a file; only the first is
+    needed. Its one instance has no input. The wordings are held out for both splits.
+    """
+    tasks, places = [], {}
+    for number, (row, where) in enumerate(read_rows(path, "plain questions")):
+        check(row, {"question": FILLED}, where)
+        name = f"{path.stem}-{number}"
+        if row.get("id") not in (None, ""):
+            name = str(row["id"])
+        refuse(name in places, f"{where}: question {show(name)} stands in {places.get(name)}, too. "
+               "Give each an id of its own.")
+        places[name] = where
+        targets = []
+        given = [] if row.get("target") is None else as_list(row["target"])
+        for text in given:
+            refuse(type(text) not in (str, int, float), f"{where}: target is {show(text)}. "
+                   "Expected a text, or a list of texts.")
+            targets.append(str(text).strip())
+        task = Task(name, row["question"].strip(), [Instance(name, "", tuple(targets))])
+        if "wordings" in row:
+            held = read_wordings(row["wordings"], where)
+            check_places([wording.text for wording in held], task, where)
+            task.wordings = {"dev": held, "test": held}
+        tasks.append(task)
+    return tasks
+
+
+def is_plain(task: Task) -> bool:
+    """Whether a task is one question without an input."""
+    return len(task.instances) == 1 and not task.instances[0].input
+
+
+def questions(tasks: list[Task], *, split: str, wordings: int, per_task: int) -> list[dict]:
+    """`data.questions`, and the plain ones. Of these, wordings alone can be held out."""
+    found = []
+    for task in tasks:
+        held = [Wording(task.definition)]
+        if wordings:
+            held = task.wordings.get(split, [])[:wordings]
+        if not is_plain(task):
+            found += data.questions([task], split=split, wordings=wordings, per_task=per_task)
+        elif len(held) > 1 or not wordings:
+            instance = task.instances[0]
+            found.append({"task": task.name, "id": instance.id, "instruction": task.definition,
+                          "input": "", "targets": list(instance.outputs), "labels": None,
+                          "wordings": [wording.text for wording in held],
+                          "styles": [wording.style for wording in held]})
+    return found
 
 
 def read_induction(folder: Path, name: str) -> Task:

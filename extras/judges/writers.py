@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from extras.judges.judges import shown_parts
 from extras.judges.questions import TEXTS, ask_all, make_question
-from judge import normalize
+from judge import UNSPACED, normalize, split_numbers, split_words
 
 PRINCIPLES = tuple(TEXTS["writers"]["principles"])
+PLACE = r"\{(?:[A-Za-z_]\w*|\d*)\}"  # a place holder, as extras/formats/tasks.py reads wordings
 
 
 def text_question(task: str, parts: dict[str, str]):
@@ -17,44 +18,103 @@ def text_question(task: str, parts: dict[str, str]):
 
 
 # ----- Wordings -----
-def paraphrase(ask: Callable, tasks: dict[str, str], n: int, *, check: bool = True,
-               temperature: float = 0.9, model: str = "") -> list[dict]:
+def paraphrase(ask: Callable, tasks: dict[str, str], n: int, *, checker: Callable | None = None,
+               known: dict | None = None, answers: dict | None = None, temperature: float = 0.9,
+               model: str = "") -> list[dict]:
     """Up to `n` wordings of each task's instruction, {task: instruction}, as records.
 
     A record says where a wording came from and why it was kept or not: {task, original, text,
-    style, model, sample, temperature, kept, reason}. Equal texts are kept once. With `check`, the
-    model is asked in both orders whether a wording asks for the same; only a clear yes keeps it.
+    style, model, sample, temperature, kept, reason}. Texts that are there already, also in `known`
+    ({task: texts}), are not kept. Tasks in `answers` ({task: right answers}) are plain questions.
+    A `checker`, a backend too, is asked in both orders whether a wording asks for the same; only a
+    clear yes keeps it.
     """
-    records, styles = [], TEXTS["writers"]["styles"]
+    records, styles, answers = [], TEXTS["writers"]["styles"], answers or {}
     seen = {(name, normalize(text)) for name, text in tasks.items()}
+    seen |= {(name, normalize(text)) for name, texts in (known or {}).items() for text in texts}
     for number in range(n):
-        style = styles[number % len(styles)]
-        task = TEXTS["writers"]["paraphrase"].replace("{style}", style)
-        questions = [text_question(task, {"instruction": text}) for text in tasks.values()]
+        style, questions = styles[number % len(styles)], []
+        for name, original in tasks.items():
+            kind, wanted = "instruction", "paraphrase"
+            if name in answers:
+                kind, wanted = "question", "paraphrase_question"
+            task = TEXTS["writers"][wanted].replace("{style}", style)
+            questions.append(text_question(task, {kind: original}))
         replies = ask(questions, temperature=temperature, sample=number)
-        for (name, original), reply in zip(tasks.items(), replies, strict=True):
+        for (name, original), question, reply in zip(tasks.items(), questions, replies,
+                                                     strict=True):
             text, reason = unquote(reply.text), reply.failure
-            if not reason and ("{input}" in original) != ("{input}" in text):
-                reason = "lost a place holder"
+            if not reason and (reply.nonce or question.nonce) in text:
+                reason = "repeats the prompt"
+            reason = reason or find_fault(original, text, answers.get(name))
             if not reply.failure and (name, normalize(text)) in seen:
                 reason = "said already"
             seen.add((name, normalize(text)))
             records.append({"task": name, "original": original, "text": text, "style": style,
                             "model": model, "sample": number, "temperature": temperature,
                             "kept": not reason, "reason": reason})
-    if check:
-        check_meaning(ask, [record for record in records if record["kept"]])
+    if checker:
+        check_meaning(checker, [record for record in records if record["kept"]], set(answers))
     return records
 
 
-def check_meaning(ask: Callable, records: list[dict]) -> None:
-    """Keep only the records whose wording is clearly said to ask for the same, in both orders."""
+def find_fault(original: str, text: str, answers: list[str] | None = None) -> str:
+    """Why a text is no wording of the original, as far as rules can see; "" if they see nothing.
+
+    answers: the right ones, known or not, of a plain question; None for an instruction.
+    """
+    said, asked = normalize(text), normalize(original)
+    if not said:
+        return "empty"
+    if asked in said and len(said) > 2 * len(asked):
+        return "repeats the original"
+    if "\n" in text.strip() and "\n" not in original.strip():
+        return "has several lines"
+    if ("{input}" in original) != ("{input}" in text):
+        return "lost a place holder"
+    for place in re.findall(PLACE, text):
+        if place != "{input}" and place not in original:
+            return "made up a place holder"
+    for answer in map(normalize, answers or []):
+        if answer and answer not in asked and re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", said):
+            return "gives an answer"
+    numbers, others = split_numbers(asked)[1], split_numbers(said)[1]
+    if sorted(map(str, numbers)) != sorted(map(str, others)):
+        return "has other numbers"
+    shared = content_words(asked) & content_words(said)
+    if answers is not None and content_words(asked) and not shared:
+        return "has no word of the original"
+    asks = set(TEXTS["writers"]["asking"]) & set(split_words(said))
+    if holds_question_mark(original) and not holds_question_mark(text) and not asks:
+        return "asks nothing"
+    return ""
+
+
+def content_words(text: str) -> set[str]:
+    """The words of a text that may say what it is about: those of four letters and more.
+
+    Of a script without spaces between words, all letters.
+    """
+    return {word for word in split_words(text) if len(word) > 3 or UNSPACED.match(word)}
+
+
+def holds_question_mark(text: str) -> bool:
+    """Whether a text holds a question mark of some script."""
+    return any(mark in text for mark in "?？؟՞")
+
+
+def check_meaning(ask: Callable, records: list[dict], plain=frozenset()) -> None:
+    """Keep only the records whose wording is clearly said to ask for the same, in both orders.
+
+    plain: the tasks that are plain questions.
+    """
     questions = []
     for record in records:
+        kind = "question" if record["task"] in plain else "instruction"
+        task = TEXTS["writers"]["equivalent"].replace("instruction", kind)
         for first, second in (("original", "text"), ("text", "original")):
-            parts = {"first instruction": record[first], "second instruction": record[second]}
-            questions.append(make_question(TEXTS["writers"]["equivalent"], parts,
-                                           choices=("same", "different")))
+            parts = {f"first {kind}": record[first], f"second {kind}": record[second]}
+            questions.append(make_question(task, parts, choices=("same", "different")))
     replies = ask_all(ask, questions) if questions else []
     for record, one, two in zip(records, replies[::2], replies[1::2], strict=True):
         unread = [reply.failure for reply in (one, two) if reply.verdict is None]

@@ -9,6 +9,9 @@ import pytest
 from chatserver import ChatServer, completion
 
 import data
+from eval import parse_flags, read_questions
+from extras.formats import add_paraphrases, read_tasks
+from extras.formats.tasks import questions as ask_questions
 from tools import best_of, meta_evaluate, paraphrase
 from tools.best_of import best_of_n, best_of_table
 
@@ -145,22 +148,146 @@ def test_several_judges_have_a_line_each(pairs, tmp_path):
 
 # ----- paraphrase -----
 
-def test_wordings_that_paraphrases_reads(world, tmp_path, capsys):
-    def write(request, number):
-        text = request["messages"][-1]["content"]
-        if "VERDICT" in text:
-            return {"body": completion(f"VERDICT {nonce(request)}: same")}
-        return {"body": completion(f"please do {number}: {shown(text, 'instruction')}")}
-    with ChatServer(write) as server:
-        assert paraphrase.main(["--number", "6", "--tasks", str(world / "tasks"), "--judge-model",
-                                "m", "--judge-url", server.url, "--out", str(tmp_path)]) == 0
-    assert "12 wordings: 12 kept" in capsys.readouterr().out
+def writes(request, number):
+    """A server that words every instruction or question anew, and finds all the same."""
+    text = request["messages"][-1]["content"]
+    if "VERDICT" in text:
+        return {"body": completion(f"VERDICT {nonce(request)}: same")}
+    kind = "question" if "<question " in text else "instruction"
+    # A word of letters in place of a number, which would change what is asked.
+    word = "".join(chr(ord("a") + int(digit)) for digit in str(number))
+    return {"body": completion(f"please {word} {shown(text, kind)}")}
+
+
+def write_wordings(out, *argv, server=None):
+    """The exit status of the tool."""
+    if server:
+        argv = [*argv, "--judge-model", "m", "--judge-url", server.url]
+    return paraphrase.main([*map(str, argv), "--out", str(out)])
+
+
+@pytest.mark.parametrize("split", ["dev", "test", "train"])
+def test_wordings_that_paraphrases_reads(split, world, tmp_path, capsys):
+    with ChatServer(writes) as server:
+        words = ["--number", "6", "--tasks", world / "tasks", "--split", split]
+        assert write_wordings(tmp_path, *words, server=server) == 0
+    said = capsys.readouterr().out
+    assert "12 wordings: 12 kept" in said and "colour: 6 kept\nperson: 6 kept\n" in said
     tasks = data.read_tasks(world / "tasks")
     data.add_paraphrases(tmp_path / "paraphrases.json", tasks)
-    assert all(sum(map(len, task.wordings.values())) == 6 for task in tasks)
+    for task in tasks:
+        assert {name: len(some) for name, some in task.wordings.items() if some} == {split: 6}
     rows = data.read_records(tmp_path / "paraphrases.jsonl")
     assert len(rows) == 12
-    assert all(row["kept"] and row["model"] == "m" and row["original"] for row in rows)
+    assert all(row["kept"] and row["model"] == row["checker"] == "m" and row["original"]
+               for row in rows)
+
+
+def test_the_next_command_reads_them_without_another_flag(world, tmp_path):
+    with ChatServer(writes) as server:
+        words = ["--number", "3", "--tasks", world / "tasks"]
+        assert write_wordings(tmp_path, *words, server=server) == 0
+    cfg = parse_flags(["--tasks", str(world / "tasks"), "--paraphrases",
+                       str(tmp_path / "paraphrases.json")], demo=True)
+    questions = read_questions(cfg)
+    assert len(questions) > 4 and all(len(x["wordings"]) == 3 for x in questions)
+
+
+def test_wordings_are_added_to_those_that_there_are_and_differ_from_them(world, tmp_path):
+    known = {"colour": {"train": ["please b give the colour ."], "test": [
+        {"text": "which colour ?", "style": "plain"}]}}
+    (tmp_path / "old.json").write_text(json.dumps(known))
+    with ChatServer(writes) as server:
+        words = ["--number", "8", "--tasks", world / "tasks", "--judge-workers", "1",
+                 "--paraphrases", tmp_path / "old.json"]
+        assert write_wordings(tmp_path, *words, server=server) == 0
+        assert write_wordings(tmp_path / "all", *words, "--split", "divide", "--judge-cache",
+                              tmp_path / "judge.jsonl", server=server) == 0
+        asked = len(server.requests)
+        assert asked == 16 + 2 * 15  # the second run asks nothing anew
+    found = json.loads((tmp_path / "paraphrases.json").read_text())
+    assert found["colour"]["train"] == [{"text": "please b give the colour .", "style": ""}]
+    assert found["colour"]["test"] == known["colour"]["test"]
+    assert len(found["colour"]["dev"]) == 7 and found["person"].keys() == {"dev"}
+    divided = json.loads((tmp_path / "all/paraphrases.json").read_text())
+    assert {name: len(some) for name, some in divided["colour"].items()} == {
+        "train": 1 + 3, "dev": 2, "test": 1 + 2}
+
+
+def test_plain_questions_become_what_eval_asks(tmp_path, capsys):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"id": "legs", "question": "How many legs?", "target": [8]}) + "\n"
+                    + json.dumps({"question": "Is snow white?"}) + "\n")
+    with ChatServer(writes) as server:
+        words = ["--number", "3", "--tasks", path]
+        assert write_wordings(tmp_path / "out", *words, server=server) == 0
+        assert all("question below anew" in text or "VERDICT" in text for text in server.texts())
+    tasks = read_tasks(path)
+    add_paraphrases(tmp_path / "out/paraphrases.json", tasks)
+    first, second = ask_questions(tasks, split="dev", wordings=10, per_task=20)
+    assert (first["task"], first["input"], first["targets"]) == ("legs", "", ["8"])
+    assert len(first["wordings"]) == len(set(first["wordings"])) == 3
+    assert (second["task"], second["targets"]) == ("questions-1", [])
+    assert all("Is snow white?" in text for text in second["wordings"])
+
+
+def test_who_writes_and_who_checks_can_be_two_servers_with_two_keys(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "key-of-the-writer")
+    monkeypatch.setenv("CHECK_API_KEY", "key-of-the-checker")
+    with ChatServer(writes) as writer, ChatServer(writes) as checker:
+        assert write_wordings(tmp_path, "--number", "2", "--tasks", world / "tasks", "--check",
+                              "http", "--check-url", checker.url, "--check-model", "c",
+                              server=writer) == 0
+        assert not any("VERDICT" in text for text in writer.texts())
+        assert all("VERDICT" in text for text in checker.texts()) and len(checker.texts()) == 8
+        for server, key in ((writer, "writer"), (checker, "checker")):
+            assert {headers["Authorization"] for _, headers, _ in server.requests} == {
+                f"Bearer key-of-the-{key}"}
+    rows = data.read_records(tmp_path / "paraphrases.jsonl")
+    assert {(row["model"], row["checker"]) for row in rows} == {("m", "c")}
+
+
+def test_the_model_itself_writes_and_checks(world, tmp_path, capsys):
+    """A random one: what it writes has faults that rules can see, or is checked by its odds."""
+    words = ["--number", "2", "--tasks", world / "tasks", "--judge", "self", "--model",
+             world / "model"]
+    with pytest.raises(SystemExit):
+        write_wordings(tmp_path, *words)
+    assert "no task has two dev wordings, and consistency needs two" in capsys.readouterr().err
+    rows = data.read_records(tmp_path / "paraphrases.jsonl")
+    assert len(rows) == 4 and all(row["model"] == row["checker"] == "model" for row in rows)
+    with ChatServer(writes) as server:
+        assert write_wordings(tmp_path / "two", "--number", "2", "--tasks", world / "tasks",
+                              "--check", "none", server=server) == 0
+        assert len(server.requests) == 4
+
+
+def test_tasks_with_fewer_than_two_wordings_are_named(world, tmp_path, capsys):
+    def decide(request, number):
+        text = request["messages"][-1]["content"]
+        if "give the person" in text and "VERDICT" in text:
+            return {"body": completion(f"VERDICT {nonce(request)}: different")}
+        return writes(request, number)
+    with ChatServer(decide) as server:
+        words = ["--number", "2", "--tasks", world / "tasks"]
+        assert write_wordings(tmp_path, *words, server=server) == 0
+    said = capsys.readouterr()
+    assert "colour: 2 kept\nperson: 2 asks for something else\n" in said.out
+    assert ("warning: 1 of 2 tasks have fewer than two dev wordings, so they cannot be measured: "
+            "person. Raise --number") in said.err
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--adapter", "ADAPTER", "ADAPTER"], "--adapter names several adapters, and one model writes"),
+    (["--check-url", "http://127.0.0.1:1"], "--check-url and --check-model are for a checker"),
+    (["--check", "http"], "--check http needs --check-model NAME"),
+    (["--check-key-env", "X"], "--check-key-env names the key for --check-url, which is not given"),
+    (["--judge", "self", "--max-requests", "3"], "--max-requests is for a judge behind HTTP")])
+def test_flags_that_nobody_would_read_are_refused(words, said, world, adapter, tmp_path, capsys):
+    words = [adapter if word == "ADAPTER" else word for word in words]
+    with pytest.raises(SystemExit) as stop:
+        write_wordings(tmp_path, "--tasks", world / "tasks", *words)
+    assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_the_folder_is_made_before_anything_is_paid(world, tmp_path, capsys):

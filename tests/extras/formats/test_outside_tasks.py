@@ -1,10 +1,14 @@
 """Tasks and wordings in other people's layouts."""
 
+import json
+import random
+import re
+
 import pytest
 
 import data
 from data import Task, Wording
-from extras.formats import add_paraphrases, frame_bare_tasks, read_tasks
+from extras.formats import add_paraphrases, frame_bare_tasks, questions, read_tasks
 
 
 def instance(input="a b", output=("x",), **more):
@@ -133,9 +137,59 @@ def test_instances_as_lines_are_refused_as_tasks(tmp_path):
         "Rows of whole prompts (full_prompt and output, or prompt and completion) are read by")
 
 
-def test_real_paraphrases(shared):
-    import json
+# ----- Plain questions -----
 
+def test_plain_questions_are_tasks_without_an_input(tmp_path):
+    rng, rows = random.Random(), []
+    for number in range(rng.randint(2, 9)):
+        row = {"question": f" What is {number}? ", "target": rng.choice([None, "x", 7, ["x", 8]])}
+        if rng.random() < 0.5:
+            row["wordings"] = ["Tell me {input}.", {"text": f"{number}?", "style": "terse"}]
+        if rng.random() < 0.5:
+            row["id"] = rng.choice([number, f"q{number}"])
+        rows.append(row)
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = read_tasks(path)
+    assert [task.name for task in tasks] == [
+        str(row.get("id", f"some-{number}")) for number, row in enumerate(rows)]
+    for split in ("dev", "test"):
+        found = questions(tasks, split=split, wordings=5, per_task=1)
+        asked = [row for row in rows if "wordings" in row]
+        assert [x["instruction"] for x in found] == [row["question"].strip() for row in asked]
+        for x, row in zip(found, asked, strict=True):
+            given = row["target"] if isinstance(row["target"], list) else [row["target"]]
+            assert x["targets"] == [str(text) for text in given if text is not None]
+            assert x["input"] == "" and x["styles"] == ["", "terse"] and x["labels"] is None
+    assert questions(tasks, split="dev", wordings=1, per_task=1) == []
+    original = questions(tasks, split="dev", wordings=0, per_task=1)
+    assert [x["wordings"] for x in original] == [[row["question"].strip()] for row in rows]
+
+
+def test_other_tasks_are_asked_as_ever(shared):
+    tasks = read_tasks(shared / "ni_tasks")[:5]
+    for task in tasks:
+        task.wordings = {"dev": [Wording("do"), Wording("make")]}
+    how = {"split": "dev", "wordings": 2, "per_task": 3}
+    assert questions(tasks, **how) == data.questions(tasks, **how) != []
+
+
+@pytest.mark.parametrize("row, said", [
+    ({"id": 1}, 'field "question" is missing; found: id'),
+    ({"question": "a?", "id": "x"}, 'question "x" stands in '),
+    ({"question": "b?", "target": {"a": 1}}, 'target is {"a": 1}. Expected a text, or a list of'),
+    ({"question": "b?", "target": [True]}, "target is true. Expected a text"),
+    ({"question": "b?", "wordings": "c?"}, "Expected a list of wordings"),
+    ({"question": "b?", "wordings": ["{name}?"]}, "holds {name}, which is no place that")])
+def test_plain_questions_that_cannot_be_asked(row, said, tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_text(json.dumps({"question": "a?", "id": "x"}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        read_tasks(path)
+    assert f"{path}, record 1" in str(caught.value)
+
+
+def test_real_paraphrases(shared):
     names = json.loads((shared / "para_instructions/para_instructions.json").read_text())
     tasks = [Task(name, "d", []) for name in names]
     add_paraphrases(shared / "para_instructions/para_instructions.json", tasks)

@@ -181,7 +181,7 @@ def test_the_prompts_are_those_of_kept_answers():
         "keyword": "Answer with one word alone and nothing else: {menu}."}
     blob = json.dumps(shown, sort_keys=True).encode()
     assert prompts.PROMPT_VERSION == "1"
-    assert hashlib.sha256(blob).hexdigest()[:16] == "ba1c0dc4a6d57e7b"
+    assert hashlib.sha256(blob).hexdigest()[:16] == "97b2c2d85a44efcd"
 
 
 def test_a_prompt_in_full():

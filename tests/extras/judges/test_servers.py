@@ -230,10 +230,27 @@ def test_judge_and_critic_guess_nothing(server):
 
 def test_wordings_are_checked_and_dropped_with_the_reason(server):
     tasks = {"colour": "Name the colour.", "place": "Name the place."}
-    rows = paraphrase(client_of(server).ask, tasks, 2, model=server[1])
+    ask = client_of(server).ask
+    rows = paraphrase(ask, tasks, 2, checker=ask, model=server[1])
     assert [(row["task"], row["text"], row["reason"]) for row in rows] == [
         ("colour", SAYS, "not checked: no verdict"), ("place", SAYS, "not checked: no verdict"),
         ("colour", SAYS, "said already"), ("place", SAYS, "said already")]
+
+
+def test_the_tool_keeps_nothing_that_does_not_ask_the_question(server, tmp_path, capsys):
+    from tools import paraphrase
+
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"id": "legs", "question": "How many legs?", "target": "8"}\n')
+    with pytest.raises(SystemExit) as stop:
+        paraphrase.main(["--number", "2", "--tasks", str(path), "--judge-url", server[0],
+                         "--judge-model", server[1], "--judge-key-env", "NO_SUCH_KEY", "--out",
+                         str(tmp_path / "out")])
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and "no task has two dev wordings, and consistency" in said.err
+    assert "legs: 1 has no word of the original, 1 said already\n" in said.out
+    assert (tmp_path / "out/paraphrases.json").read_text() == '{\n "legs": {}\n}\n'
+    assert len((tmp_path / "out/paraphrases.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("strategy, winners, failures", [

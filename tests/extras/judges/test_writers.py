@@ -4,7 +4,7 @@ import pytest
 from chatserver import Says, fenced, item
 
 from extras.judges.questions import Reply
-from extras.judges.writers import PRINCIPLES, constitutional, paraphrase
+from extras.judges.writers import PRINCIPLES, constitutional, find_fault, paraphrase
 
 
 def test_paraphrases_are_new_checked_and_say_where_they_come_from():
@@ -18,7 +18,7 @@ def test_paraphrases_are_new_checked_and_say_where_they_come_from():
             return "hm"
         return "VERDICT {n}: " + ("different" if "place." in text else "same")
     ask = Says(decide)
-    rows = paraphrase(ask, {"colour": "Name the colour."}, 6, model="m")
+    rows = paraphrase(ask, {"colour": "Name the colour."}, 6, checker=ask, model="m")
     assert [(row["text"], row["kept"], row["reason"]) for row in rows] == [
         ("Tell the colour.", True, ""), ("Say the colour.", True, ""),
         ("name the colour", False, "said already"),
@@ -35,8 +35,53 @@ def test_paraphrases_are_new_checked_and_say_where_they_come_from():
 
 def test_a_wording_keeps_its_place_holder():
     ask = Says(lambda question, text: "Shorten it.")
-    row, = paraphrase(ask, {"t": "Shorten {input} please."}, 1, check=False)
+    row, = paraphrase(ask, {"t": "Shorten {input} please."}, 1)
     assert row["reason"] == "lost a place holder" and not row["kept"]
+
+
+@pytest.mark.parametrize("original, text, answers, fault", [
+    ("How many legs has a spider?", "A spider has how many legs?", ["8"], ""),
+    ("How many legs has a spider?", "Please give the number of a spider's legs.", ["8"], ""),
+    ("How many legs has a spider?", "Say: how many legs has a spider? It is important. Go on then.",
+     [], "repeats the original"),
+    ("How many legs has a spider?", "How many legs?\nA spider.", [], "has several lines"),
+    ("How many legs has a spider?", "A spider has 8 legs.", ["8"], "gives an answer"),
+    ("How many legs has a spider?", "A spider has 8 legs.", [], "has other numbers"),
+    ("How many legs has a spider?", "Spider legs are many.", ["8"], "asks nothing"),
+    ("How many legs has a spider?", "Do not ask. Ask!", ["8"], "has no word of the original"),
+    ("What is 17 plus 25?", "17 plus twenty-five is?", ["42"], "has other numbers"),
+    ("What is 2 plus 25?", "25 plus two is what?", ["27"], ""),
+    ("Is red or blue warmer?", "Which one is warmer, red or blue?", ["red"], ""),
+    ("Shorten {input} please.", "Shorten this: {input}", None, ""),
+    ("Shorten {input} please.", "Shorten it, please.", None, "lost a place holder"),
+    ("Shorten it please.", "Shorten {text} please.", None, "made up a place holder"),
+    ("Name the colour.", "Which hue is it?", None, ""), ("Name the colour.", " ", None, "empty"),
+    ("猫在哪里？", "哪里有猫？", [], ""),
+    ("猫在哪里？", "狗不见了", [], "has no word of the original")])
+def test_faults_that_rules_can_see(original, text, answers, fault):
+    assert find_fault(original, text, answers) == fault
+
+
+def test_known_wordings_and_pieces_of_the_prompt_are_not_kept():
+    def decide(question, text):
+        return next(says).replace("NONCE", question.nonce)
+    says = iter(["Tell the colour.", "Say the colour, NONCE!", "Which colour is it?"])
+    rows = paraphrase(Says(decide), {"t": "Name the colour."}, 3, known={"t": ["tell the colour"]})
+    assert [row["reason"] for row in rows] == ["said already", "repeats the prompt", ""]
+
+
+def test_plain_questions_are_asked_for_as_such_and_checked_by_another():
+    writer = Says(lambda question, text: "Which colour has snow?")
+    checker = Says(lambda question, text: "VERDICT {n}: same")
+    row, = paraphrase(writer, {"q": "What colour has snow?"}, 1, checker=checker,
+                      answers={"q": ["white"]})
+    assert row["kept"] and row["text"] == "Which colour has snow?"
+    (asked,), (one, two) = ([question.messages[1]["content"] for question in who.asked]
+                            for who in (writer, checker))
+    assert asked.startswith("Word the question below anew") and "<question " in asked
+    assert one.startswith("Two questions are given") and "<first question " in one
+    assert one.index("What colour") < one.index("Which colour")
+    assert two.index("What colour") > two.index("Which colour")
 
 
 def test_revisions_keep_failures():

@@ -38,6 +38,16 @@ def test_the_report_neutralises_what_a_model_says(tmp_path, two_models):
     assert "| sft\\|x - base | 83.3 [" in text and "A ✓ red" in text
 
 
+def test_an_answer_without_a_target_has_no_tick(tmp_path, two_models):
+    _, tables = two_models
+    for rows in tables.values():
+        for row in rows:
+            row["correct"] = [None] * len(row["correct"])
+    write_report(tmp_path, *two_models)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "A red" in text and " ✓" not in text
+
+
 def test_hostile_texts_survive_in_records_and_do_nothing_on_the_screen(tmp_path):
     """One line of a file each; what is shown of them has no character that controls anything."""
     rng, bits = random.Random(0), [
