@@ -1,5 +1,6 @@
 """How train.py, eval.py and methods use this room. In a run, only one process asks a server."""
 
+import argparse
 import json
 from collections.abc import Callable
 from dataclasses import astuple, fields
@@ -19,8 +20,11 @@ def add_flags(add: Callable) -> None:
     """Call argparse's add_argument for each of ServerFlags that eval.py does not have itself."""
     for item in fields(ServerFlags):
         if item.name not in ("judge_url", "judge_model"):
-            add(spelled(item.name), type=type(item.default), default=item.default,
-                help=f"{item.metadata['help']} ({item.default})")
+            how = {"type": type(item.default)}
+            if item.default is False:
+                how = {"action": argparse.BooleanOptionalAction}
+            add(spelled(item.name), default=item.default,
+                help=f"{item.metadata['help']} ({item.default})", **how)
 
 
 def make_backend(run) -> Callable:

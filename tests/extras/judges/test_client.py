@@ -35,7 +35,7 @@ def answers(request, number=0, **plan):
 
 # What the server does, and what the client calls it if it lasts.
 FAULTS = {
-    "429": (refusal("slow", 429) | {"headers": {"Retry-After": "0.002"}}, "http 429"),
+    "503": (refusal("slow", 503) | {"headers": {"Retry-After": "0.002"}}, "http 503"),
     "500": ({"status": 500, "body": "plain words"}, "http 500"),
     "502": ({"status": 502, "body": "<html>502</html>", "headers": HTML}, "http 502"),
     "html 200": ({"body": "<html>sign in</html>", "headers": HTML}, "no chat completion"),
@@ -52,12 +52,11 @@ FAULTS = {
 }
 # Whole answers that hold no verdict: kept, and never asked for again.
 ANSWERED = {
-    "null": (completion(None), "empty message"),
     "cut": (completion("VERDICT is", "length"), "cut at max_tokens"),
     "filtered": (completion(None, "content_filter"), "filtered"),
     "refused": (completion(None, refusal="I will not."), "refused"),
     "thinking": (completion("<think>VERDICT 1: a"), "cut while thinking"),
-    "unended": (completion("ok", None), "no finish_reason"),
+    "cut without a word": (completion("ok", None, completion_tokens=64), "cut at max_tokens"),
     "other end": (completion("ok", "tool_calls"), "ended otherwise"),
     "cut prompt": (completion("ok", prompt_tokens=3), "prompt cut by the server"),
 }
