@@ -26,6 +26,18 @@ def refusal(message, status=400, **more):
     return {"status": status, "body": {"error": {"message": message, **more}}}
 
 
+def fake_time(client):
+    """Let a client sleep in no time; the list of its pauses."""
+    now, pauses, lock = [0.0], [], threading.Lock()
+
+    def sleep(seconds):
+        with lock:
+            pauses.append(seconds)
+            now[0] += seconds
+    client.sleep, client.clock = sleep, lambda: now[0]
+    return pauses
+
+
 def answers(request, number=0, **plan):
     """A server's answer that says which question it answers."""
     return {"body": completion(f"answer {number_of(request)}"), **plan}
@@ -56,7 +68,7 @@ ANSWERED = {
     "filtered": (completion(None, "content_filter"), "filtered"),
     "refused": (completion(None, refusal="I will not."), "refused"),
     "thinking": (completion("<think>VERDICT 1: a"), "cut while thinking"),
-    "cut without a word": (completion("ok", None, completion_tokens=64), "cut at max_tokens"),
+    "cut without a word": (completion("ok", None, completion_tokens=512), "cut at max_tokens"),
     "other end": (completion("ok", "tool_calls"), "ended otherwise"),
     "cut prompt": (completion("ok", prompt_tokens=3), "prompt cut by the server"),
 }
@@ -106,7 +118,7 @@ def test_a_thousand_calls_through_every_fault(tmp_path):
             return FAULTS[name][0]
         body, kind = completion(f"answer {number_of(request)}"), ""
         if ending < 0.1:
-            body, kind = ANSWERED[sorted(ANSWERED)[int(ending * 80)]]
+            body, kind = ANSWERED[sorted(ANSWERED)[int(ending * 70)]]
         with lock:
             said.setdefault(number_of(request), []).append(kind)
         return {"body": body, "delay": 0.05 if name == "slow" else 0}
@@ -189,9 +201,9 @@ def test_a_kill_costs_what_was_under_way_and_no_more(how, tmp_path, monkeypatch,
     if how != "ours":
         held = []
 
-        def hold(self, record):
-            self.records[record["key"]] = record
+        def hold(self, record, *, replace):
             held.append(record)
+            return record
 
         def write_all(self):
             self.write(b"".join(json.dumps(record).encode() + b"\n" for record in held))
@@ -215,13 +227,12 @@ def test_a_kill_costs_what_was_under_way_and_no_more(how, tmp_path, monkeypatch,
 # ----- When to try again, and when to stop -----
 
 def test_waits_as_asked_else_longer_and_longer():
-    waits = []
-
     def plan(request, number):
-        return {"status": 429, "headers": {"Retry-After": "3"}} if number < 2 else {"status": 500}
+        return {"status": 503, "headers": {"Retry-After": "3"}} if number < 2 else {"status": 500}
     with ChatServer(plan) as server:
         client = make_client(server, judge_tries=9)
-        client.sleep, client.backoff = waits.append, 0.5
+        client.backoff = 0.5
+        waits = fake_time(client)
         assert client.ask(say(["1"]))[0].failure == "http 500"
     assert waits[0] == 3 and len(waits) == 8
     for k, pause in enumerate(waits[1:], 2):  # the second try waits 1 s, and none more than 8 s
