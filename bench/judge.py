@@ -116,9 +116,10 @@ def measure_speed(folder: Path, workers_list: list[int], n: int) -> bool:
         before, total = server.took.value, n * workers
         seconds = ask(client, [f"{k} " + "word " * 100 for k in range(total)])
         rate, latency = total / seconds, (server.took.value - before) / total
-        good &= rate * LATENCY / workers >= 0.85
+        of_ideal, of_server = rate * LATENCY / workers, rate * latency / workers
+        good &= of_ideal >= 0.85
         print(f"{workers:7d} | {total:8d} | {seconds:7.2f} | {rate:10.1f} | "
-              f"{100 * rate * LATENCY / workers:11.1f} % | {100 * rate * latency / workers:22.1f} %")
+              f"{100 * of_ideal:11.1f} % | {100 * of_server:22.1f} %")
     sent, texts = [], [str(k % 50) for k in range(1000)]
     for _ in range(2):  # the second client is that of another run
         before, flags = server.seen.value, ServerFlags(judge_url=server.url, judge_workers=32)

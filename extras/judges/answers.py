@@ -17,6 +17,7 @@ import json
 import os
 import struct
 import threading
+from collections import deque
 from pathlib import Path
 
 from extras.judges.progress import warn
@@ -126,6 +127,7 @@ class AnswerFile:
 
     def __init__(self, path):
         self.path, self.lock = path, threading.Lock()
+        self.waiting = deque()  # what threads have to write
         self.starts = {}  # {key, as bytes: where its line begins}
         self.dialects = {}  # {(address, model): "sent" of its last answer}
         self.file = open(path, "ab+", buffering=0)
@@ -149,7 +151,13 @@ class AnswerFile:
     @contextlib.contextmanager
     def locked(self):
         """Hold the file against other threads and processes, and read what they have written."""
-        with self.lock, naming(self.path):
+        with self.lock, self._held():
+            yield
+
+    @contextlib.contextmanager
+    def _held(self):
+        """The same for a thread that holds the lock."""
+        with naming(self.path):
             fcntl.flock(self.file, fcntl.LOCK_EX)
             try:
                 self._read_on()
@@ -181,18 +189,36 @@ class AnswerFile:
         """
         record = {**record, "sum": checksum(record)}
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        with self.locked():
+        entry = {"record": record, "line": line, "replace": replace}
+        self.waiting.append(entry)
+        with self.lock:
+            # The thread that comes first writes for all that wait by then.
+            if "kept" not in entry and "error" not in entry:
+                with self._held():
+                    while self.waiting:
+                        self._write_entry(self.waiting.popleft())
+        if "error" in entry:
+            raise entry["error"]
+        return entry["kept"]
+
+    def _write_entry(self, entry: dict) -> None:
+        """Write what a thread has to write; adds the record that counts, "kept", or "error"."""
+        try:
+            record = entry["record"]
             if "key" in record and record["key"] in self:
-                kept = self.read(record["key"])
-                if not replace or usable(kept)[1] != EMPTY:
-                    return kept
+                entry["kept"] = self.read(record["key"])
+                if not entry["replace"] or usable(entry["kept"])[1] != EMPTY:
+                    return
             try:
-                self.write(line)
+                with naming(self.path):
+                    self.write(entry["line"])
             except OSError:
                 self.file.truncate(self.offset)  # leave no half a line on a full disk
                 raise
-            self._take(record, line)
-        return record
+            self._take(record, entry["line"])
+            entry["kept"] = record
+        except (OSError, ValueError) as error:
+            entry["error"] = error
 
     def write(self, data: bytes) -> None:
         """Append all of the data, which the system may take in parts."""
