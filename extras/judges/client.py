@@ -64,7 +64,6 @@ class ChatClient:
         self.lock = threading.Lock()
         self.halted, self.stopped = threading.Event(), None  # why nothing more can be asked
         self.sleep, self.clock = self.halted.wait, time.monotonic
-        self.slots = threading.Semaphore(flags.judge_workers)  # of requests under way
         self.counts, self.reported, self.failures = Counter(), Counter(), Counter()
         self.spent = 0.0
         self.in_a_row = 0  # requests that failed for good, without an answer between them
@@ -95,9 +94,7 @@ class ChatClient:
         todo = [key for key in wanted if key not in replies]
         self._settle(cached=len(replies), repeated=len(keys) - len(wanted))
         work, workers = iter([(key, wanted[key], temperature, sample) for key in todo]), []
-        # An eighth more threads than may have a request under way: while one writes an answer down,
-        # another one sends.
-        for _ in range(min(self.flags.judge_workers * 9 // 8, len(todo))):
+        for _ in range(min(self.flags.judge_workers, len(todo))):
             # Daemons: no worker keeps a program alive that is told to end.
             workers.append(threading.Thread(target=self._work, args=(work, done), daemon=True))
         self.progress.begin(len(todo))
@@ -187,16 +184,13 @@ class ChatClient:
         """
         flags, until, cause = self.flags, math.inf, "no answer in time"
         tries, refused, empty = 0, 0, []
-        while tries < flags.judge_tries:
-            with self.slots:
-                if not self._take_turn(until):
-                    break
-                # The wait for the first turn is no part of the request's time.
-                until = min(until, self.clock() + flags.judge_deadline)
-                held, dialect = self._reserve(sent), dict(self.dialect)
-                body = translate(sent, dialect)
-                kind, value, pause = self.server.exchange(
-                    body, name_optional(body, dialect), until - self.clock())
+        while tries < flags.judge_tries and self._take_turn(until):
+            # The wait for the first turn is no part of the request's time.
+            until = min(until, self.clock() + flags.judge_deadline)
+            held, dialect = self._reserve(sent), dict(self.dialect)
+            body = translate(sent, dialect)
+            kind, value, pause = self.server.exchange(
+                body, name_optional(body, dialect), until - self.clock())
             if kind == "answer":
                 record = {"key": key, **request, "sent": dialect, "nonce": nonce, **value}
                 if usable(record)[1] != EMPTY:
