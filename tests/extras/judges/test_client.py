@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from chatserver import ChatServer, completion, lines, make_client, number_of, say
+from chatserver import ChatServer, completion, fake_time, lines, make_client, number_of, say
 
 from extras.judges import questions as prompts
 from extras.judges.answers import AnswerFile
@@ -24,18 +24,6 @@ HTML = {"Content-Type": "text/html"}
 def refusal(message, status=400, **more):
     """What a server does that refuses a request."""
     return {"status": status, "body": {"error": {"message": message, **more}}}
-
-
-def fake_time(client):
-    """Let a client sleep in no time; the list of its pauses."""
-    now, pauses, lock = [0.0], [], threading.Lock()
-
-    def sleep(seconds):
-        with lock:
-            pauses.append(seconds)
-            now[0] += seconds
-    client.sleep, client.clock = sleep, lambda: now[0]
-    return pauses
 
 
 def answers(request, number=0, **plan):

@@ -6,28 +6,17 @@ import random
 import sys
 
 import pytest
-from chatserver import ChatServer, completion, lines, make_client, number_of, say
+from chatserver import ChatServer, completion, fake_time, lines, make_client, number_of, say
 
 from extras.judges import answers as answers_module
 from extras.judges.addresses import chat_address, read_key
 from extras.judges.answers import AnswerFile, answer_key
-from extras.judges.client import ServerFlags, check_flags, client_from_flags
+from extras.judges.client import RUN, ServerFlags, check_flags, client_from_flags
 from extras.judges.flags import read_extra
 from extras.judges.progress import Progress, format_left, warn
 from extras.judges.questions import JudgeStopped, Question, Reply
 from extras.judges.server import read_completion
 from extras.judges.waits import Pace, parse_duration, reset_after, told_wait
-
-
-def fake_time(client):
-    """Let a client sleep in no time; the list of its pauses."""
-    now, pauses = [0.0], []
-
-    def sleep(seconds):
-        pauses.append(seconds)
-        now[0] += seconds
-    client.sleep, client.clock = sleep, lambda: now[0]
-    return pauses
 
 
 def ask_one(plan, tmp_path, **flags):
@@ -330,6 +319,7 @@ def test_errors_of_an_asked_model_speak_of_no_judge(plan, words, tmp_path):
         client = client_from_flags(flags, tmp_path)
         with pytest.raises(JudgeStopped) as found:
             client.ask(say(["1"]))
+    RUN.close(lambda line: None)
     said = str(found.value).partition(" 0 answers")[0]
     assert "the judge" not in said and "--judge self" not in said and "--judge-url" not in said
     assert client.cache == tmp_path / "server.jsonl" and client.summary().startswith("server m: ")
