@@ -154,6 +154,11 @@ class ChatClient:
 
     def request(self, question: Question, temperature: float, sample: int) -> tuple[str, dict]:
         """(key of the answer, all that the key covers)."""
+        request = self.make_request(question, temperature, sample)
+        return answer_key(request), request
+
+    def make_request(self, question: Question, temperature: float, sample: int) -> dict:
+        """All that the key of the answer covers."""
         messages = question.messages
         if self.flags.judge_fold_system:
             messages = fold_system(messages)
@@ -163,13 +168,12 @@ class ChatClient:
             del body["temperature"]
         if temperature > 0:
             body["seed"] = sample  # else a server with a fixed seed says the same in every sample
-        request = {"address": self.server.address, "request": body | self.extra, "sample": sample,
-                   "version": prompts.PROMPT_VERSION}
-        return answer_key(request), request
+        return {"address": self.server.address, "request": body | self.extra, "sample": sample,
+                "version": prompts.PROMPT_VERSION}
 
     def _answer(self, key: str, question: Question, temperature: float, sample: int) -> Reply:
         """One request, from its preparation to its answer on file, or to its failure."""
-        request = self.request(question, temperature, sample)[1]
+        request = self.make_request(question, temperature, sample)
         nonce, sent = "", request["request"]
         if question.nonce:
             nonce, messages = prompts.draw_nonce(sent["messages"], question.nonce)

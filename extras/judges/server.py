@@ -49,7 +49,6 @@ def read_response(status: int, headers, data: bytes, *, sent: list[str]) -> tupl
     stop      the name of a problem in texts.toml: nothing more can be asked
     """
     body = parse_json(data)
-    message, code = read_error(body, data)
     if 200 <= status < 300:
         if "event-stream" in headers.get("Content-Type", ""):
             return "stop", "streams", None
@@ -57,6 +56,7 @@ def read_response(status: int, headers, data: bytes, *, sent: list[str]) -> tupl
         return ("answer" if isinstance(found, dict) else "retry"), found, None
     if 300 <= status < 400:
         return "stop", "redirects", None
+    message, code = read_error(body, data)
     if status == 402 or "insufficient_quota" in code:
         return "stop", "no_credit", None
     if status in (401, 404):
