@@ -1,9 +1,11 @@
 """Judges behind a server, which never lose a paid answer, and how far any judge can be trusted.
 
-questions.py has prompts and verdicts (their words are in texts.toml), server.py one exchange over
-HTTP, answers.py the file of answers, client.py retries and limits; judges.py the judges, local.py
-the model in a server's place; pairs.py and meta.py LLMBar; writers.py wordings and revisions;
-asked.py whom eval.py asks, run.py what train.py calls.
+questions.py has prompts and verdicts (their words are in texts.toml). addresses.py has where a
+server is and its key, server.py one exchange over HTTP, dialects.py what some servers do not take,
+waits.py how long they ask to wait, answers.py the file of answers, flags.py the flags, limits.py
+what all clients may spend, and progress.py the bar; client.py puts them together. judges.py has the
+judges, local.py the model in a server's place; pairs.py and meta.py LLMBar; writers.py wordings and
+revisions; asked.py whom eval.py asks, run.py what train.py calls.
 """
 
 from extras.judges.asked import all_answers, make_judge, settle_flags

@@ -4,6 +4,10 @@ A line is an answer, {"key", "text", ...}, or {"failed": key, "cause"}: a reques
 which is a note for the reader, and asked again. Each line ends with a checksum of its other values,
 "sum", and an answer's key is computed again from its request; lines of earlier versions have no
 checksum and no nonce.
+
+Answers stay in the file until they are asked for; in memory is only where each one begins. Beside a
+long file is FILE.index, which says so for the lines that have been checked, with a hash of them:
+while it fits, they are not checked again when a program starts. It can be deleted at any time.
 """
 
 import contextlib
@@ -11,16 +15,24 @@ import fcntl
 import hashlib
 import json
 import os
-import sys
+import struct
 import threading
+from collections import deque
+from pathlib import Path
+
+from extras.judges.progress import warn
 
 # What is read of an answer; and what its "finish" means, "" being a whole answer.
 FIELDS = {"key": str, "text": str, "address": str, "request": dict, "sample": int, "version": str,
           "sent": dict, "finish": (str, type(None)), "usage": (list, type(None))}
 COVERED = ("address", "request", "sample", "version")  # by the key
-ENDINGS = {"stop": "", "eos_token": "", "stop_sequence": "", "end_turn": "",
+ENDINGS = {"stop": "", "eos_token": "", "eos": "", "stop_sequence": "", "end_turn": "",
            "length": "cut at max_tokens", "content_filter": "filtered", "refusal": "refused",
-           None: "no finish_reason"}
+           "tool_calls": "ended otherwise", "other": "ended otherwise"}
+CUT, EMPTY = ENDINGS["length"], "empty message"
+BLOCK = 1 << 20  # bytes that are read at a time, and the shortest part that is worth an index
+ENTRY = struct.Struct("<32sQ")  # of the index: a key, and where its line begins
+INDEX_VERSION = 1  # of the checks that its lines have passed
 
 
 def parse_json(data: bytes):
@@ -34,19 +46,34 @@ def parse_json(data: bytes):
 def usable(record: dict) -> tuple[str, str]:
     """(text, failure) of an answer on file, without what a model thinks before </think>."""
     text, usage = record["text"], record["usage"]
-    failure = ENDINGS.get(record["finish"], "ended otherwise")
-    if record.get("first") and record["finish"] == "length":
+    failure = name_failure(record)
+    if record.get("first") and failure == CUT:  # the probabilities of its only token were wanted
         failure = ""
     prompt = "".join(message["content"] for message in record["request"]["messages"])
-    if not failure and usage and 0 < usage[0] < len("".join(prompt.split())) / 8:
-        failure = "prompt cut by the server"  # without a word: its count of tokens tells
-    if failure or record.get("first"):  # the probabilities of its only token are the answer
+    # The count of tokens tells of a prompt that was cut without a word. To some servers, the part
+    # of it that was in a cache does not count.
+    if not failure and usage and usage[0] > 0:
+        if usage[0] + record.get("cached", 0) < len("".join(prompt.split())) / 8:
+            failure = "prompt cut by the server"
+    if failure or record.get("first"):
         return text, failure
     if "</think>" in text:
         text = text.rpartition("</think>")[2].strip()
     elif text.lstrip().startswith("<think>"):
         return text, "cut while thinking"
-    return text, "" if text.strip() else "empty message"
+    return text, "" if text.strip() else EMPTY
+
+
+def name_failure(record: dict) -> str:
+    """What an answer's ending says is wrong with it, or "".
+
+    Where it says nothing, the number of tokens does. Without that, the text is taken as whole.
+    """
+    finish, usage = record["finish"], record["usage"]
+    if finish not in (None, "unknown"):
+        return ENDINGS.get(finish, "ended otherwise")
+    most = record["request"].get("max_tokens")
+    return CUT if usage and isinstance(most, int) and usage[1] >= most else ""
 
 
 def answer_key(record: dict) -> str:
@@ -75,7 +102,8 @@ def find_damage(record) -> str:
     messages, usage = record["request"].get("messages"), record["usage"] or [0, 0]
     if "model" not in record["request"] or not isinstance(messages, list):
         return lacking
-    if len(usage) != 2 or not all(isinstance(count, int) for count in usage):
+    counts = [*usage, record.get("cached", 0)]
+    if len(counts) != 3 or not all(isinstance(count, int) for count in counts):
         return lacking
     if "nonce" in record and "sum" not in record:  # written together
         return "was changed: its checksum is missing"
@@ -93,23 +121,45 @@ def naming(path):
 
 
 class AnswerFile:
-    """JSON Lines that are only appended to; `records` holds the answers by key.
+    """JSON Lines that are only appended to. Of answers with the same key, the last one counts.
 
     Safe against kill -9 and shared by several processes. A torn last line, which a killed writer
     leaves, is moved to PATH.torn; if it lacks nothing but its line break, it gets one.
     """
 
     def __init__(self, path):
-        self.path, self.records, self.lock = path, {}, threading.Lock()
+        self.path, self.lock = path, threading.Lock()
+        self.waiting = deque()  # what threads have to write
+        self.starts = {}  # {key, as bytes: where its line begins}
+        self.dialects = {}  # {(address, model): "sent" of its last answer}
         self.file = open(path, "ab+", buffering=0)
-        self.offset = self.lines = 0  # that have been read
+        self.offset = self.lines = self.indexed = 0  # that have been read; that the index covers
+        self.hash = hashlib.sha256()  # of what has been read
+        self._load_index()
         with self.locked():
             pass
+        self._save_index()
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __contains__(self, key: str) -> bool:
+        return bytes.fromhex(key) in self.starts
+
+    def __iter__(self):
+        for key in list(self.starts):
+            yield self.read(key.hex())
 
     @contextlib.contextmanager
     def locked(self):
         """Hold the file against other threads and processes, and read what they have written."""
-        with self.lock, naming(self.path):
+        with self.lock, self._held():
+            yield
+
+    @contextlib.contextmanager
+    def _held(self):
+        """The same for a thread that holds the lock."""
+        with naming(self.path):
             fcntl.flock(self.file, fcntl.LOCK_EX)
             try:
                 self._read_on()
@@ -117,18 +167,60 @@ class AnswerFile:
             finally:
                 fcntl.flock(self.file, fcntl.LOCK_UN)
 
-    def append(self, record: dict) -> None:
-        """Write a record, unless an answer with its key is there: the first one stays."""
+    def read(self, key: str) -> dict:
+        """The answer with that key, checked again. Raises KeyError if there is none."""
+        start = self.starts[bytes.fromhex(key)]
+        line, size = b"", 1 << 12
+        with naming(self.path):
+            while b"\n" not in line:
+                part = os.pread(self.file.fileno(), size, start + len(line))
+                if not part:
+                    break
+                line, size = line + part, 4 * size
+        record = parse_json(line.partition(b"\n")[0])
+        problem = find_damage(record)
+        if problem or record.get("key") != key:
+            raise self._refuse(self._count_lines(start) + 1, problem or "was changed")
+        return record
+
+    def append(self, record: dict, *, replace: bool = False) -> dict:
+        """Write a record, unless an answer with its key is there: the first one stays.
+
+        replace: write it all the same if the answer that is there is empty. Returns the record
+        that counts.
+        """
         record = {**record, "sum": checksum(record)}
-        with self.locked():
-            if record.get("key") in self.records:
-                return
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        entry = {"record": record, "line": line, "replace": replace}
+        self.waiting.append(entry)
+        with self.lock:
+            # The thread that comes first writes for all that wait by then.
+            if "kept" not in entry and "error" not in entry:
+                with self._held():
+                    while self.waiting:
+                        self._write_entry(self.waiting.popleft())
+        if "error" in entry:
+            raise entry["error"]
+        return entry["kept"]
+
+    def _write_entry(self, entry: dict) -> None:
+        """Write what a thread has to write; adds the record that counts, "kept", or "error"."""
+        try:
+            record = entry["record"]
+            if "key" in record and record["key"] in self:
+                entry["kept"] = self.read(record["key"])
+                if not entry["replace"] or usable(entry["kept"])[1] != EMPTY:
+                    return
             try:
-                self.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+                with naming(self.path):
+                    self.write(entry["line"])
             except OSError:
                 self.file.truncate(self.offset)  # leave no half a line on a full disk
                 raise
-            self._read_on()
+            self._take(record, entry["line"])
+            entry["kept"] = record
+        except (OSError, ValueError) as error:
+            entry["error"] = error
 
     def write(self, data: bytes) -> None:
         """Append all of the data, which the system may take in parts."""
@@ -139,27 +231,91 @@ class AnswerFile:
         """Wait until all of it is on the disk."""
         with naming(self.path):
             os.fsync(self.file.fileno())
+        self._save_index()
 
     def _read_on(self) -> None:
-        self.file.seek(self.offset)
-        data = self.file.read()
-        *lines, torn = data.split(b"\n")
-        if torn and not find_damage(parse_json(torn)):
-            self.write(b"\n")
-            data, lines = data + b"\n", [*lines, torn]
-        elif torn:
-            with open(f"{self.path}.torn", "ab") as kept:
-                kept.write(torn + b"\n")
-            data = data[:-len(torn)]
-            self.file.truncate(self.offset + len(data))
-            print(f"warning: moved an unfinished record of {len(torn)} bytes from {self.path} to "
-                  f"{self.path}.torn.", file=sys.stderr)
-        for number, line in enumerate(lines, self.lines + 1):
-            record = parse_json(line)
-            if problem := find_damage(record):
-                raise ValueError(
-                    f"{self.path}, line {number}, {problem}. Only a torn last line is repaired "
-                    "automatically. Fix or delete that line, or give another file.")
-            if "failed" not in record:
-                self.records.setdefault(record["key"], record)
-        self.offset, self.lines = self.offset + len(data), self.lines + len(lines)
+        """Check and take the lines that are new, whoever wrote them."""
+        if os.fstat(self.file.fileno()).st_size <= self.offset:
+            return
+        with open(os.dup(self.file.fileno()), "rb", BLOCK) as reader:
+            reader.seek(self.offset)
+            for line in reader:
+                record = parse_json(line)
+                problem = find_damage(record)
+                if line.endswith(b"\n") or not problem:
+                    if problem:
+                        raise self._refuse(self.lines + 1, problem)
+                    if not line.endswith(b"\n"):
+                        self.write(b"\n")
+                        line += b"\n"
+                    self._take(record, line)
+                else:
+                    self._move_torn(line)
+
+    def _move_torn(self, line: bytes) -> None:
+        with open(f"{self.path}.torn", "ab") as kept:
+            kept.write(line + b"\n")
+        self.file.truncate(self.offset)
+        warn(f"warning: moved an unfinished record of {len(line)} bytes from {self.path} to "
+             f"{self.path}.torn.")
+
+    def _take(self, record: dict, line: bytes) -> None:
+        """Note a line that stands at the end of what has been read."""
+        if "failed" not in record:
+            self.starts[bytes.fromhex(record["key"])] = self.offset
+            self.dialects[record["address"], record["request"]["model"]] = record["sent"]
+        self.offset, self.lines = self.offset + len(line), self.lines + 1
+        self.hash.update(line)
+
+    def _refuse(self, number: int, problem: str) -> ValueError:
+        return ValueError(
+            f"{self.path}, line {number}, {problem}. Only a torn last line is repaired "
+            "automatically. Fix or delete that line, or give another file.")
+
+    def _count_lines(self, end: int) -> int:
+        """The number of lines in so many bytes."""
+        return sum(block.count(b"\n") for block in self._blocks(end))
+
+    def _blocks(self, end: int):
+        """The file up to there, in blocks."""
+        for start in range(0, end, BLOCK):
+            yield os.pread(self.file.fileno(), min(BLOCK, end - start), start)
+
+    # ----- The index -----
+    def _load_index(self) -> None:
+        """Take the lines that an index covers, if it and they are as they were."""
+        try:
+            data = Path(f"{self.path}.index").read_bytes()
+        except OSError:
+            return
+        digest, _, rest = data.partition(b"\n")
+        if hashlib.sha256(rest).hexdigest().encode() != digest:
+            return
+        head, _, entries = rest.partition(b"\n")
+        head, found = json.loads(head), hashlib.sha256()
+        for block in self._blocks(head["bytes"]):
+            found.update(block)
+        if (head["version"], head["sha256"]) != (INDEX_VERSION, found.hexdigest()):
+            return
+        self.starts = dict(ENTRY.iter_unpack(entries))
+        self.dialects = {(address, model): sent for address, model, sent in head["dialects"]}
+        self.offset = self.indexed = head["bytes"]
+        self.lines, self.hash = head["lines"], found
+
+    def _save_index(self) -> None:
+        """Write the index, if it would cover much more than it does."""
+        with self.lock:
+            if self.offset - self.indexed < max(BLOCK, self.offset // 8):
+                return
+            head = {"version": INDEX_VERSION, "bytes": self.offset, "lines": self.lines,
+                    "sha256": self.hash.hexdigest(),
+                    "dialects": [[*place, sent] for place, sent in self.dialects.items()]}
+            entries = b"".join(ENTRY.pack(*entry) for entry in self.starts.items())
+            self.indexed = self.offset
+        rest = json.dumps(head).encode() + b"\n" + entries
+        new = f"{self.path}.index.{os.getpid()}"
+        try:
+            Path(new).write_bytes(hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest)
+            os.replace(new, f"{self.path}.index")
+        except OSError:  # the next start takes longer; that is all
+            Path(new).unlink(missing_ok=True)

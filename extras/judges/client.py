@@ -6,107 +6,47 @@ that fail are tried again within limits; --max-requests and --budget hold for al
 together.
 """
 
+import math
 import queue
 import random
-import re
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 from extras.judges import questions as prompts
-from extras.judges.answers import AnswerFile, answer_key, usable
+from extras.judges.addresses import describe_ignored_proxies, explain, redact
+from extras.judges.answers import EMPTY, AnswerFile, answer_key, usable
+from extras.judges.dialects import INSTEAD, TOO_LONG, fold_system, name_optional, translate
+from extras.judges.flags import ServerFlags, check_flags, read_extra, role_of
+from extras.judges.limits import RUN, Ledger
+from extras.judges.progress import Progress, warn
 from extras.judges.questions import JudgeStopped, Question, Reply, describe_problem
-from extras.judges.server import OPTIONAL, TOO_LONG, Server, chat_address, read_key, redact
-from methods.flags import check_flags as check_limits
-from methods.flags import flag, spelled
+from extras.judges.server import Server
+
+__all__ = ["RUN", "ChatClient", "Ledger", "ServerFlags", "check_flags", "client_from_flags"]
 
 WATCH_SECONDS = 0.1  # between two looks at the deadlines of what is under way
-PROXY = re.compile(r"http://(\[[\da-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?/?")
-TOP_LOGPROBS = 20  # the likeliest first tokens, as many as servers give
 FAILURES_IN_A_ROW = 10  # requests that fail for good, with none answered between them
-
-
-@dataclass
-class ServerFlags:
-    """The flags of a judge behind a server."""
-
-    judge_url: str = flag("http://127.0.0.1:8000/v1", "address of an OpenAI-compatible server")
-    judge_model: str = flag("", "the judge's name there (to compare several, with commas between)")
-    judge_key_env: str = flag("JUDGE_API_KEY", "environment variable that holds the server's key")
-    judge_cache: str = flag("", "file of all answers (default: judge.jsonl in --out)")
-    judge_workers: int = flag(8, "requests under way at a time", at_least=1)
-    judge_tries: int = flag(5, "tries per request", at_least=1)
-    judge_timeout: float = flag(60.0, "seconds of silence from the server", above=0)
-    judge_deadline: float = flag(300.0, "seconds for a request with all its tries", above=0)
-    judge_proxy: str = flag("", "http://host:port (proxies of the environment are not used)")
-    judge_ca: str = flag("", "certificates to trust instead of the usual ones", path=True)
-    judge_max_tokens: int = flag(0, "let every answer have at least so many tokens", at_least=0)
-    max_requests: int = flag(0, "stop before more requests than this (0: no limit)", at_least=0)
-    budget: float = flag(0.0, "stop before spending more than this (0: no limit)", at_least=0)
-    price_in: float = flag(0.0, "price of a million prompt tokens", at_least=0)
-    price_out: float = flag(0.0, "price of a million completion tokens", at_least=0)
-    max_unparsed: float = flag(0.1, "share of unread verdicts, of 100, that stops", at_least=0)
-    verdict: Literal["line", "keyword"] = flag("line", "written, or the likelier of two words")
-
-
-def check_flags(flags, asked: bool) -> None:
-    """Raise ValueError for flags that cannot work, or are given though no server is `asked`."""
-    given = ServerFlags(**{item.name: getattr(flags, item.name) for item in fields(ServerFlags)})
-    for item in fields(ServerFlags):
-        if not asked and getattr(given, item.name) != item.default:
-            raise ValueError(describe_problem("not_asked", flag=spelled(item.name)))
-    if not asked:
-        return
-    check_limits(given)
-    if not given.judge_model.split(",")[0].strip():
-        raise ValueError(describe_problem("no_model"))
-    if given.budget and not (given.price_in or given.price_out):
-        raise ValueError(describe_problem("no_prices", budget=given.budget))
-    if given.judge_proxy and not PROXY.fullmatch(given.judge_proxy):
-        raise ValueError(describe_problem("bad_proxy"))
-    read_key(given.judge_key_env, chat_address(given.judge_url), given.judge_proxy)
+TOP_LOGPROBS = 20  # the likeliest first tokens, as many as servers give
+EMPTY_TRIES = 2  # of a request whose answers are empty: each may be paid for
+REFUSED = "http 429"
+# What helps against a failure: the name of a sentence in texts.toml.
+HINTS = {"cut at max_tokens": "hint_cut", "cut while thinking": "hint_cut", EMPTY: "hint_empty",
+         REFUSED: "hint_rate"}
 
 
 def client_from_flags(flags, out, model: str = "") -> "ChatClient":
     """The client that the flags describe; its answers go to --judge-cache, or into folder `out`.
 
-    Raises ValueError for flags that cannot work. `model` is one of several in --judge-model.
+    Raises ValueError for flags that cannot work. `model` is one of several in --judge-model. With
+    flags.role = "server", sentences speak of --server and --server-model in place of the judge.
     """
     check_flags(flags, asked=True)
-    cache = Path(flags.judge_cache or Path(out) / "judge.jsonl")
+    cache = Path(flags.judge_cache or Path(out) / f"{role_of(flags)}.jsonl")
     cache.parent.mkdir(parents=True, exist_ok=True)
     return ChatClient(flags, (model or flags.judge_model).strip(), cache, ledger=RUN)
-
-
-@dataclass
-class Ledger:
-    """What all clients of one run have sent and spent together."""
-
-    requests: int = 0
-    spent: float = 0.0
-    held: float = 0.0  # what requests under way can cost at most
-    clients: list = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def tell(self, say: Callable[[str], None]) -> None:
-        """Report what each client was asked and what it cost, if that is news."""
-        for client in self.clients:
-            if client.counts != client.reported:
-                client.reported = Counter(client.counts)
-                say(client.summary())
-
-    def close(self, say: Callable[[str], None]) -> None:
-        """The run is over, however it ended: report, and count from zero."""
-        self.tell(say)
-        self.requests, self.spent, self.held, self.clients = 0, 0.0, 0.0, []
-
-
-RUN = Ledger()  # that of this process
 
 
 class ChatClient:
@@ -116,45 +56,51 @@ class ChatClient:
     """
 
     backoff = 0.5  # seconds before the second try; doubles with each, up to 16 times this
+    longest_backoff = 120  # the same, where a server refuses requests for their rate
 
     def __init__(self, flags, model: str, cache, *, ledger: Ledger | None = None):
         self.flags, self.name, self.cache = flags, model, cache
         self.server, self.answers = Server(flags), AnswerFile(cache)
+        self.extra = read_extra(flags.judge_extra, self.server.key, self.server.role)
         self.lock = threading.Lock()
         self.halted, self.stopped = threading.Event(), None  # why nothing more can be asked
-        self.sleep = self.halted.wait
+        self.sleep, self.clock = self.halted.wait, time.monotonic
         self.counts, self.reported, self.failures = Counter(), Counter(), Counter()
-        self.spent, self.seen = 0.0, set()  # money; keys of answers
+        self.spent = 0.0
         self.in_a_row = 0  # requests that failed for good, without an answer between them
-        self.dialect = {}  # what the server wants in place of OPTIONAL names; "" leaves one out
-        for record in self.answers.records.values():
-            if (record["address"], record["request"]["model"]) == (self.server.address, model):
-                self.dialect = dict(record["sent"])
+        # What the server wants in place of OPTIONAL names; "" leaves one out.
+        self.dialect = dict(self.answers.dialects.get((self.server.address, model), {}))
         self.ledger = ledger or Ledger()
         self.ledger.clients.append(self)
+        self.pace = self.ledger.pace(self.server.address, flags.judge_rate)
+        self.progress = Progress(f"{self.server.role} {model}")
 
     def ask(self, questions: list[Question], *, temperature: float = 0.0,
             sample: int = 0) -> list[Reply]:
         """One reply per question, in order; equal requests are sent once, answered ones never.
 
-        Raises JudgeStopped when nothing more can be asked.
+        A question without a nonce is sent as it is. Raises JudgeStopped when nothing more can be
+        asked.
         """
         if self.flags.verdict == "keyword":
             questions = [prompts.ask_for_keyword(question) for question in questions]
-        keys, wanted, done = [], {}, queue.SimpleQueue()
+        keys, wanted, replies, done = [], {}, {}, queue.SimpleQueue()
         for question in questions:
-            key, request = self.request(question, temperature, sample)
-            keys.append(key)
-            wanted[key] = key, request, question.nonce
+            keys.append(self.request(question, temperature, sample)[0])
+            wanted[keys[-1]] = question
         with self.answers.locked():
-            known = self.answers.records.keys() & wanted.keys()
-        replies = {key: self._read(key) for key in known}
-        todo = [wanted[key] for key in wanted if key not in known]
-        self._settle(cached=len(known), repeated=len(keys) - len(wanted))
-        work, workers = iter(todo), []
+            known = [key for key in wanted if key in self.answers]
+        for key in known:
+            reply = self._reply(self.answers.read(key))
+            if reply.failure != EMPTY:  # such an answer is asked for again
+                replies[key] = reply
+        todo = [key for key in wanted if key not in replies]
+        self._settle(cached=len(replies), repeated=len(keys) - len(wanted))
+        work, workers = iter([(key, wanted[key], temperature, sample) for key in todo]), []
         for _ in range(min(self.flags.judge_workers, len(todo))):
             # Daemons: no worker keeps a program alive that is told to end.
             workers.append(threading.Thread(target=self._work, args=(work, done), daemon=True))
+        self.progress.begin(len(todo))
         try:
             for worker in workers:
                 worker.start()
@@ -163,13 +109,15 @@ class ChatClient:
                 if isinstance(reply, BaseException):
                     raise reply
                 replies[key] = reply
+                self.progress.add(reply.failure)
         except BaseException as error:
             self._finish(workers, error)
             if not isinstance(error, JudgeStopped):
                 raise
             raise JudgeStopped(describe_problem(
-                "saved", error=error, n=len(self.seen), cache=self.cache)) from None
+                "saved", error=error, n=len(self.answers), cache=self.cache)) from None
         finally:
+            self.progress.close()
             self.answers.sync()
         return [prompts.read_keyword(question, replies[key])
                 for question, key in zip(questions, keys, strict=True)]
@@ -178,6 +126,7 @@ class ChatClient:
         """The next result of a worker. The deadlines of all of them are kept meanwhile."""
         while True:
             self.server.end_late()
+            self.progress.look()
             try:
                 return done.get(timeout=WATCH_SECONDS)
             except queue.Empty:
@@ -185,11 +134,11 @@ class ChatClient:
 
     def _work(self, work: Iterator[tuple], done: queue.SimpleQueue) -> None:
         """Answer requests until there are none left. After an error, none is sent any more."""
-        for key, request, nonce in work:
+        for key, *asked in work:
             reply = self.stopped
             if not reply:
                 try:
-                    reply = self._answer(key, request, nonce)
+                    reply = self._answer(key, *asked)
                 except BaseException as error:
                     self._halt(error)
                     reply = error
@@ -201,8 +150,7 @@ class ChatClient:
         self._halt(error if stopped else JudgeStopped("stopped."))
         workers = [worker for worker in workers if worker.is_alive()]
         if workers and not isinstance(error, Exception):  # a signal: somebody is waiting
-            print(describe_problem("finishing", seconds=self.flags.judge_deadline),
-                  file=sys.stderr, flush=True)
+            warn(describe_problem("finishing", seconds=self.flags.judge_deadline))
         for worker in workers:
             while worker.is_alive():
                 self.server.end_late()
@@ -210,50 +158,105 @@ class ChatClient:
 
     def request(self, question: Question, temperature: float, sample: int) -> tuple[str, dict]:
         """(key of the answer, all that the key covers)."""
-        body = {"model": self.name, "messages": question.messages, "temperature": temperature,
+        request = self.make_request(question, temperature, sample)
+        return answer_key(request), request
+
+    def make_request(self, question: Question, temperature: float, sample: int) -> dict:
+        """All that the key of the answer covers."""
+        messages = question.messages
+        if self.flags.judge_fold_system:
+            messages = fold_system(messages)
+        body = {"model": self.name, "messages": messages, "temperature": temperature,
                 "max_tokens": max(question.max_tokens, self.flags.judge_max_tokens)}
         if question.one_token:
             body |= {"max_tokens": 1, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        if self.flags.judge_temperature == "none":
+            del body["temperature"]
         if temperature > 0:
             body["seed"] = sample  # else a server with a fixed seed says the same in every sample
-        request = {"address": self.server.address, "request": body, "sample": sample,
-                   "version": prompts.PROMPT_VERSION}
-        return answer_key(request), request
+        return {"address": self.server.address, "request": body | self.extra, "sample": sample,
+                "version": prompts.PROMPT_VERSION}
 
-    def _answer(self, key: str, request: dict, own: str) -> Reply:
-        """Send one request until it is answered, fails for good, or its tries or time are up."""
-        flags, tries, cause = self.flags, 0, "no answer in time"
-        until = time.monotonic() + flags.judge_deadline
-        nonce, messages = prompts.draw_nonce(request["request"]["messages"], own)
-        sent = request["request"] | {"messages": messages}
-        while tries < flags.judge_tries and (left := until - time.monotonic()) > 0:
-            held, dialect, body = self._reserve(sent), dict(self.dialect), {}
-            for name, value in sent.items():
-                if dialect.get(name, name):
-                    body[dialect.get(name, name)] = value
-            optional = [name for name in OPTIONAL if name in body and name not in dialect]
-            kind, value, pause = self.server.exchange(body, optional, left)
+    def _answer(self, key: str, question: Question, temperature: float, sample: int) -> Reply:
+        """One request, from its preparation to its answer on file, or to its failure."""
+        request = self.make_request(question, temperature, sample)
+        nonce, sent = "", request["request"]
+        if question.nonce:
+            nonce, messages = prompts.draw_nonce(sent["messages"], question.nonce)
+            sent = sent | {"messages": messages}
+        return self._send(key, request, sent, nonce)
+
+    def _send(self, key: str, request: dict, sent: dict, nonce: str) -> Reply:
+        """Send a request until it is answered, fails for good, or its tries or time are up.
+
+        A server that refuses it for its rate uses up its time, but none of its tries. `sent` is
+        what the key covers, with the nonce in its place.
+        """
+        flags, until, cause = self.flags, math.inf, "no answer in time"
+        tries, refused, empty = 0, 0, []
+        while tries < flags.judge_tries and self._take_turn(until):
+            # The wait for the first turn is no part of the request's time.
+            until = min(until, self.clock() + flags.judge_deadline)
+            held, dialect = self._reserve(sent), dict(self.dialect)
+            body = translate(sent, dialect)
+            kind, value, pause = self.server.exchange(
+                body, name_optional(body, dialect), until - self.clock())
             if kind == "answer":
-                return self._record({"key": key, **request, "sent": dialect, "nonce": nonce,
-                                     **value}, held)
-            # A try that broke off may have been paid for: what it can have cost counts as spent.
-            unsure = kind == "retry" and not value.startswith(("http", "no server"))
-            self._settle(held, held if unsure else 0.0, possibly_paid=int(unsure))
+                record = {"key": key, **request, "sent": dialect, "nonce": nonce, **value}
+                if usable(record)[1] != EMPTY:
+                    return self._record(record, held)
+                self._pay(record, held)
+                empty.append(record["text"])
+                kind, value = "fail" if len(empty) == EMPTY_TRIES else "retry", EMPTY
+            else:
+                # A try that broke off may have been paid for: its highest cost counts as spent.
+                unsure = kind == "retry" and not value.startswith(("http", "no server"))
+                self._settle(held, held if unsure else 0.0, possibly_paid=int(unsure))
             if kind == "stop":
                 self._halt(JudgeStopped(redact(value, self.server.key)))
                 raise self.stopped
             if kind == "dialect":
                 self._adapt(value, dialect)
                 continue
-            tries, cause = tries + 1, value
+            cause = value
+            if cause == REFUSED:
+                refused += 1
+                self._hold_all(pause, refused)
+                continue
+            tries += 1
             if kind == "fail":
                 break
             if tries < flags.judge_tries:
                 self._settle(retries=1)
                 if pause is None:
                     pause = self.backoff * min(2 ** (tries - 1), 16) * random.uniform(0.75, 1)
-                self.sleep(min(pause, max(0.0, until - time.monotonic())))
-        return self._give_up(key, redact(cause, self.server.key), tries)
+                self.sleep(min(pause, max(0.0, until - self.clock())))
+        return self._give_up(key, redact(cause, self.server.key), tries + refused, empty)
+
+    def _take_turn(self, until: float) -> bool:
+        """Wait until a request may begin; whether that is in time."""
+        while not self.halted.is_set():
+            now = self.clock()
+            if now >= until:
+                return False
+            wait = self.pace.enter(now)
+            if not wait:
+                break
+            self.sleep(min(wait, until - now))
+        return True  # where nothing may begin any more, `_reserve` says so
+
+    def _hold_all(self, told: float | None, refused: int) -> None:
+        """Let all workers pause as told; without a word longer and longer, as from the second time.
+
+        refused: how often this request has been refused for its rate.
+        """
+        pause = self.backoff * min(2 ** (refused - 1), self.longest_backoff)
+        if told is None:
+            pause *= random.uniform(0.75, 1)
+        else:
+            pause = told if refused == 1 else max(told, pause)
+        self._settle(retries=1)
+        self.pace.hold(self.clock() + pause)
 
     def _reserve(self, body: dict) -> float:
         """Count a request; returns what it can cost at most. Raises JudgeStopped at a limit."""
@@ -294,53 +297,72 @@ class ChatClient:
             self.stopped = self.stopped or error
         self.halted.set()
 
-    def _adapt(self, name: str, tried: dict) -> None:
-        """The server does not take `name`: from now on it gets another name, or nothing."""
+    def _adapt(self, refusal: str, tried: dict) -> None:
+        """The server does not take a name: from now on it gets another name, or nothing."""
+        name, _, reason = refusal.partition(":")
+        other, shown = INSTEAD.get(name, ("", f"no {name}"))
         with self.lock:
             if self.dialect != tried:  # another worker has found out already
                 return
-            other = "max_completion_tokens" if name == "max_tokens" else ""
             self.dialect = {**tried, name: other}
-        print(f"warning: {self.server.address} does not take {name}; from now on it gets "
-              f"{other or 'no ' + name}.", file=sys.stderr)
+        warn(f"warning: {self.server.address} does not take {name}; from now on it gets {shown}. "
+             f"(It said: {reason})")
 
     def _record(self, record: dict, held: float) -> Reply:
         """Write an answer down, then count it, then hand it out."""
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         text = redact(record["text"], self.server.key)
-        self.answers.append({**record, "time": now, "text": text})
-        prompt, completion = record["usage"] or (0, 0)
-        cost = self._price(prompt, completion) if record["usage"] else held
-        self._settle(held, cost, answered=1, prompt_tokens=prompt, completion_tokens=completion,
-                     without_usage=int(not record["usage"]))
+        kept = self.answers.append({**record, "time": now, "text": text}, replace=True)
+        self._pay(record, held, answered=1)
         self.in_a_row = 0
-        return self._read(record["key"])
+        return self._reply(kept)
 
-    def _read(self, key: str) -> Reply:
-        """The answer on file as a reply."""
-        record = self.answers.records[key]
+    def _pay(self, record: dict, held: float, **counts: int) -> None:
+        """Book what an answer cost."""
+        prompt, completion = record["usage"] or (0, 0)
+        cached = record.get("cached", 0)
+        if cached > prompt:  # then it is no part of it
+            prompt += cached
+        cost = self._price(prompt, completion) if record["usage"] else held
+        self._settle(held, cost, prompt_tokens=prompt, completion_tokens=completion,
+                     without_usage=int(not record["usage"]), **counts)
+
+    def _reply(self, record: dict) -> Reply:
+        """An answer on file as a reply."""
         text, failure = usable(record)
         with self.lock:
-            self.seen.add(key)
             self.failures.update([failure] * bool(failure))
         return Reply(text, failure, nonce=record.get("nonce", ""), first=record.get("first"))
 
-    def _give_up(self, key: str, cause: str, tries: int) -> Reply:
-        """Write a failed request down; it is asked again in the next run. Ten in a row stop."""
-        self.answers.append({"failed": key, "cause": cause, "tries": tries})
+    def _give_up(self, key: str, cause: str, tries: int, texts: list[str]) -> Reply:
+        """Write a failed request down; it is asked again in the next run. Ten in a row stop.
+
+        texts: those of its answers, which are empty but for thoughts.
+        """
+        record = {"failed": key, "cause": cause, "tries": tries}
+        if any(texts):
+            record["texts"] = [redact(text, self.server.key) for text in texts]
+        self.answers.append(record)
         with self.lock:
             self.failures[cause.split(":")[0]] += 1
-            self.in_a_row += not TOO_LONG.search(cause)
-        problem = "in_a_row" if self.in_a_row >= FAILURES_IN_A_ROW else ""
-        if cause == "no server":
-            problem = "no_server"
-        if problem:
-            self._halt(JudgeStopped(describe_problem(
-                problem, address=self.server.address, tries=tries, n=FAILURES_IN_A_ROW,
-                cause=cause)))
+            self.in_a_row += cause != EMPTY and not TOO_LONG.search(cause)
+        if cause == "no server" or self.in_a_row >= FAILURES_IN_A_ROW:
+            self._halt(JudgeStopped(self._describe_stop(cause, tries)))
         if self.stopped:
             raise self.stopped
         return Reply("", cause)
+
+    def _describe_stop(self, cause: str, tries: int) -> str:
+        """Why nothing more is asked after this request, and what to do."""
+        server, flags = self.server, self.flags
+        if cause == "no server":
+            text = explain("no_server", server.role, address=server.address, tries=tries)
+            return text + describe_ignored_proxies(server.address, flags.judge_proxy)
+        text = describe_problem(
+            "in_a_row", address=server.address, n=FAILURES_IN_A_ROW, cause=cause)
+        if cause in HINTS:
+            text += " " + describe_problem(HINTS[cause])
+        return text
 
     def usage(self) -> dict:
         """All that was counted, for metrics.json."""
@@ -355,4 +377,7 @@ class ChatClient:
         found = self.usage()
         parts = [f"{name.replace('_', ' ')} {value}" for name, value in found.items()
                  if value and name not in ("model", "address")]
-        return f"judge {self.name}: {', '.join(parts)}."
+        text = f"{self.server.role} {self.name}: {', '.join(parts)}."
+        for hint in sorted({HINTS[cause] for cause in self.failures if cause in HINTS}):
+            text += " " + describe_problem(hint)
+        return text

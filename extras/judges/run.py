@@ -1,5 +1,6 @@
 """How train.py, eval.py and methods use this room. In a run, only one process asks a server."""
 
+import argparse
 import json
 from collections.abc import Callable
 from dataclasses import astuple, fields
@@ -22,9 +23,11 @@ def add_flags(add: Callable) -> None:
     asked.add_flags(add)
     hints = get_type_hints(ServerFlags)
     for item in fields(ServerFlags):
-        add(spelled(item.name), type=type(item.default), default=item.default,
-            choices=get_args(hints[item.name]) or None,
-            help=f"{item.metadata['help']} ({item.default})")
+        how = {"type": type(item.default), "choices": get_args(hints[item.name]) or None}
+        if item.default is False:
+            how = {"action": argparse.BooleanOptionalAction}
+        add(spelled(item.name), default=item.default,
+            help=f"{item.metadata['help']} ({item.default})", **how)
 
 
 def make_backend(run) -> Callable:

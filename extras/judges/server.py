@@ -1,4 +1,4 @@
-"""One exchange with an OpenAI-compatible server: where it is, and what its response means.
+"""One exchange with an OpenAI-compatible server, and what its response means.
 
 The key goes to that server alone: not over plain http to another machine, not along a redirect,
 not into a message or a file. Proxies, netrc and certificates of the environment are not used.
@@ -7,13 +7,9 @@ Each exchange has a connection of its own. On one that is kept, answers belong t
 order alone, and a single response too many gives every later request the answer of another.
 """
 
-import base64
 import contextlib
-import email.utils
 import http.client
-import ipaddress
 import json
-import math
 import os
 import re
 import socket
@@ -21,126 +17,38 @@ import ssl
 import threading
 import time
 import zlib
-from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import requests
-from requests.packages import urllib3  # the one that requests itself uses
 
+from extras.judges.addresses import chat_address, explain, known_words, read_key
 from extras.judges.answers import ENDINGS, parse_json
-from extras.judges.questions import TEXTS, describe_problem
+from extras.judges.dialects import find_refused
+from extras.judges.flags import role_of
+from extras.judges.questions import describe_problem
+from extras.judges.waits import LONGEST_WAIT, told_wait
 
 CONNECT_SECONDS = 5.0
 LONGEST_BODY = 8 << 20  # bytes, decompressed
 PORTS = {"http": 80, "https": 443}
-LONGEST_WAIT = 120.0  # seconds; a server that asks for more is asked another day
-OPTIONAL = ("max_tokens", "temperature", "top_p", "seed")  # servers refuse some of these names
-# An error that refuses a name, not its value ("must be", "at most") ...
-UNSUPPORTED = re.compile(
-    r"unsupported|unrecogni[sz]ed|unknown.(?:parameter|argument|field|name)|"
-    r"unexpected (?:keyword|argument|parameter|field)|(?:not|n't) (?:be )?support|"
-    r"(?:inputs are|fields) not permitted|(?:was|were) unexpected", re.I)
-# ... and one that refuses a prompt for its length: others may fit.
-TOO_LONG = re.compile("context|too long|maximum.{0,20}tokens", re.I)
-KNOWN_WORDS = frozenset(TEXTS["errors"]["words"].split())
-
-
-def chat_address(url: str) -> str:
-    """The address of chat completions behind a base URL, as the client will connect to it.
-
-    Raises ValueError for what is no such address; what may be a password is not shown.
-    """
-    shown = repr(re.sub(r"[?#].*", "...", url, flags=re.S)[:80])
-    if "@" in url or "%40" in url:
-        shown = "(not shown, since it holds an @)"
-    problem = ValueError(describe_problem("bad_address", shown=shown))
-    if not re.fullmatch(r"https?://[!-~]+", url, re.I) or "\\" in url:
-        raise problem
-    try:
-        parts = urllib3.util.parse_url(requests.Request("POST", url).prepare().url)
-    except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError):
-        raise problem from None
-    if parts.auth or parts.query or parts.fragment or not parts.host:
-        raise ValueError(describe_problem("secret_address"))
-    path = (parts.path or "").rstrip("/").removesuffix("/chat/completions")
-    if not re.search(r"/v\d", path):
-        path += "/v1"
-    return f"{parts.scheme}://{parts.netloc}{path}/chat/completions"
-
-
-def read_key(name: str, address: str, proxy: str = "") -> str:
-    """The key in the environment variable `name`, or "" where there is none.
-
-    Raises ValueError, which never shows the key, if it cannot or must not be sent there.
-    """
-    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,63}", name):
-        raise ValueError(describe_problem("key_name"))
-    key = os.environ.get(name, "")
-    if re.search(r"[^!-~]", key):
-        raise ValueError(describe_problem("key_characters", name=name))
-    if key and urllib3.util.parse_url(address).scheme != "https":
-        for place in filter(None, (address, proxy)):  # a proxy of plain http reads along
-            host = urllib3.util.parse_url(place).host or ""
-            if not is_loopback(host):
-                raise ValueError(describe_problem("key_in_the_open", name=name, host=host))
-    return key
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine for certain. (127.1 and the like are read in two ways.)"""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
-
-
-def redact(text: str, key: str) -> str:
-    """The text with every piece of eight letters or digits of the key replaced by [key].
-
-    Found are pieces of the key itself, reversed, in hexadecimal and in base64 behind any number of
-    bytes, in upper or lower case, and with blanks or marks between the letters.
-    """
-    text = text.replace(key, "[key]") if key else text
-    if len(key) < 8:
-        return text
-    secrets = [key, key[::-1], key.encode().hex(), key.encode().hex()[::-1]]
-    for before in range(3):  # which letters of base64 stand for the key depends on what precedes it
-        secrets.append(base64.b64encode(bytes(before) + key.encode()).decode()[4 * (before > 0):])
-    forms = "\n".join("".join(filter(str.isalnum, secret)) for secret in secrets).lower()
-    places = [i for i, letter in enumerate(text) if letter.isascii() and letter.isalnum()]
-    letters, shown = "".join(text[i] for i in places).lower(), list(text)
-    for start in range(len(letters) - 7):
-        if letters[start:start + 8] in forms:
-            first, last = places[start], places[start + 7]
-            shown[first:last + 1] = [""] * (last - first) + ["[key]"]
-    return re.sub(r"(\[key\])+", "[key]", "".join(shown))
-
-
-def known_words(text: str) -> str:
-    """What may be shown of a server's error: its words on our list, "..." for all others.
-
-    A server may repeat the key, in a form that nobody thought of.
-    """
-    shown = []
-    for word in text.lower().split():
-        word = word.strip(".,:;!?()[]{}'\"`")
-        if word in KNOWN_WORDS:
-            shown.append(word)
-        elif shown[-1:] != ["..."]:
-            shown.append("...")
-    return " ".join(shown) if shown != ["..."] else ""
+# Reasons for an ending in the words of many servers, and what they are called in ENDINGS.
+REASONS = {"content_filter": re.compile(
+               "filter|safety|recitation|block|prohibited|spii|sensitive|moderat|refus"),
+           "length": re.compile("length|max|limit|trunc|exceed"),
+           "tool_calls": re.compile("tool|function"),
+           "error": re.compile("error|abort|cancel|timeout|resource|fail|interrupt")}
 
 
 def read_response(status: int, headers, data: bytes, *, sent: list[str]) -> tuple:
     """What an HTTP response means: (kind, value, seconds to wait or None).
 
-    answer    {"text", "finish", "usage"}
+    answer    {"text", "finish", "usage"}, and "cached" where a part of the prompt was
     retry     a cause that may pass             fail    a cause that will not
-    dialect   one of the names in `sent`, which this server wants left out or named otherwise
+    dialect   one of the names in `sent`, which this server wants left out or named otherwise, a
+              colon, and what may be shown of its reason
     stop      the name of a problem in texts.toml: nothing more can be asked
     """
     body = parse_json(data)
-    message, code = read_error(body, data)
     if 200 <= status < 300:
         if "event-stream" in headers.get("Content-Type", ""):
             return "stop", "streams", None
@@ -148,20 +56,19 @@ def read_response(status: int, headers, data: bytes, *, sent: list[str]) -> tupl
         return ("answer" if isinstance(found, dict) else "retry"), found, None
     if 300 <= status < 400:
         return "stop", "redirects", None
+    message, code = read_error(body, data)
     if status == 402 or "insufficient_quota" in code:
         return "stop", "no_credit", None
     if status in (401, 404):
         return "stop", {401: "wrong_key", 404: "not_found"}[status], None
     if "logprobs" in f"{message} {code}" and status in (400, 403, 422):
         return "stop", "no_logprobs", None
-    refused = [name for name in sent if name in f"{message} {code}"]
-    if refused and status in (400, 422) and UNSUPPORTED.search(f"{message} {code}"):
-        if not TOO_LONG.search(message):
-            return "dialect", refused[0], None
+    shown = known_words(f"{code} {message}")
+    if refused := find_refused(status, f"{message} {code}", sent):
+        return "dialect", f"{refused}:{shown}", None
     if status not in (408, 409, 429) and status < 500:
-        shown = known_words(f"{code} {message}")
         return "fail", f"http {status}: {shown}" if shown else f"http {status}", None
-    pause = retry_after(headers)
+    pause = told_wait(status, headers, data)
     if pause and pause > LONGEST_WAIT:
         return "stop", "long_wait", None
     return "retry", f"http {status}", pause
@@ -169,36 +76,36 @@ def read_response(status: int, headers, data: bytes, *, sent: list[str]) -> tupl
 
 def read_error(body, data: bytes) -> tuple[str, str]:
     """(message, codes) of an error in any form that servers use: not to be shown as they are."""
-    found, code = None, ""
+    texts, codes = [], []
     if isinstance(body, dict):
-        found = body.get("error", body.get("detail", body.get("message")))
-        code = str(body.get("error_type", ""))
-    if isinstance(found, dict):
-        codes = [found.get(name) for name in ("code", "type", "param")]
-        code = " ".join(str(value) for value in codes if value is not None)
-        found = str(found.get("message"))
-    if found is None:
-        found = data[:2000].decode("utf-8", "replace")
-    return " ".join(str(found).split())[:300], code
+        collect_error(body, texts, codes)
+    if not texts:
+        texts.append(data[:2000].decode("utf-8", "replace"))
+    return " ".join(" ".join(texts).split())[:300], " ".join(codes)
 
 
-def retry_after(headers, now: Callable[[], float] = time.time) -> float | None:
-    """The seconds that a server asks to wait, given as a number or a date. None for nonsense."""
-    value = headers.get("retry-after", "")
-    try:
-        pause = float(value)
-    except ValueError:
-        try:
-            pause = email.utils.parsedate_to_datetime(value).timestamp() - now()
-        except (ValueError, TypeError, OverflowError, IndexError):
-            return None
-    return pause if 0 < pause < math.inf else None
+def collect_error(found, texts: list[str], codes: list[str], depth: int = 0) -> None:
+    """Add what an error says to its texts and codes: of all messages and details inside it."""
+    if isinstance(found, str):
+        texts.append(found)
+    elif isinstance(found, list) and depth < 6:
+        for part in found[:5]:
+            collect_error(part, texts, codes, depth + 1)
+    elif isinstance(found, dict) and depth < 6:
+        for name in ("code", "type", "param", "error_type"):
+            if isinstance(found.get(name), (str, int)):
+                codes.append(str(found[name]))
+        if isinstance(found.get("loc"), list):  # of FastAPI: where in the body
+            texts.append(" ".join(map(str, found["loc"])))
+        for name in ("error", "detail", "message", "msg"):
+            collect_error(found.get(name), texts, codes, depth + 1)
 
 
 def read_completion(body) -> dict | str:
     """{"text", "finish", "usage": [prompt, completion] or None}, or what is wrong with the body.
 
-    An empty text is an answer, too, and paid for: it is kept, and `usable` calls it a failure.
+    "cached" is there too if a part of the prompt was in the server's cache. An empty text is an
+    answer, and paid for: `usable` calls it a failure.
     """
     choices = body.get("choices") if isinstance(body, dict) else None
     if not isinstance(choices, list):
@@ -207,17 +114,20 @@ def read_completion(body) -> dict | str:
     message, finish = choice.get("message"), choice.get("finish_reason")
     if not isinstance(message, dict):
         return "no message"
-    text = message.get("content")
+    text = join_parts(message.get("content"))
     if not text and isinstance(message.get("refusal"), str):
         text, finish = message["refusal"], "refusal"
     if not isinstance(text or "", str) or not isinstance(finish or "", str):
         return "no message"
-    if finish not in tuple(ENDINGS):
-        finish = "other"  # a server's own words go into no file but as the text
+    finish = name_ending(finish)
+    if finish == "error":
+        return "broken off by the server"
     usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
     counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
-    known = all(type(count) is int and 0 <= count < 1 << 40 for count in counts)
+    known = all(map(is_count, counts))
     found = {"text": text or "", "finish": finish, "usage": counts if known else None}
+    if cached := count_cached(usage):
+        found["cached"] = cached
     if first := read_first_token(choice.get("logprobs")):
         found["first"] = first
     return found
@@ -236,6 +146,51 @@ def read_first_token(logprobs) -> dict[str, float]:
         if isinstance(token, str) and known:
             found[token] = logprob
     return found
+
+
+def join_parts(content):
+    """The text of a message that is a list of parts, without thoughts; anything else as it is."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        if isinstance(part, dict):  # of the types text, output_text, thinking, reasoning, ...
+            thought = "think" in str(part.get("type")) or "reason" in str(part.get("type"))
+            part = "" if thought else part.get("text", "")
+        if not isinstance(part, str):
+            return content  # no message
+        texts.append(part)
+    return "".join(texts)
+
+
+def name_ending(reason: str | None) -> str | None:
+    """The name in ENDINGS of a server's finish_reason: its own words go into no file.
+
+    None where there is no reason, "unknown" for one that says nothing of a text that is cut.
+    """
+    reason = (reason or "").strip().lower()
+    if not reason or reason in ENDINGS:
+        return reason or None
+    for ending, words in REASONS.items():
+        if words.search(reason):
+            return ending
+    return "unknown"
+
+
+def is_count(value) -> bool:
+    """Whether a value is a number of tokens."""
+    return type(value) is int and 0 <= value < 1 << 40
+
+
+def count_cached(usage: dict) -> int:
+    """The prompt's tokens that a server had in its cache: some do not count them as its tokens."""
+    details = usage.get("prompt_tokens_details")
+    details = details if isinstance(details, dict) else {}
+    found = [details.get("cached_tokens"), usage.get("cached_tokens"),
+             usage.get("cache_read_input_tokens"), usage.get("prompt_cache_hit_tokens")]
+    created = usage.get("cache_creation_input_tokens")
+    read = max(filter(is_count, found), default=0)
+    return read + (created if is_count(created) else 0)
 
 
 # ----- The exchange -----
@@ -286,8 +241,9 @@ class Server:
     """An address and its key. While exchanges are under way, `end_late` has to be called."""
 
     def __init__(self, flags):
-        self.flags, self.address = flags, chat_address(flags.judge_url)
-        self.key = read_key(flags.judge_key_env, self.address, flags.judge_proxy)
+        self.flags, self.role = flags, role_of(flags)
+        self.address = chat_address(flags.judge_url, self.role)
+        self.key = read_key(flags.judge_key_env, self.address, flags.judge_proxy, self.role)
         self.context = trust(flags.judge_ca) if self.address.startswith("https:") else None
         self.until, self.lock = {}, threading.Lock()  # {connection: when its exchange has to end}
 
@@ -324,9 +280,9 @@ class Server:
         if kind == "stop":
             if value == "wrong_key" and not self.key:
                 value = "no_key"
-            value = describe_problem(
-                value, address=self.address, model=body["model"], proxy=self.flags.judge_proxy,
-                key_env=self.flags.judge_key_env)
+            value = explain(
+                value, self.role, address=self.address, model=body["model"],
+                proxy=self.flags.judge_proxy, key_env=self.flags.judge_key_env)
         return kind, value, pause
 
     def make_connection(self, seconds: float) -> http.client.HTTPConnection:
@@ -375,7 +331,10 @@ class Server:
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         by_proxy = self.flags.judge_proxy and not self.context
-        path = self.address if by_proxy else urlsplit(self.address).path
+        path = self.address
+        if not by_proxy:
+            goal = urlsplit(self.address)
+            path = goal.path + f"?{goal.query}" * bool(goal.query)
         with contextlib.suppress(BrokenPipeError):  # a server may refuse before it has read all
             connection.request("POST", path, payload, headers)
         response = connection.getresponse()

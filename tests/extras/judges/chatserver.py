@@ -130,6 +130,17 @@ def make_client(server, cache="", ledger=None, **flags):
     return client
 
 
+def fake_time(client):
+    """Let a client sleep in no time; the list of its pauses."""
+    now, pauses = [0.0], []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        now[0] += seconds
+    client.sleep, client.clock = sleep, lambda: now[0]
+    return pauses
+
+
 def say(texts, **how):
     """Questions that say "say TEXT"."""
     return [make_question(f"say {text}", {}, **how) for text in texts]

@@ -29,7 +29,7 @@ def answer(name, text):
 
 def text_of(store, name):
     """The text of that answer in a file."""
-    return store.records[answer(name, "")["key"]]["text"]
+    return store.read(answer(name, "")["key"])["text"]
 
 
 def test_thoughts_are_dropped_and_parts_before_them_do_not_count():
@@ -54,7 +54,7 @@ def test_a_torn_last_line_at_every_byte(tmp_path, record_property):
         # A record that lacks its line's end only is whole.
         kept = max(start for start in starts if start <= size + 1)
         assert path.read_bytes() == whole[:kept]
-        found = [record["text"] for record in store.records.values()]
+        found = [record["text"] for record in store]
         assert found == texts[:starts.index(kept)]
         assert torn.exists() == (size > kept)
         if size > kept:
@@ -201,11 +201,11 @@ def test_exchanged_answers_and_flipped_bytes_are_refused(tmp_path, record_proper
             line[at] = dice.choice([byte for byte in range(32, 256) if byte != line[at]])
             path.write_bytes(whole[0] + line + whole[2])
             try:
-                records = AnswerFile(path).records
+                records = list(AnswerFile(path))
             except ValueError as error:
                 assert "line 2, " in str(error)
             else:  # another spelling of the same values
-                assert list(records.values()) == [one, two, three]
+                assert records == [one, two, three]
     record_property("trials", 100)
 
 
@@ -232,7 +232,7 @@ def test_a_full_disk_is_an_error_and_loses_no_earlier_answer(tmp_path):
     kept = int(said.stdout.split()[0])
     assert f"File too large {tmp_path / 'a.jsonl'}" in said.stdout and kept > 10
     assert (tmp_path / "a.jsonl").read_bytes().endswith(b"}\n")
-    assert len(AnswerFile(tmp_path / "a.jsonl").records) == kept
+    assert len(AnswerFile(tmp_path / "a.jsonl")) == kept
 
 
 def fill_disk(server, path, kept, monkeypatch):
@@ -240,7 +240,7 @@ def fill_disk(server, path, kept, monkeypatch):
     failed, write = [], AnswerFile.write
 
     def fail(self, data):
-        if len(self.records) >= kept:
+        if len(self) >= kept:
             failed.append(len(server.requests))
             self.file.write(data[:len(data) // 2])  # a part still fits
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -270,7 +270,7 @@ def test_a_full_disk_ends_the_sending_and_is_named(protected, tmp_path, monkeypa
             error, after = fill_disk(server, path, kept, monkeypatch)
             unnamed += error.filename != str(path)
             sent_after.append(after)
-            assert len(AnswerFile(path).records) == kept == len(lines(path))
+            assert len(AnswerFile(path)) == kept == len(lines(path))
             if protected:
                 make_client(server, path).ask(say(map(str, range(60))))
                 assert len(server.sent) <= 60 + 8  # one a worker: those that were under way

@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from chatserver import ChatServer, completion, lines, make_client, number_of, say
+from chatserver import ChatServer, completion, fake_time, lines, make_client, number_of, say
 
 from extras.judges import questions as prompts
 from extras.judges.answers import AnswerFile
@@ -35,7 +35,7 @@ def answers(request, number=0, **plan):
 
 # What the server does, and what the client calls it if it lasts.
 FAULTS = {
-    "429": (refusal("slow", 429) | {"headers": {"Retry-After": "0.002"}}, "http 429"),
+    "503": (refusal("slow", 503) | {"headers": {"Retry-After": "0.002"}}, "http 503"),
     "500": ({"status": 500, "body": "plain words"}, "http 500"),
     "502": ({"status": 502, "body": "<html>502</html>", "headers": HTML}, "http 502"),
     "html 200": ({"body": "<html>sign in</html>", "headers": HTML}, "no chat completion"),
@@ -52,12 +52,11 @@ FAULTS = {
 }
 # Whole answers that hold no verdict: kept, and never asked for again.
 ANSWERED = {
-    "null": (completion(None), "empty message"),
     "cut": (completion("VERDICT is", "length"), "cut at max_tokens"),
     "filtered": (completion(None, "content_filter"), "filtered"),
     "refused": (completion(None, refusal="I will not."), "refused"),
     "thinking": (completion("<think>VERDICT 1: a"), "cut while thinking"),
-    "unended": (completion("ok", None), "no finish_reason"),
+    "cut without a word": (completion("ok", None, completion_tokens=512), "cut at max_tokens"),
     "other end": (completion("ok", "tool_calls"), "ended otherwise"),
     "cut prompt": (completion("ok", prompt_tokens=3), "prompt cut by the server"),
 }
@@ -107,7 +106,7 @@ def test_a_thousand_calls_through_every_fault(tmp_path):
             return FAULTS[name][0]
         body, kind = completion(f"answer {number_of(request)}"), ""
         if ending < 0.1:
-            body, kind = ANSWERED[sorted(ANSWERED)[int(ending * 80)]]
+            body, kind = ANSWERED[sorted(ANSWERED)[int(ending * 70)]]
         with lock:
             said.setdefault(number_of(request), []).append(kind)
         return {"body": body, "delay": 0.05 if name == "slow" else 0}
@@ -190,9 +189,9 @@ def test_a_kill_costs_what_was_under_way_and_no_more(how, tmp_path, monkeypatch,
     if how != "ours":
         held = []
 
-        def hold(self, record):
-            self.records[record["key"]] = record
+        def hold(self, record, *, replace):
             held.append(record)
+            return record
 
         def write_all(self):
             self.write(b"".join(json.dumps(record).encode() + b"\n" for record in held))
@@ -216,13 +215,12 @@ def test_a_kill_costs_what_was_under_way_and_no_more(how, tmp_path, monkeypatch,
 # ----- When to try again, and when to stop -----
 
 def test_waits_as_asked_else_longer_and_longer():
-    waits = []
-
     def plan(request, number):
-        return {"status": 429, "headers": {"Retry-After": "3"}} if number < 2 else {"status": 500}
+        return {"status": 503, "headers": {"Retry-After": "3"}} if number < 2 else {"status": 500}
     with ChatServer(plan) as server:
         client = make_client(server, judge_tries=9)
-        client.sleep, client.backoff = waits.append, 0.5
+        client.backoff = 0.5
+        waits = fake_time(client)
         assert client.ask(say(["1"]))[0].failure == "http 500"
     assert waits[0] == 3 and len(waits) == 8
     for k, pause in enumerate(waits[1:], 2):  # the second try waits 1 s, and none more than 8 s

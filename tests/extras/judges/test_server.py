@@ -12,17 +12,11 @@ import requests
 from chatserver import ChatServer, completion, make_client, say
 
 from extras.judges import server as server_module
+from extras.judges.addresses import KNOWN_WORDS, chat_address, known_words, read_key, redact
 from extras.judges.client import ServerFlags, client_from_flags
 from extras.judges.questions import JudgeStopped, Reply
-from extras.judges.server import (
-    KNOWN_WORDS,
-    chat_address,
-    known_words,
-    read_key,
-    read_response,
-    redact,
-    retry_after,
-)
+from extras.judges.server import read_response
+from extras.judges.waits import retry_after
 
 KEY = "sk-live-9Yq3ZtVb7KxWm2Rf"
 BASE64 = base64.b64encode(KEY.encode()).decode()
@@ -69,7 +63,7 @@ def test_a_long_wait_stops():
 @pytest.mark.parametrize("body, message", [
     ({"error": {"message": "Too long.", "code": 7}}, ": ... too long"),
     ({"error": "Too long", "error_type": "t"}, ": ... too long"),
-    ({"detail": "too long"}, ": too long"), ({"detail": [{"msg": "too long"}]}, ": ... too long"),
+    ({"detail": "too long"}, ": too long"), ({"detail": [{"msg": "too long"}]}, ": too long"),
     ({"message": "too (long)"}, ": too long"), ("too\n\n long", ": too long"),
     ("\x1b[31mm too", ": ... too"), ([], ""), ("", ""), ("4096", ""),
     ({"error": {"message": "prompt is 5000 tokens", "type": "invalid_request_error", "code": None}},
@@ -186,7 +180,8 @@ def test_the_key_is_nowhere_to_be_read(plan, tmp_path, monkeypatch, capfd, caplo
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
     caplog.set_level("DEBUG")
     with ChatServer(lambda request, number: plan) as server:
-        client = make_client(server, tmp_path / "a.jsonl", judge_tries=2, judge_workers=1)
+        client = make_client(server, tmp_path / "a.jsonl", judge_tries=2, judge_workers=1,
+                             judge_deadline=0.5)
         text = said_and_written(client, tmp_path, capfd, caplog)
         # It was sent, and only there.
         assert server.requests[0][1]["Authorization"] == f"Bearer {KEY}"
