@@ -2,11 +2,13 @@
 
     python -m tools.paraphrase --tasks DIR --judge-url URL --judge-model NAME --out DIR
     python -m tools.paraphrase --tasks questions.jsonl --judge self --model DIR --out DIR
+    python -m tools.paraphrase --tasks questions.jsonl --judge rule --out DIR    # without a model
 
 paraphrases.json has those that are kept, for --paraphrases of eval.py and train.py, in the --split
 that they are for; paraphrases.jsonl says of each where it came from and why it was kept or not. A
 questions.jsonl has a row {"id", "question", "target"} for each question, only question is needed.
 With --paraphrases FILE, new wordings are added to those in FILE, and differ from all of them.
+--judge rule sets the text into the sentences of extras/formats/frames.toml.
 """
 
 import copy
@@ -20,10 +22,10 @@ from pathlib import Path
 from data import Task, split_wordings
 from extras.formats import add_paraphrases, read_tasks
 from extras.formats.checks import refuse
-from extras.formats.tasks import SPLITS, is_plain
+from extras.formats.tasks import SPLITS, frame_task, is_plain
 from extras.judges import check_flags, client_from_flags
 from extras.judges.local import LocalChat
-from extras.judges.writers import paraphrase
+from extras.judges.writers import check_meaning, paraphrase
 from tools import make_main, open_models
 
 CHECK_KEY = "CHECK_API_KEY"  # where the key of another server that checks is looked for
@@ -39,12 +41,16 @@ def write_paraphrases(cfg) -> None:
         if is_plain(task):
             answers[task.name] = list(task.instances[0].outputs)
     check_choices(cfg)
+    texts = {task.name: task.definition for task in tasks}
     name, writer = open_writer(cfg)
     checker_name, checker = name, writer
     if cfg.check not in ("writer", cfg.judge) or cfg.check == "http":
         checker_name, checker = open_checker(cfg)
-    rows = paraphrase(writer, {task.name: task.definition for task in tasks}, cfg.number,
-                      checker=checker, known=known, answers=answers, model=name)
+    if cfg.judge == "rule":
+        rows = frame(tasks, cfg.number, known, checker)
+    else:
+        rows = paraphrase(writer, texts, cfg.number, checker=checker, known=known,
+                          answers=answers, model=name)
     out, lines = Path(cfg.out), [json.dumps(row | {"checker": checker_name}) for row in rows]
     (out / "paraphrases.jsonl").write_text("\n".join([*lines, ""]))
     found = {task.name: add_kept(task, rows, cfg.split) for task in tasks}
@@ -62,16 +68,32 @@ def check_choices(cfg) -> None:
            "for --check-url, which is not given. Add it, or leave --check-key-env out.")
     refuse(cfg.check == "http" and not cfg.check_model, "--check http needs --check-model NAME, "
            "the name under which the server offers the model that checks.")
-    if cfg.judge == "self" and cfg.check != "http":
+    if cfg.judge != "http" and cfg.check != "http":
         check_flags(cfg, asked=False)
 
 
 def open_writer(cfg) -> tuple[str, Callable]:
-    """(name, backend) of who writes: the model behind --judge-url, or --model itself."""
+    """(name, backend) of who writes: the model behind --judge-url, --model itself, or nobody."""
+    if cfg.judge == "rule":
+        return "", None
     if cfg.judge == "http":
         client = client_from_flags(cfg, cfg.out)
         return client.name, client.ask
     return open_local(cfg)
+
+
+def frame(tasks: list[Task], number: int, known: dict, checker: Callable | None) -> list[dict]:
+    """Records as those of `paraphrase`, of wordings that no model wrote."""
+    rows = []
+    for task in tasks:
+        for wording in frame_task(task, number):
+            reason = "said already" if wording.text in known[task.name] else ""
+            rows.append({"task": task.name, "original": task.definition, "text": wording.text,
+                         "style": wording.style, "model": "", "kept": not reason,
+                         "reason": reason})
+    if checker:
+        check_meaning(checker, [row for row in rows if row["kept"]])
+    return rows
 
 
 def open_local(cfg) -> tuple[str, Callable]:
@@ -130,7 +152,7 @@ def report(cfg, rows: list[dict], found: dict[str, dict]) -> None:
 
 main = make_main(
     write_paraphrases, __doc__, number=(8, "wordings to write per task"),
-    judge=(("http", "self"), "who writes: a server, or --model itself"),
+    judge=(("http", "self", "rule"), "who writes: a server, --model itself, or fixed sentences"),
     check=(("writer", "http", "self", "none"), "who checks that they ask for the same"),
     check_url=("", "address of the server that checks (default: --judge-url)"),
     check_model=("", "the name there of the model that checks"),

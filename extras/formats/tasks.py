@@ -187,12 +187,28 @@ def check_places(texts: list[str], task: Task, where: str) -> None:
                    "where the input goes, or leave it out: the input then follows the wording.")
 
 
+def read_frames() -> dict[str, list[str]]:
+    """{split: sentences with {definition} in them}."""
+    return tomllib.loads(Path(__file__).with_name("frames.toml").read_text(encoding="utf-8"))
+
+
+def frame_task(task: Task, number: int) -> list[Wording]:
+    """The task's own words in the first sentences of frames.toml, each a style of its own."""
+    frames = [text for texts in read_frames().values() for text in texts]
+    if is_plain(task):  # there is no input that could stand elsewhere
+        frames = [text for text in frames if "{input}" not in text]
+    refuse(number > len(frames), f"--number {number} is more than the {len(frames)} sentences of "
+           "extras/formats/frames.toml. Give less, or --judge http.")
+    return [Wording(text.replace("{definition}", task.definition),
+                    text.replace("{definition}", "...")) for text in frames[:number]]
+
+
 def frame_bare_tasks(tasks: list[Task]) -> str:
     """Give tasks without wordings some made of frames.toml; returns a sentence that says so, or "".
 
     They are a weak stand-in for paraphrases, since the definition's own words stay.
     """
-    frames = tomllib.loads(Path(__file__).with_name("frames.toml").read_text(encoding="utf-8"))
+    frames = read_frames()
     bare = [task for task in tasks if not any(task.wordings.values())]
     for task in bare:
         for split, texts in frames.items():

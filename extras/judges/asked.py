@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from eval import fail, find_template, local_answers, open_model, open_tokenizer, read_questions
+from extras.formats.responses import read_responses
 from extras.judges.client import check_flags, client_from_flags
 from extras.judges.judges import HttpJudge
 from extras.judges.local import LocalChat
 from extras.judges.questions import JudgeStopped, Question
+from extras.judges.similar import make_similar
 from judge import RuleJudge
 
 TEST_SETS = {"I": (10, 10), "II": (0, 100)}  # wordings of a task, and inputs, in arXiv 2403.14221
@@ -89,7 +91,6 @@ def make_judge(cfg):
         chat = LocalChat(model, open_tokenizer(cfg), find_template(cfg, model))
         return HttpJudge(chat.ask, max_unparsed=cfg.max_unparsed, name=f"self {cfg.model}")
     if cfg.similar:
-        from extras.judges.similar import make_similar
         return make_similar(cfg.similar, cfg.rouge_threshold)
     return RuleJudge(cfg.rouge_threshold)
 
@@ -98,7 +99,6 @@ def make_judge(cfg):
 def all_answers(cfg) -> Iterator[tuple]:
     """(name, answered questions, further metrics) of files, of servers, of local models."""
     if cfg.responses:
-        from extras.formats.responses import read_responses
         for file in cfg.responses:
             for name, questions in read_responses(file).items():
                 yield name, questions, {}

@@ -361,7 +361,7 @@ class ChatClient:
         text = describe_problem(
             "in_a_row", address=server.address, n=FAILURES_IN_A_ROW, cause=cause)
         if cause in HINTS:
-            text += " " + describe_problem(HINTS[cause])
+            text += " " + explain(HINTS[cause], server.role)
         return text
 
     def usage(self) -> dict:
@@ -379,5 +379,5 @@ class ChatClient:
                  if value and name not in ("model", "address")]
         text = f"{self.server.role} {self.name}: {', '.join(parts)}."
         for hint in sorted({HINTS[cause] for cause in self.failures if cause in HINTS}):
-            text += " " + describe_problem(hint)
+            text += " " + explain(hint, self.server.role)
         return text

@@ -85,10 +85,10 @@ def read_extra(text: str, key: str = "", role: str = "judge") -> dict:
     except (ValueError, RecursionError):
         extra = None
     if not isinstance(extra, dict):
-        raise ValueError(describe_problem("bad_extra"))
+        raise ValueError(explain("bad_extra", role))
     for name in TAKEN:
         if name in extra:
             raise ValueError(explain("taken_extra", role, name=name))
     if SECRET_FIELD.search(plain) or (key and key in plain):
-        raise ValueError(describe_problem("secret_extra"))
+        raise ValueError(explain("secret_extra", role))
     return extra

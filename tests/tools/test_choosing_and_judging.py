@@ -231,6 +231,29 @@ def test_plain_questions_become_what_eval_asks(tmp_path, capsys):
     assert all("Is snow white?" in text for text in second["wordings"])
 
 
+def test_without_a_model_the_text_stands_in_fixed_sentences(world, tmp_path, capsys):
+    def write(words):
+        return paraphrase.main([str(word) for word in words])
+
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"id": "legs", "question": "How many legs?"}) + "\n")
+    for tasks, name, number in ((path, "legs", 12), (world / "tasks", "colour", 16)):
+        words = ["--judge", "rule", "--tasks", tasks, "--out", tmp_path]
+        assert write([*words, "--number", number]) == 0
+        found = json.loads((tmp_path / "paraphrases.json").read_text())[name]["dev"]
+        assert len({row["text"] for row in found}) == len({row["style"] for row in found}) == number
+        own = read_tasks(tasks)[0].definition
+        assert all(row["style"].replace("...", own) == row["text"] for row in found)
+        with pytest.raises(SystemExit):
+            write([*words, "--number", number + 1])
+        assert f"--number {number + 1} is more than the {number} sentences of extras/formats/" in (
+            capsys.readouterr().err)
+    with ChatServer(writes) as server:  # a checker can still be asked
+        assert write(["--judge", "rule", "--tasks", path, "--out", tmp_path, "--number", 2, "--check",
+                      "http", "--check-model", "c", "--judge-url", server.url]) == 0
+        assert len(server.texts()) == 4
+
+
 def test_who_writes_and_who_checks_can_be_two_servers_with_two_keys(world, tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", "key-of-the-writer")
     monkeypatch.setenv("CHECK_API_KEY", "key-of-the-checker")
