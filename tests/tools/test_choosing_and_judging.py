@@ -249,8 +249,8 @@ def test_without_a_model_the_text_stands_in_fixed_sentences(world, tmp_path, cap
         assert f"--number {number + 1} is more than the {number} sentences of extras/formats/" in (
             capsys.readouterr().err)
     with ChatServer(writes) as server:  # a checker can still be asked
-        assert write(["--judge", "rule", "--tasks", path, "--out", tmp_path, "--number", 2, "--check",
-                      "http", "--check-model", "c", "--judge-url", server.url]) == 0
+        assert write(["--judge", "rule", "--tasks", path, "--out", tmp_path, "--number", 2,
+                      "--check", "http", "--check-model", "c", "--judge-url", server.url]) == 0
         assert len(server.texts()) == 4
 
 

@@ -143,7 +143,7 @@ def test_flags_that_change_what_is_sent_change_the_key():
 @pytest.mark.parametrize("text, match", [
     ("[1]", "--judge-extra is not a JSON object"), ("{", "is not a JSON object"),
     ('{"a": NaN}', "is not a JSON object"), (
-        '{"model": "x"}', '--judge-extra may not set "model", which the client sets itself. Leave '),
+        '{"model": "x"}', '--judge-extra may not set "model", which the client sets itself. '),
     ('{"messages": []}', 'may not set "messages"'), ('{"stream": true}', "may not set"),
     ('{"api_key": "x"}', "--judge-extra seems to hold a key or a password"),
     ('{"x": {"password": "y"}}', "seems to hold"), ('{"x": "sk-abcdefgh1234"}', "seems to hold"),
