@@ -7,8 +7,7 @@
 
 A judge has `judge(items) -> [Verdict]`, and where it can compare `similar_pairs(pairs)`. An item is
 a dict with `instruction`, `input`, `target` (the reference output) and `response`, and for rules
-optionally `targets` and `labels` (lists). This file knows strings only; a model comes in as a
-function. Judgments in words are in methods/judged.py, a better client of servers in extras/judges.
+optionally `targets` and `labels` (lists). A model comes in as a function.
 """
 
 import math
@@ -37,10 +36,17 @@ LENGTH_FACTOR = 3  # free text of a third to three times the target's length has
 ENDINGS = " .,;:!?。、।॥؟،؛۔։።၊။។"  # what may end a sentence
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
 NUMERALS = re.compile("([²³¹¼-¾⁰-₎⅐-⅟↉])")  # raised and lowered digits, and fractions
-COUNTS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve thirteen "
-    "fourteen fifteen sixteen seventeen eighteen nineteen twenty".split(), range(21), strict=True))
+UNITS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+         "fifteen sixteen seventeen eighteen nineteen").split()
+COUNTS = dict(zip(UNITS, range(20), strict=True))  # and twenty to ninety-nine:
+for ten, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2):
+    COUNTS[word] = 10 * ten
+    for k, unit in enumerate(UNITS[1:10], 1):
+        COUNTS[f"{word}-{unit}"] = 10 * ten + k
+WORDS = "|".join(sorted(COUNTS, key=len, reverse=True)).replace("-", "[- ]")  # the longest first
 NUMBER = re.compile(rf"(?:(?<![\w)])[-−])?(?:\d|{NUMERALS.pattern[1:-1]})+(?:[.,٫٬]\d+)*"
-                    rf"|\b(?!one\b)(?:{'|'.join(COUNTS)})\b")
+                    rf"|\b(?!one\b)(?:{WORDS})\b")
+ONE = re.compile(r"(?<!ty[- ])\bone\b")  # but not that of twenty-one
 # Texts that say a number and no more, with 0 in its place: not "0 million", "Friday at 0", "-0".
 STATED = re.compile(r"((the )?answer( is)?:? |it is |there (is|are) |they have )?[*(\"']*0[*)\"']*"
                     r"( (?!(hundred|thousand|[mb]illion|dozen|percent)\b)[^\W\d]+)?")
@@ -243,7 +249,7 @@ class RuleJudge:
             return a == b
         # "one" is a number beside another 1 or alone; elsewhere it is often that of "no one".
         if re.search(r"(?m)^one$|\b1\b", f"{a}\n{b}"):
-            a, b = re.sub(r"\bone\b", "1", a), re.sub(r"\bone\b", "1", b)
+            a, b = ONE.sub("1", a), ONE.sub("1", b)
         (a, numbers), (b, others) = split_numbers(a), split_numbers(b)
         if numbers != others:
             return False
@@ -282,7 +288,7 @@ def split_numbers(text: str) -> tuple[str, list]:
     """A normalized text with 0 for each of its numbers, and these: "8.0 legs" -> "0 legs", [8]."""
     numbers = []
     for found in NUMBER.findall(text):
-        found = str(COUNTS.get(found, found))
+        found = str(COUNTS.get(found.replace(" ", "-"), found))
         found = re.sub(r"(?<!\b0)[,٬](?=\d{3}(?!\d))", "", found)  # 1,000 is 1000, ...
         found = re.sub("[,٫]", ".", found).replace("−", "-")  # ... and 0,5 is 0.5
         try:
@@ -352,7 +358,6 @@ def ask_server(url: str, model: str, task: str, texts: dict[str, str],
     that number is a verdict, so a text cannot answer for the judge.
     """
     import requests
-
     nonce = secrets.token_hex(4)
     fenced = [f"<{name} {nonce}>\n{text}\n</{name} {nonce}>" for name, text in texts.items()]
     ending = f'End with the line "VERDICT {nonce}: X" with {" or ".join(choices)} in place of X.'
