@@ -16,6 +16,9 @@ FREE = {"out", "init", "device", "evaluate", "compare", "split", "micro_tokens",
         "shard", "save_every", "plain", "eval_per_task", "eval_wordings", "eval_batch"}
 # What a run does not take over from that of an earlier stage.
 OWN = {"steps", "lr", "batch_size", "epochs", "validation"}
+# What a judge behind a server says hangs on these.
+ASKED = {"judge_url", "judge_model", "judge_extra", "judge_temperature", "judge_fold_system",
+         "verdict"}
 # What runs of earlier versions did not say.
 ADDED = {"epochs": 0.0, "validation": 0.0, "train_on": "all"}
 
@@ -103,7 +106,7 @@ def is_finished(folder: Path, cfg) -> bool:
     # How often a server is asked, and what it may cost, is free, too.
     server = flag_names(server_flags(cfg.plain))
     saved = ADDED | saved_settings(folder)
-    free = FREE | server - {"judge_url", "judge_model"}
+    free = FREE | server - ASKED
     asked_as = getattr(cfg, "asked_as", {})
     if asked_as:  # a stage on the way, of which this command cannot set these
         free = free | {"batch_size", "validation"}

@@ -141,6 +141,10 @@ def test_limits_of_a_server_may_differ(scored_stage, folder):
     assert not is_finished(path, dataclasses.replace(cfg, max_requests=99, judge_workers=3))
     with pytest.raises(ValueError, match="--judge-model was m, now n"):
         is_finished(path, dataclasses.replace(cfg, judge_model="n"))
+    for name, value in (("judge_extra", "{}"), ("judge_temperature", "none"),
+                        ("judge_fold_system", True), ("verdict", "keyword")):
+        with pytest.raises(ValueError, match=f"now {value}"):
+            is_finished(path, dataclasses.replace(cfg, **{name: value}))
 
 
 def test_a_run_folder_has_the_name_of_its_stage_by_default(scored_stage):
