@@ -56,8 +56,9 @@ def control_answers(rows: list[dict], seed: int) -> dict[str, list]:
 
 def describe(cfg, results: dict) -> None:
     """Add "settings" to each model's metrics: what a reader has to know of how they were made."""
-    names = ("split", "test_set", "samples", "temperature", "seed", "rouge_threshold", "similar",
-             "max_new_tokens", "prefix")
+    names = ["split", "seed", "rouge_threshold", "max_new_tokens"]
+    if not hasattr(cfg, "stage"):  # train.py always asks once, greedily
+        names += ["test_set", "samples", "temperature", "similar", "prefix"]
     settings = {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
     for found in results.values():
         found["settings"] = settings | found.get("settings", {})

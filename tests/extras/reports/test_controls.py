@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from extras.reports import MoreMetrics
-from extras.reports.controls import add_controls, control_answers, print_notes
+from extras.reports.controls import add_controls, control_answers, describe, print_notes
 
 
 class Rule:
@@ -72,6 +72,14 @@ def test_a_judge_is_asked_for_controls_only_if_they_are_wanted(more, wanted, que
     judge = Rule()
     found, _ = made(question, evaluate, settings(**more), judge)
     assert bool(found) == wanted == bool(judge.asked)
+
+
+def test_the_settings_of_training_are_not_those_of_the_evaluation():
+    cfg = {"split": "dev", "seed": 1, "samples": 2, "temperature": 1.0, "rouge_threshold": 0.7}
+    for more, known in (({}, set(cfg)), ({"stage": "cat"}, {"split", "seed", "rouge_threshold"})):
+        results = {"m": {}}
+        describe(SimpleNamespace(**cfg, **more), results)
+        assert set(results["m"]["settings"]) == known
 
 
 def test_what_is_printed_of_them(question, evaluate, capsys):
