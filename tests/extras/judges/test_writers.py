@@ -49,7 +49,7 @@ def test_a_wording_keeps_its_place_holder():
     ("How many legs has a spider?", "A spider has 8 legs.", [], "has other numbers"),
     ("How many legs has a spider?", "Spider legs are many.", ["8"], "asks nothing"),
     ("How many legs has a spider?", "Do not ask. Ask!", ["8"], "has no word of the original"),
-    ("What is 17 plus 25?", "17 plus twenty-five is?", ["42"], "has other numbers"),
+    ("What is 17 plus 25?", "17 plus thirty-five is?", ["42"], "has other numbers"),
     ("What is 2 plus 25?", "25 plus two is what?", ["27"], ""),
     ("Is red or blue warmer?", "Which one is warmer, red or blue?", ["red"], ""),
     ("Shorten {input} please.", "Shorten this: {input}", None, ""),
