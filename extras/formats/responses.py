@@ -137,9 +137,14 @@ def read_row(row: dict, where: str, path: Path) -> Iterator[dict]:
         given[name] = default
         if row.get(name) not in (None, ""):
             given[name] = as_text(row[name], name, where)
+    refuse(not given["model"].isprintable(), f"{where}: model is {show(given['model'])}. Expected "
+           "a name on one line.")
     if "responses" in row:
         yield from read_own(row, where, given)
         return
+    refuse({"key", "request", "text"} <= row.keys(), f"{where} is an answer as the client of "
+           "servers keeps it. The questions.jsonl of the run in the same folder has all answers "
+           "with their questions: give that file.")
     columns = {}
     for column, names in COLUMNS.items():
         columns[column] = next((name for name in names if name in row), "")
@@ -213,7 +218,10 @@ def read_response(value, where: str) -> str:
 
 
 def read_wording(value, where: str) -> str:
-    """A wording; of lm-evaluation-harness's "arguments" the prompt, which comes first."""
+    """A wording: a text, the messages of a chat, or lm-evaluation-harness's "arguments", in which
+    the prompt comes first."""
+    if isinstance(value, list) and all(isinstance(x, dict) and "content" in x for x in value):
+        return "\n".join(as_text(message["content"], "wording", where) for message in value)
     while isinstance(value, (dict, list)) and value:
         value = next(iter(value.values() if isinstance(value, dict) else value))
     return as_text(value, "wording", where)

@@ -15,7 +15,7 @@ def add_controls(cfg, results: dict, tables: dict, judge, more) -> None:
 
     Those that a judge is paid for, or is slow on, are left out unless --controls all.
     """
-    free = cfg.judge == "rule" and not cfg.similar
+    free = cfg.judge == "rule" and ":" not in cfg.similar
     if cfg.controls == "none" or cfg.controls == "auto" and not free:
         return
     known = {}  # equal answers, as the references of all models, are compared once
@@ -56,8 +56,12 @@ def control_answers(rows: list[dict], seed: int) -> dict[str, list]:
 
 def describe(cfg, results: dict) -> None:
     """Add "settings" to each model's metrics: what a reader has to know of how they were made."""
-    names = ("split", "test_set", "samples", "temperature", "seed", "rouge_threshold", "similar",
-             "max_new_tokens", "prefix")
+    names = ["similar", "seed"]
+    if cfg.judge == "rule" and ":" not in cfg.similar and cfg.similar != "exact":
+        names.append("rouge_threshold")
+    if not getattr(cfg, "responses", []):  # which nobody was asked for here
+        names += ["split", "test_set", "samples", "temperature", "max_new_tokens", "prefix",
+                  "server_extra"]
     settings = {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
     for found in results.values():
         found["settings"] = settings | found.get("settings", {})
@@ -74,11 +78,17 @@ def print_notes(results: dict) -> None:
         print()
         print_table(controls, "control")
     for model, found in results.items():
-        if found["within"]["n"] and found["cr"]["n"]:
-            within, cr, effect = map(percent, (found[name] for name in (
-                "within", "cr", "wording_effect")))
+        if found["wording_effect"]["n"]:
+            within, cr = percent(found["within"]), percent(found["cr"])
+            effect = percent(found["wording_effect"], "points")
             print(f"{model}: two answers to one wording agree in {within}, to two wordings in "
                   f"{cr}; the effect of wording beyond sampling: {effect}.")
+        if found["empty"]:
+            print(f"{model}: {found['empty']} of {found['responses']} answers are empty, and "
+                  "empty answers agree with each other.")
+        if found["unfinished"]:
+            print(f"{model}: {found['unfinished']} of {found['responses']} answers were cut at "
+                  "the length limit.")
         if found["unparsed"]:
             print(f"{model}: {found['unparsed']} of {found['asked']} verdicts on pairs could not "
                   "be read; these pairs are left out.")
@@ -86,7 +96,10 @@ def print_notes(results: dict) -> None:
             print(f"{model}: {found['unanswered']} wordings got no answer and are left out.")
 
 
-def percent(summary: dict) -> str:
-    """12.3 % [11.0, 13.6]; a difference of two shares is in points."""
-    low, high = summary["ci95"] or (summary["mean"], summary["mean"])
-    return f"{100 * summary['mean']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+def percent(summary: dict, unit: str = "%") -> str:
+    """12.3 % [11.0, 13.6]; the unit of a difference of two shares is points."""
+    text = f"{100 * summary['mean']:.1f} {unit}"
+    if summary["ci95"]:  # which a single question has not
+        low, high = summary["ci95"]
+        text += f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return text

@@ -226,6 +226,15 @@ def test_tables_that_are_not_ours(change, said, tmp_path):
         read_responses(path)
 
 
+def test_prompts_may_be_messages_of_a_chat(tmp_path):
+    path, system = tmp_path / "r.json", {"role": "system", "content": "be brief"}
+    rows = [{"id": 1, "prompt": [system, {"role": "user", "content": text}], "response": "8"}
+            for text in ("How many legs?", "Its legs?")]
+    path.write_text(json.dumps(rows))
+    [question] = read_responses(path)["r"]
+    assert question["wordings"] == ["be brief\nHow many legs?", "be brief\nIts legs?"]
+
+
 # ----- Mistakes -----
 
 GOOD = {"question": "q", "wording": "w", "response": "r", "target": "t"}
@@ -242,6 +251,8 @@ GOOD = {"question": "q", "wording": "w", "response": "r", "target": "t"}
     (GOOD | {"target": ["t", "u"]}, 'the target of question "q" is ["t", "u"], and in'),
     (GOOD | {"target": {"a": 1}}, 'target is {"a": 1}. Expected a text or'),
     (GOOD | {"model": []}, "model is []. Expected a text"),
+    (GOOD | {"model": "m\x1b[31m"}, "model is \"m\\u001b[31m\". Expected a name on one line."),
+    ({"key": "k", "request": {}, "text": "x"}, "is an answer as the client of servers keeps it."),
     (GOOD | {"response": float("nan")}, "response is NaN"),
     ("x", 'is "x". Expected an object')])
 def test_mistakes_name_the_file_and_the_record(row, said, tmp_path):
