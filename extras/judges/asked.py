@@ -14,7 +14,7 @@ from extras.judges.flags import read_extra
 from extras.judges.judges import HttpJudge
 from extras.judges.local import LocalChat
 from extras.judges.questions import JudgeStopped, Question, Reply
-from extras.judges.similar import make_similar
+from extras.judges.similar import BY_ROUGE, make_similar
 from judge import RuleJudge
 
 TEST_SETS = {"I": (10, 10), "II": (0, 100)}  # wordings of a task, and inputs, in arXiv 2403.14221
@@ -22,7 +22,6 @@ CUT = "cut at max_tokens"
 ANSWERS = ("", CUT, "empty message")  # what a reply may have failed at and be an answer
 THINKING = "cut while thinking"
 ON_FILE = {*ENDINGS.values(), THINKING, "prompt cut by the server"}  # and not asked for again
-BY_ROUGE = ("", "rule", "rouge")  # what --similar may be for --rouge-threshold to be read
 LOCAL = ("--model", "--adapter", "--reference", "--template", "--tokenizer", "--quantize",
          "--device", "--dtype", "--batch-size", "--max-len")
 ASKING = ("--tasks", "--paraphrases", "--split", "--wordings", "--per-task", "--test-set",
@@ -61,7 +60,7 @@ def settle_flags(cfg, argv: list[str]) -> None:
     if cfg.test_set:
         refuse(("--wordings", "--per-task"), "is what --test-set says already")
         cfg.wordings, cfg.per_task = TEST_SETS[cfg.test_set]
-    names = [*model_names(cfg.server_model), *cfg.adapter]
+    names = [*model_names(cfg.server_model), *dict.fromkeys(cfg.adapter)]
     if cfg.responses:
         check_out(cfg)
         unread = set(ASKING) | set(LOCAL) - (set(LOCAL[:1]) if cfg.judge == "self" else set())

@@ -8,6 +8,7 @@ import random
 from collections import Counter
 
 from eval import evaluate_responses, print_table
+from extras.judges.similar import BY_ROUGE
 
 
 def add_controls(cfg, results: dict, tables: dict, judge, more) -> None:
@@ -57,7 +58,8 @@ def control_answers(rows: list[dict], seed: int) -> dict[str, list]:
 def describe(cfg, results: dict) -> None:
     """Add "settings" to each model's metrics: what a reader has to know of how they were made."""
     names = ["similar", "seed"]
-    if cfg.judge == "rule" and ":" not in cfg.similar and cfg.similar != "exact":
+    # In training, whose flags have no --similar, rules always compare.
+    if not hasattr(cfg, "similar") or cfg.judge == "rule" and cfg.similar in BY_ROUGE:
         names.append("rouge_threshold")
     if not getattr(cfg, "responses", []):  # which nobody was asked for here
         names += ["split", "test_set", "samples", "temperature", "max_new_tokens", "prefix",
@@ -83,7 +85,7 @@ def print_notes(results: dict) -> None:
             effect = percent(found["wording_effect"], "points")
             print(f"{model}: two answers to one wording agree in {within}, to two wordings in "
                   f"{cr}; the effect of wording beyond sampling: {effect}.")
-        if found["empty"]:
+        if found.get("empty"):
             print(f"{model}: {found['empty']} of {found['responses']} answers are empty, and "
                   "empty answers agree with each other.")
         if found["unfinished"]:

@@ -132,8 +132,9 @@ def test_a_model_that_only_thought_gave_no_answer(text, run, capsys):
     """Else empty answers would agree with each other, and thoughts would be compared."""
     with ChatServer(lambda request, number: {"body": completion(text, "length")}) as server:
         assert run(*server_flags(server))[0] == 1
+    said = capsys.readouterr().err
     assert ("m left 12 of 12 questions without an answer (12 cut while thinking). Raise "
-            "--max-new-tokens, or turn thinking off with --server-extra;") in capsys.readouterr().err
+            "--max-new-tokens, or turn thinking off with --server-extra;") in said
 
 
 def test_thoughts_are_no_part_of_an_answer_that_was_cut(run):
