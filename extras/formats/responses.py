@@ -28,12 +28,38 @@ COLUMNS = {
     "response": ("response", "completion", "prediction", "filtered_resps"),
     "target": ("target", "targets", "reference", "references", "output"),
 }
+COMMON = "responses"  # the task of rows that name none, where there are several files
 WANTED = "responses: rows with question (or id), wording and response"
 
 
 def print_warning(text: str) -> None:
     """A line on stderr."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def read_files(paths: list, say: Callable[[str], None] = print_warning) -> dict[str, list[dict]]:
+    """`read_responses` of several files together, so that their models can be compared.
+
+    Rows without a task are of one task in all files. Raises ValueError for a model that is in two
+    files, and for a question whose targets differ between two.
+    """
+    found, homes, targets = {}, {}, {}
+    for path in map(str, paths):
+        for model, questions in read_responses(path, say).items():
+            refuse(model in found, f"{homes.get(model)} and {path} both have a model "
+                   f"{show(model)}. Name it otherwise in one of them, in the column model; without "
+                   "one, the file's name is the model's.")
+            found[model], homes[model] = questions, path
+            for question in questions:
+                if len(paths) > 1 and question["task"] == Path(path).stem:
+                    question["task"] = COMMON
+                key = identify(question)
+                wanted, first = targets.setdefault(key, (question["targets"], path))
+                refuse(wanted != question["targets"], f"the target of question "
+                       f"{show(question['id'])} is {show(wanted)} in {first}, and "
+                       f"{show(question['targets'])} in {path}. Make them equal, or tell the "
+                       "questions apart in a column task.")
+    return found
 
 
 def read_responses(path, say: Callable[[str], None] = print_warning) -> dict[str, list[dict]]:

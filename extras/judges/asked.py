@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from eval import fail, find_template, local_answers, open_model, open_tokenizer, read_questions
-from extras.formats.responses import read_responses
+from extras.formats.responses import read_files
 from extras.judges.answers import ENDINGS
 from extras.judges.client import check_flags, client_from_flags
 from extras.judges.flags import read_extra
@@ -149,19 +149,6 @@ def all_answers(cfg) -> Iterator[tuple]:
         asked = sum(len(question["wordings"]) for question in questions)
         seeds = [f"{cfg.seed},{k}" for k in range(asked)]
         yield from local_answers(cfg, questions, cfg.temperature, seeds)
-
-
-def read_files(files: list[str]) -> dict[str, list[dict]]:
-    """{model: questions} of several files. Raises ValueError for a model that is in two of them."""
-    found, homes = {}, {}
-    for file in files:
-        for name, questions in read_responses(file).items():
-            if name in found:
-                raise ValueError(f"{homes[name]} and {file} both have a model {name!r}. Name it "
-                                 "otherwise in one of them, in the column model; without one, the "
-                                 "file's name is the model's.")
-            found[name], homes[name] = questions, file
-    return found
 
 
 def server_answers(cfg, name: str, questions: list[dict]) -> tuple[list[dict], dict]:

@@ -178,7 +178,7 @@ def test_models_of_one_name_in_two_files_are_not_taken_for_each_other(tmp_path, 
     files = [write_answers(tmp_path / name / "answers.jsonl") for name in "ab"]
     with pytest.raises(SystemExit):
         evaluation.main(["--out", str(tmp_path), "--responses", *files])
-    assert f"{files[0]} and {files[1]} both have a model 'answers'." in capsys.readouterr().err
+    assert f'{files[0]} and {files[1]} both have a model "answers".' in capsys.readouterr().err
     write_answers(tmp_path / "b" / "answers.jsonl", model="other")
     assert evaluation.main(["--out", str(tmp_path), "--responses", *files]) == 0
     found = json.loads((tmp_path / "metrics.json").read_text())
