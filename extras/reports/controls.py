@@ -71,11 +71,16 @@ def describe(cfg, results: dict) -> None:
 
 def print_notes(results: dict) -> None:
     """Print what stands beside the table: controls, sampling noise, what could not be read."""
-    controls, several = {}, len(results) > 1
+    by_name, controls = {}, {}
     for model, found in results.items():
         for name, metrics in found.get("controls", {}).items():
-            own = several and metrics != controls.get(name, metrics)
-            controls[f"{name}: {model}" if own else name] = metrics
+            by_name.setdefault(name, {})[model] = metrics
+    for name, by_model in by_name.items():
+        first, *others = by_model.values()
+        if all(metrics == first for metrics in others):
+            controls[name] = first
+        else:
+            controls |= {f"{name}: {model}": metrics for model, metrics in by_model.items()}
     if controls:
         print()
         print_table(controls, "control")

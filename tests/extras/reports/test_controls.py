@@ -83,7 +83,7 @@ def test_what_is_printed_of_them(question, evaluate, capsys):
     print_notes(results)
     lines = [line.split(" | ")[0].strip() for line in capsys.readouterr().out.splitlines()]
     assert lines == ["", "control", "always the same answer", "reference answers",
-                     "shuffled within a task", "shuffled within a task: n"]
+                     "shuffled within a task: m", "shuffled within a task: n"]
 
 
 def test_answers_without_words_or_ends_are_counted_aloud(question, evaluate, capsys):
