@@ -13,6 +13,7 @@ from extras.judges.client import check_flags, client_from_flags
 from extras.judges.flags import read_extra
 from extras.judges.judges import HttpJudge
 from extras.judges.local import LocalChat
+from extras.judges.progress import warn
 from extras.judges.questions import JudgeStopped, Question, Reply
 from extras.judges.similar import BY_ROUGE, make_similar
 from judge import RuleJudge
@@ -136,6 +137,8 @@ def all_answers(cfg) -> Iterator[tuple]:
         if name in ("temperature", "seed"):  # with one seed, all samples would be the same
             raise ValueError(f"--server-extra sets {name}. Use --{name}.")
     questions = read_questions(cfg)
+    if cfg.test_set:
+        warn_of_less(cfg.test_set, questions)
     for question in questions:
         # Of equal wordings the first is asked, each as often as there are samples.
         styles = {}
@@ -149,6 +152,18 @@ def all_answers(cfg) -> Iterator[tuple]:
         asked = sum(len(question["wordings"]) for question in questions)
         seeds = [f"{cfg.seed},{k}" for k in range(asked)]
         yield from local_answers(cfg, questions, cfg.temperature, seeds)
+
+
+def warn_of_less(name: str, questions: list[dict]) -> None:
+    """Say if the tasks have less than the test set of that name has in the paper."""
+    wordings, inputs = TEST_SETS[name]
+    tasks = Counter(question["task"] for question in questions)
+    few = sum(number < inputs for number in tasks.values())
+    short = sum(len(question["wordings"]) < wordings for question in questions)
+    if few or short:
+        warn(f"warning: these tasks have less than the paper's test set {name}: {few} of "
+             f"{len(tasks)} tasks have fewer than {inputs} inputs, and {short} of {len(questions)} "
+             f"questions fewer than {max(wordings, 1)} wordings.")
 
 
 def server_answers(cfg, name: str, questions: list[dict]) -> tuple[list[dict], dict]:
