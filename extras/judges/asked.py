@@ -160,10 +160,11 @@ def warn_of_less(name: str, questions: list[dict]) -> None:
     tasks = Counter(question["task"] for question in questions)
     few = sum(number < inputs for number in tasks.values())
     short = sum(len(question["wordings"]) < wordings for question in questions)
-    if few or short:
-        warn(f"warning: these tasks have less than the paper's test set {name}: {few} of "
-             f"{len(tasks)} tasks have fewer than {inputs} inputs, and {short} of {len(questions)} "
-             f"questions fewer than {max(wordings, 1)} wordings.")
+    parts = [f"{few} of {len(tasks)} tasks have fewer than {inputs} inputs"] * bool(few)
+    parts += [f"{short} of {len(questions)} questions have fewer than {wordings} wordings"
+              ] * bool(short)
+    if parts:
+        warn(f"warning: this is less than the paper's test set {name}: {', '.join(parts)}.")
 
 
 def server_answers(cfg, name: str, questions: list[dict]) -> tuple[list[dict], dict]:
