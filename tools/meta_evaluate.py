@@ -67,9 +67,7 @@ def check(cfg) -> None:
     read = set(OWN) | {"out"} | flag_names(ServerFlags)
     if cfg.judge == "self":
         read |= MODEL
-    for name, default in vars(parse_flags([])).items():
-        if name not in read and getattr(cfg, name, default) != default:
-            raise ValueError(f"{spelled(name)} is not read with --judge {cfg.judge}. Leave it out.")
+    refuse_unread(cfg, read)
     check_flags(cfg, asked=cfg.judge == "http")
     if cfg.repeats > 1 and cfg.judge != "http":
         raise ValueError(f"--repeats {cfg.repeats} needs --judge http: rules and the model itself "
@@ -79,6 +77,14 @@ def check(cfg) -> None:
             if pairs.find_strategy(name).kind != "verdict":
                 raise ValueError(f"--verdict keyword compares two words, and --strategy {name} "
                                  "asks for more. Leave out one of them.")
+
+
+def refuse_unread(cfg, read: set[str]) -> None:
+    """Raise ValueError for a flag of eval.py that is given and not among those that are read."""
+    # From the last on: --test-set sets flags that stand before it.
+    for name, default in reversed(vars(parse_flags([])).items()):
+        if name not in read and getattr(cfg, name, default) != default:
+            raise ValueError(f"{spelled(name)} is not read with --judge {cfg.judge}. Leave it out.")
 
 
 def evaluators(cfg, clients: list) -> Iterator[tuple]:

@@ -23,10 +23,12 @@ from data import Task, split_wordings
 from extras.formats import add_paraphrases, read_tasks
 from extras.formats.checks import refuse
 from extras.formats.tasks import SPLITS, frame_task, is_plain
-from extras.judges import check_flags, client_from_flags
+from extras.judges import ServerFlags, check_flags, client_from_flags
 from extras.judges.local import LocalChat
 from extras.judges.writers import check_meaning, paraphrase
+from methods.flags import flag_names
 from tools import make_main, open_models
+from tools.meta_evaluate import MODEL, refuse_unread
 
 CHECK_KEY = "CHECK_API_KEY"  # where the key of another server that checks is looked for
 
@@ -70,6 +72,10 @@ def check_choices(cfg) -> None:
            "the name under which the server offers the model that checks.")
     if cfg.judge != "http" and cfg.check != "http":
         check_flags(cfg, asked=False)
+    read = {"tasks", "paraphrases", "split", "judge", "out"} | flag_names(ServerFlags)
+    if "self" in (cfg.judge, cfg.check):
+        read |= MODEL
+    refuse_unread(cfg, read)
 
 
 def open_writer(cfg) -> tuple[str, Callable]:
@@ -92,7 +98,8 @@ def frame(tasks: list[Task], number: int, known: dict, checker: Callable | None)
                          "style": wording.style, "model": "", "kept": not reason,
                          "reason": reason})
     if checker:
-        check_meaning(checker, [row for row in rows if row["kept"]])
+        plain = {task.name for task in tasks if is_plain(task)}
+        check_meaning(checker, [row for row in rows if row["kept"]], plain)
     return rows
 
 

@@ -8,6 +8,7 @@ It listens on this machine alone. Its address is printed, for --server and --jud
 
 import argparse
 import os
+import socket
 import sys
 import threading
 
@@ -24,14 +25,31 @@ def serve(words: argparse.Namespace) -> None:
         import xllamacpp
     except ImportError:
         raise ValueError("serving needs the package xllamacpp: pip install xllamacpp") from None
+    check_port(words.port)
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = str(source), {words.source}
     params.hostnames, params.port = ["127.0.0.1"], words.port
     params.n_parallel, params.n_ctx = words.parallel, words.parallel * words.context
     params.cpuparams.n_threads, params.verbosity = words.threads, 0
-    server = xllamacpp.Server(params)
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError:
+        raise ValueError(f"llama.cpp could not load {source}. Is it a whole GGUF file, and is "
+                         "there memory for it? A smaller --context or --parallel takes less."
+                         ) from None
     print(f"{words.source} at {server.listening_address}/v1 (Ctrl-C ends it)", flush=True)
     threading.Event().wait()
+
+
+def check_port(port: int) -> None:
+    """Raise ValueError for a port that is taken: llama.cpp does not say so."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise ValueError(f"port {port} is taken or not allowed. Give another --port, or 0 "
+                             "for a free one.") from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,11 +67,13 @@ def main(argv: list[str] | None = None) -> int:
     for name, least in (("port", 0), ("parallel", 1), ("context", 1), ("threads", 1)):
         if getattr(words, name) < least:
             fail(f"--{name} is {getattr(words, name)}. Expected {least} or more.")
+    if words.port > 65535:
+        fail(f"--port is {words.port}. Expected at most 65535.")
     try:
         serve(words)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
     return 0
 

@@ -28,12 +28,40 @@ COLUMNS = {
     "response": ("response", "completion", "prediction", "filtered_resps"),
     "target": ("target", "targets", "reference", "references", "output"),
 }
+COMMON = "responses"  # the task of rows that name none, where there are several files
 WANTED = "responses: rows with question (or id), wording and response"
 
 
 def print_warning(text: str) -> None:
     """A line on stderr."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def read_files(paths: list, say: Callable[[str], None] = print_warning) -> dict[str, list[dict]]:
+    """`read_responses` of several files together, so that their models can be compared.
+
+    Rows without a task are of one task in all files. Raises ValueError for a model that is in two
+    files, and for a question whose targets differ between two.
+    """
+    found, homes, targets = {}, {}, {}
+    for path in map(str, paths):
+        refuse(Path(path).is_dir(), f"{path} is a folder. Give a file of answers, such as its "
+               "questions.jsonl.")
+        for model, questions in read_responses(path, say).items():
+            refuse(model in found, f"{homes.get(model)} and {path} both have a model "
+                   f"{show(model)}. Name it otherwise in one of them, in the column model; without "
+                   "one, the file's name is the model's.")
+            found[model], homes[model] = questions, path
+            for question in questions:
+                if len(paths) > 1 and question["task"] == Path(path).stem:
+                    question["task"] = COMMON
+                key = identify(question)
+                wanted, first = targets.setdefault(key, (question["targets"], path))
+                refuse(wanted != question["targets"], f"the target of question "
+                       f"{show(question['id'])} is {show(wanted)} in {first}, and "
+                       f"{show(question['targets'])} in {path}. Make them equal, or tell the "
+                       "questions apart in a column task.")
+    return found
 
 
 def read_responses(path, say: Callable[[str], None] = print_warning) -> dict[str, list[dict]]:
@@ -137,9 +165,14 @@ def read_row(row: dict, where: str, path: Path) -> Iterator[dict]:
         given[name] = default
         if row.get(name) not in (None, ""):
             given[name] = as_text(row[name], name, where)
+    refuse(not given["model"].isprintable(), f"{where}: model is {show(given['model'])}. Expected "
+           "a name on one line.")
     if "responses" in row:
         yield from read_own(row, where, given)
         return
+    refuse({"key", "request", "text"} <= row.keys(), f"{where} is an answer as the client of "
+           "servers keeps it. The questions.jsonl of the run in the same folder has all answers "
+           "with their questions: give that file.")
     columns = {}
     for column, names in COLUMNS.items():
         columns[column] = next((name for name in names if name in row), "")
@@ -213,7 +246,10 @@ def read_response(value, where: str) -> str:
 
 
 def read_wording(value, where: str) -> str:
-    """A wording; of lm-evaluation-harness's "arguments" the prompt, which comes first."""
+    """A wording: a text, the messages of a chat, or lm-evaluation-harness's "arguments", in which
+    the prompt comes first."""
+    if isinstance(value, list) and all(isinstance(x, dict) and "content" in x for x in value):
+        return "\n".join(as_text(message["content"], "wording", where) for message in value)
     while isinstance(value, (dict, list)) and value:
         value = next(iter(value.values() if isinstance(value, dict) else value))
     return as_text(value, "wording", where)

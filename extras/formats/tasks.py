@@ -195,8 +195,8 @@ def read_frames() -> dict[str, list[str]]:
 def frame_task(task: Task, number: int) -> list[Wording]:
     """The task's own words in the first sentences of frames.toml, each a style of its own."""
     frames = [text for texts in read_frames().values() for text in texts]
-    if is_plain(task):  # there is no input that could stand elsewhere
-        frames = [text for text in frames if "{input}" not in text]
+    if is_plain(task):  # there is no input
+        frames = [text for text in frames if "{input}" not in text and " below" not in text]
     refuse(number > len(frames), f"--number {number} is more than the {len(frames)} sentences of "
            "extras/formats/frames.toml. Give less, or --judge http.")
     return [Wording(text.replace("{definition}", task.definition),

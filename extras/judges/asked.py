@@ -3,20 +3,26 @@
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from eval import fail, find_template, local_answers, open_model, open_tokenizer, read_questions
-from extras.formats.responses import read_responses
+from extras.formats.responses import read_files
+from extras.judges.answers import ENDINGS
 from extras.judges.client import check_flags, client_from_flags
+from extras.judges.flags import read_extra
 from extras.judges.judges import HttpJudge
 from extras.judges.local import LocalChat
-from extras.judges.questions import JudgeStopped, Question
-from extras.judges.similar import make_similar
+from extras.judges.progress import warn
+from extras.judges.questions import JudgeStopped, Question, Reply
+from extras.judges.similar import BY_ROUGE, make_similar
 from judge import RuleJudge
 
 TEST_SETS = {"I": (10, 10), "II": (0, 100)}  # wordings of a task, and inputs, in arXiv 2403.14221
 CUT = "cut at max_tokens"
 ANSWERS = ("", CUT, "empty message")  # what a reply may have failed at and be an answer
+THINKING = "cut while thinking"
+ON_FILE = {*ENDINGS.values(), THINKING, "prompt cut by the server"}  # and not asked for again
 LOCAL = ("--model", "--adapter", "--reference", "--template", "--tokenizer", "--quantize",
          "--device", "--dtype", "--batch-size", "--max-len")
 ASKING = ("--tasks", "--paraphrases", "--split", "--wordings", "--per-task", "--test-set",
@@ -55,7 +61,9 @@ def settle_flags(cfg, argv: list[str]) -> None:
     if cfg.test_set:
         refuse(("--wordings", "--per-task"), "is what --test-set says already")
         cfg.wordings, cfg.per_task = TEST_SETS[cfg.test_set]
+    names = [*model_names(cfg.server_model), *dict.fromkeys(cfg.adapter)]
     if cfg.responses:
+        check_out(cfg)
         unread = set(ASKING) | set(LOCAL) - (set(LOCAL[:1]) if cfg.judge == "self" else set())
         refuse(unread, "is for asking a model, and --responses brings the answers")
     if not cfg.server:
@@ -64,18 +72,41 @@ def settle_flags(cfg, argv: list[str]) -> None:
         fail("--server has no model. Name those to be asked with --server-model.")
     elif cfg.judge != "http":
         refuse(("--judge-url", "--judge-model", "--judge-key-env", "--judge-extra",
-                "--judge-max-tokens", "--judge-cache", "--verdict"), "needs --judge http")
+                "--judge-max-tokens", "--judge-cache", "--judge-fold-system", "--verdict"),
+               "needs --judge http")
     if cfg.similar:
         refuse(("--judge",), "and --similar both say how answers are compared")
+    if cfg.judge != "rule" or cfg.similar not in BY_ROUGE:
+        refuse(("--rouge-threshold",), "is for rules, and others compare the answers")
     if (cfg.server or cfg.responses) and "--model" not in given:
         if cfg.server:
             refuse(LOCAL, "is for a local model. Name it with --model, or ask the server alone")
         if cfg.judge == "self":
             fail("--judge self needs the model that is to judge. Name it with --model.")
         cfg.model = ""
+    elif not cfg.responses:
+        names.append(Path(cfg.model).name)
+    for name, times in Counter(names).items():
+        if times > 1:  # the second would take the place of the first
+            fail(f"{times} of the models are called {name}, and each needs a name of its own. "
+                 "Leave one out, or give its folder another name.")
     if cfg.samples > 1 and not cfg.temperature and cfg.model and not cfg.responses:
         fail(f"--samples {cfg.samples} at --temperature 0 would be the same answer each time. "
              "Give a --temperature above 0.")
+
+
+def model_names(text: str) -> list[str]:
+    """The names in --server-model."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def check_out(cfg) -> None:
+    """Refuse a file of answers that the results would be written over."""
+    written = Path(cfg.out, "questions.jsonl")
+    for file in cfg.responses:
+        if Path(file).resolve() == written.resolve():
+            fail(f"the results would be written over {file}, which --responses reads. Give "
+                 "another --out.")
 
 
 # ----- Who says whether two answers agree -----
@@ -99,15 +130,23 @@ def make_judge(cfg):
 def all_answers(cfg) -> Iterator[tuple]:
     """(name, answered questions, further metrics) of files, of servers, of local models."""
     if cfg.responses:
-        for file in cfg.responses:
-            for name, questions in read_responses(file).items():
-                yield name, questions, {}
+        for name, questions in read_files(cfg.responses).items():
+            yield name, questions, {}
         return
+    for name in read_extra(cfg.server_extra, role="server"):
+        if name in ("temperature", "seed"):  # with one seed, all samples would be the same
+            raise ValueError(f"--server-extra sets {name}. Use --{name}.")
     questions = read_questions(cfg)
-    for question in questions:  # each wording is there as often as it is asked
-        for name in ("wordings", "styles"):
-            question[name] = [x for x in question[name] for _ in range(cfg.samples)]
-    for name in filter(None, map(str.strip, cfg.server_model.split(","))):
+    if cfg.test_set:
+        warn_of_less(cfg.test_set, questions)
+    for question in questions:
+        # Of equal wordings the first is asked, each as often as there are samples.
+        styles = {}
+        for wording, style in zip(question["wordings"], question["styles"], strict=True):
+            styles.setdefault(wording, style)
+        for name, values in (("wordings", list(styles)), ("styles", styles.values())):
+            question[name] = [x for x in values for _ in range(cfg.samples)]
+    for name in model_names(cfg.server_model):
         yield name, *server_answers(cfg, name, questions)
     if cfg.model:
         asked = sum(len(question["wordings"]) for question in questions)
@@ -115,11 +154,25 @@ def all_answers(cfg) -> Iterator[tuple]:
         yield from local_answers(cfg, questions, cfg.temperature, seeds)
 
 
+def warn_of_less(name: str, questions: list[dict]) -> None:
+    """Say if the tasks have less than the test set of that name has in the paper."""
+    wordings, inputs = TEST_SETS[name]
+    tasks = Counter(question["task"] for question in questions)
+    few = sum(number < inputs for number in tasks.values())
+    short = sum(len(question["wordings"]) < wordings for question in questions)
+    parts = [f"{few} of {len(tasks)} tasks have fewer than {inputs} inputs"] * bool(few)
+    parts += [f"{short} of {len(questions)} questions have fewer than {wordings} wordings"
+              ] * bool(short)
+    if parts:
+        warn(f"warning: this is less than the paper's test set {name}: {', '.join(parts)}.")
+
+
 def server_answers(cfg, name: str, questions: list[dict]) -> tuple[list[dict], dict]:
     """(answered questions, counts) of a model behind --server; answers.jsonl in --out keeps all.
 
-    An answer that was cut at --max-new-tokens is one, and so is an empty one. Wordings that got
-    none are left out of their question. Raises JudgeStopped where a share above --max-unparsed is.
+    An answer that was cut at --max-new-tokens is one, unless it had not begun; so is an empty one.
+    Wordings that got none are left out of their question. Raises JudgeStopped where a share above
+    --max-unparsed is.
     """
     role = {"role": "server", "judge_url": cfg.server, "judge_model": name,
             "judge_key_env": cfg.server_key_env, "judge_extra": cfg.server_extra,
@@ -130,13 +183,17 @@ def server_answers(cfg, name: str, questions: list[dict]) -> tuple[list[dict], d
                   for i in range(sample, len(question["wordings"]), cfg.samples)]
         asked = [plain_question(cfg, questions[k], questions[k]["wordings"][i]) for k, i in places]
         made = client.ask(asked, temperature=cfg.temperature, sample=1000 * cfg.seed + sample)
-        replies |= dict(zip(places, made, strict=True))
+        replies |= dict(zip(places, map(drop_thoughts, made), strict=True))
     failed = Counter(reply.failure for reply in replies.values() if reply.failure not in ANSWERS)
     if failed.total() > cfg.max_unparsed * len(replies):
         causes = ", ".join(f"{n} {cause}" for cause, n in failed.most_common())
+        advice = "Run the same command again to ask these anew"
+        if ON_FILE.issuperset(failed):
+            advice = "These are not asked again"
+            if THINKING in failed:
+                advice = "Raise --max-new-tokens, or turn thinking off with --server-extra"
         raise JudgeStopped(f"{name} left {failed.total()} of {len(replies)} questions without an "
-                           f"answer ({causes}). Run the same command again to ask these anew, or "
-                           "allow more with --max-unparsed.")
+                           f"answer ({causes}). {advice}; --max-unparsed allows more.")
     answered = []
     for k, question in enumerate(questions):
         kept = [i for i in range(len(question["wordings"])) if replies[k, i].failure in ANSWERS]
@@ -145,6 +202,16 @@ def server_answers(cfg, name: str, questions: list[dict]) -> tuple[list[dict], d
         own["unfinished"] = sum(replies[k, i].failure == CUT for i in kept)
         answered += [own] * bool(kept)
     return answered, {"unanswered": failed.total(), "usage": client.usage()}
+
+
+def drop_thoughts(reply: Reply) -> Reply:
+    """A reply that was cut, without what the model thought; no answer if it only thought."""
+    if reply.failure != CUT:
+        return reply
+    text = reply.text.rpartition("</think>")[2].strip()
+    if not text or text.startswith("<think>"):
+        return replace(reply, failure=THINKING)
+    return replace(reply, text=text)
 
 
 def plain_question(cfg, question: dict, wording: str) -> Question:

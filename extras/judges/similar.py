@@ -15,6 +15,7 @@ from collections.abc import Callable
 from judge import RuleJudge, normalize, rouge_l, split_numbers
 
 NAMES = ("rule", "exact", "rouge")
+BY_ROUGE = ("", "rule", "rouge")  # what --similar may be where --rouge-threshold is read
 NEVER = 2.0  # a ROUGE-L that no pair reaches
 
 

@@ -8,6 +8,7 @@ import random
 from collections import Counter
 
 from eval import evaluate_responses, print_table
+from extras.judges.similar import BY_ROUGE
 
 
 def add_controls(cfg, results: dict, tables: dict, judge, more) -> None:
@@ -15,7 +16,7 @@ def add_controls(cfg, results: dict, tables: dict, judge, more) -> None:
 
     Those that a judge is paid for, or is slow on, are left out unless --controls all.
     """
-    free = cfg.judge == "rule" and not cfg.similar
+    free = cfg.judge == "rule" and ":" not in cfg.similar
     if cfg.controls == "none" or cfg.controls == "auto" and not free:
         return
     known = {}  # equal answers, as the references of all models, are compared once
@@ -56,9 +57,15 @@ def control_answers(rows: list[dict], seed: int) -> dict[str, list]:
 
 def describe(cfg, results: dict) -> None:
     """Add "settings" to each model's metrics: what a reader has to know of how they were made."""
-    names = ["split", "seed", "rouge_threshold", "max_new_tokens"]
-    if not hasattr(cfg, "stage"):  # train.py always asks once, greedily
-        names += ["test_set", "samples", "temperature", "similar", "prefix"]
+    flags = {"judge": "rule", "similar": "", "responses": []} | vars(cfg)
+    names = ["seed", "similar"]
+    trained = "stage" in flags  # then answers are greedy, and rules compare them
+    if trained or flags["judge"] == "rule" and flags["similar"] in BY_ROUGE:
+        names.append("rouge_threshold")
+    if not flags["responses"]:  # which nobody was asked for here
+        names += ["split", "max_new_tokens"]
+    if not flags["responses"] and not trained:
+        names += ["test_set", "samples", "temperature", "prefix", "server_extra"]
     settings = {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
     for found in results.values():
         found["settings"] = settings | found.get("settings", {})
@@ -66,20 +73,31 @@ def describe(cfg, results: dict) -> None:
 
 def print_notes(results: dict) -> None:
     """Print what stands beside the table: controls, sampling noise, what could not be read."""
-    controls, several = {}, len(results) > 1
+    by_name, controls = {}, {}
     for model, found in results.items():
         for name, metrics in found.get("controls", {}).items():
-            own = several and metrics != controls.get(name, metrics)
-            controls[f"{name}: {model}" if own else name] = metrics
+            by_name.setdefault(name, {})[model] = metrics
+    for name, by_model in by_name.items():
+        first, *others = by_model.values()
+        if all(metrics == first for metrics in others):
+            controls[name] = first
+        else:
+            controls |= {f"{name}: {model}": metrics for model, metrics in by_model.items()}
     if controls:
         print()
         print_table(controls, "control")
     for model, found in results.items():
-        if found["within"]["n"] and found["cr"]["n"]:
-            within, cr, effect = map(percent, (found[name] for name in (
-                "within", "cr", "wording_effect")))
+        if found["wording_effect"]["n"]:
+            within, cr = percent(found["within"]), percent(found["cr"])
+            effect = percent(found["wording_effect"], "points")
             print(f"{model}: two answers to one wording agree in {within}, to two wordings in "
                   f"{cr}; the effect of wording beyond sampling: {effect}.")
+        if found.get("empty"):
+            print(f"{model}: {found['empty']} of {found['responses']} answers are empty, and "
+                  "empty answers agree with each other.")
+        if found["unfinished"]:
+            print(f"{model}: {found['unfinished']} of {found['responses']} answers were cut at "
+                  "the length limit.")
         if found["unparsed"]:
             print(f"{model}: {found['unparsed']} of {found['asked']} verdicts on pairs could not "
                   "be read; these pairs are left out.")
@@ -87,7 +105,10 @@ def print_notes(results: dict) -> None:
             print(f"{model}: {found['unanswered']} wordings got no answer and are left out.")
 
 
-def percent(summary: dict) -> str:
-    """12.3 % [11.0, 13.6]; a difference of two shares is in points."""
-    low, high = summary["ci95"] or (summary["mean"], summary["mean"])
-    return f"{100 * summary['mean']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+def percent(summary: dict, unit: str = "%") -> str:
+    """12.3 % [11.0, 13.6]; the unit of a difference of two shares is points."""
+    text = f"{100 * summary['mean']:.1f} {unit}"
+    if summary["ci95"]:  # which a single question has not
+        low, high = summary["ci95"]
+        text += f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return text

@@ -74,7 +74,9 @@ class MoreMetrics:
         if asked := sum(row["asked"] for row in rows):
             found["unread_share"] = sum(row["unparsed"] for row in rows) / asked
         found["without_cr"] = sum(row["cr"] is None for row in rows)
-        found["responses"] = sum(len(row["responses"]) for row in rows)
+        texts = [text for row in rows for text in row["responses"]]
+        found["responses"] = len(texts)
+        found["empty"] = sum(not text.strip() for text in texts)
         found["rouge_tokenizer"] = dict(Counter(filter(None, (row["tokenizer"] for row in rows))))
         return found
 

@@ -237,7 +237,7 @@ def test_without_a_model_the_text_stands_in_fixed_sentences(world, tmp_path, cap
 
     path = tmp_path / "questions.jsonl"
     path.write_text(json.dumps({"id": "legs", "question": "How many legs?"}) + "\n")
-    for tasks, name, number in ((path, "legs", 12), (world / "tasks", "colour", 16)):
+    for tasks, name, number in ((path, "legs", 11), (world / "tasks", "colour", 16)):
         words = ["--judge", "rule", "--tasks", tasks, "--out", tmp_path]
         assert write([*words, "--number", number]) == 0
         found = json.loads((tmp_path / "paraphrases.json").read_text())[name]["dev"]
@@ -252,6 +252,18 @@ def test_without_a_model_the_text_stands_in_fixed_sentences(world, tmp_path, cap
         assert write(["--judge", "rule", "--tasks", path, "--out", tmp_path, "--number", 2,
                       "--check", "http", "--check-model", "c", "--judge-url", server.url]) == 0
         assert len(server.texts()) == 4
+        assert all("<first question " in text for text in server.texts())
+
+
+@pytest.mark.parametrize("flags, name", [
+    (["--judge", "rule", "--wordings", "4"], "--wordings"),
+    (["--judge", "rule", "--model", "x"], "--model"), (["--test-set", "I"], "--test-set"),
+    (["--judge", "self", "--seed", "3"], "--seed"), (["--plain"], "--plain")])
+def test_flags_of_eval_that_write_nothing_are_refused(flags, name, world, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        write_wordings(tmp_path, "--tasks", world / "tasks", *flags)
+    assert stop.value.code == 2
+    assert f"error: {name} is not read with --judge " in capsys.readouterr().err
 
 
 def test_who_writes_and_who_checks_can_be_two_servers_with_two_keys(world, tmp_path, monkeypatch):

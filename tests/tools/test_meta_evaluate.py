@@ -202,6 +202,7 @@ def test_own_without_such_outputs_is_refused(more, said, tmp_path, capsys):
     (["--judge", "self", "--symmetrize", "or"], "--symmetrize is not read with --judge self"),
     (["--judge", "http"], "the judge's model has no name"),
     (["--plain"], "--plain is not read with --judge rule"),
+    (["--test-set", "I"], "--test-set is not read with --judge rule"),
     (["--strategy", "rules"], "unknown rule 'rules' for two outputs")])
 def test_flags_that_would_be_ignored_are_refused(flags, said, tmp_path, capsys):
     argv = write_pairs(tmp_path, 1)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
     (["nothing.gguf"], "no model at nothing.gguf"),
     (["."], "holds no GGUF file, and llama.cpp serves nothing else."),
     (["x", "--port", "-1"], "--port is -1. Expected 0 or more."),
+    (["x", "--port", "65536"], "--port is 65536. Expected at most 65535."),
     (["x", "--parallel", "0"], "--parallel is 0. Expected 1 or more.")])
 def test_mistakes_are_one_sentence(words, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -34,6 +36,22 @@ def test_the_package_is_named_where_it_is_missing(capsys, tmp_path, monkeypatch)
         serve.main([str(tmp_path / "x.gguf")])
     assert capsys.readouterr().err == (
         "error: serving needs the package xllamacpp: pip install xllamacpp\n")
+
+
+def test_a_port_that_is_taken_and_a_file_that_is_damaged(capsys, tmp_path):
+    pytest.importorskip("xllamacpp")
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF" + bytes(20))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for number, said in (
+                (port, f"port {port} is taken or not allowed. Give another --port, or 0 for a"),
+                (0, f"llama.cpp could not load {path}. Is it a whole GGUF file, and is there")):
+            with pytest.raises(SystemExit):
+                serve.main([str(path), "--port", str(number)])
+            assert f"error: {said}" in capsys.readouterr().err
 
 
 def test_smollm2_is_served_and_measured(world, tmp_path):

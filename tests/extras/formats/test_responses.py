@@ -12,7 +12,9 @@ import pytest
 from damage import NASTY, spoilt, spoilt_text
 
 from eval import evaluate_responses
-from extras.formats.responses import read_responses
+from extras.formats.responses import read_files, read_responses
+from extras.reports.agreement import match_questions
+from extras.reports.metrics import paired_difference
 from judge import RuleJudge
 
 WORDS = ["red", "a blue lamp", "8", "", "it's \"so\", he said", "línea\nnueva", "猫; 犬", "\ttab",
@@ -92,6 +94,11 @@ def plain(questions):
     """Without the fields that rows do not say, and the styles sorted out."""
     return [{name: part for name, part in question.items() if name != "instruction"}
             for question in questions]
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(ValueError, match="is a folder. Give a file of answers, such as its quest"):
+        read_files([tmp_path])
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json", "csv", "tsv"])
@@ -226,6 +233,41 @@ def test_tables_that_are_not_ours(change, said, tmp_path):
         read_responses(path)
 
 
+def test_files_of_several_models_are_compared_question_by_question(tmp_path):
+    """Whatever the files are called, and in whatever order their rows are."""
+    rng, names, files = random.Random(), list("pqr"), []
+    for model, answers in (("one", "xy"), ("two", "xx")):
+        rng.shuffle(names)
+        rows = [{"question": q, "wording": w, "response": answer, "target": "x"}
+                for q in names for w, answer in enumerate(answers)]
+        files.append(tmp_path / f"{model}.json")
+        files[-1].write_text(json.dumps(rows))
+    found = read_files(files)
+    tables = {model: evaluate_responses(asked, RuleJudge())[1] for model, asked in found.items()}
+    matched = match_questions(tables)
+    assert len(matched) == 3 and all(len(rows) == 2 for rows in matched)
+    before, after = ([rows[model] for rows in matched] for model in ("one", "two"))
+    assert paired_difference(before, after, "cr")["mean"] == 1
+    assert paired_difference(before, after, "exact_match")["mean"] == 0.5
+    assert read_files(files[:1])["one"][0]["task"] == "one"
+    rows = [row | {"target": "z"} for row in rows]
+    files[1].write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=re.escape('" is ["x"] in ') + ".*" + re.escape(
+            f'["z"] in {files[1]}. Make them equal, or tell the questions apart in a column')):
+        read_files(files)
+    files[1].write_text(json.dumps([row | {"task": "other"} for row in rows]))
+    assert {x["task"] for x in read_files(files)["two"]} == {"other"}
+
+
+def test_prompts_may_be_messages_of_a_chat(tmp_path):
+    path, system = tmp_path / "r.json", {"role": "system", "content": "be brief"}
+    rows = [{"id": 1, "prompt": [system, {"role": "user", "content": text}], "response": "8"}
+            for text in ("How many legs?", "Its legs?")]
+    path.write_text(json.dumps(rows))
+    [question] = read_responses(path)["r"]
+    assert question["wordings"] == ["be brief\nHow many legs?", "be brief\nIts legs?"]
+
+
 # ----- Mistakes -----
 
 GOOD = {"question": "q", "wording": "w", "response": "r", "target": "t"}
@@ -242,6 +284,8 @@ GOOD = {"question": "q", "wording": "w", "response": "r", "target": "t"}
     (GOOD | {"target": ["t", "u"]}, 'the target of question "q" is ["t", "u"], and in'),
     (GOOD | {"target": {"a": 1}}, 'target is {"a": 1}. Expected a text or'),
     (GOOD | {"model": []}, "model is []. Expected a text"),
+    (GOOD | {"model": "m\x1b[31m"}, "model is \"m\\u001b[31m\". Expected a name on one line."),
+    ({"key": "k", "request": {}, "text": "x"}, "is an answer as the client of servers keeps it."),
     (GOOD | {"response": float("nan")}, "response is NaN"),
     ("x", 'is "x". Expected an object')])
 def test_mistakes_name_the_file_and_the_record(row, said, tmp_path):

@@ -108,8 +108,92 @@ def test_what_a_server_leaves_unanswered_is_left_out_and_counted(run, capsys):
         assert "m: 3 wordings got no answer and are left out." in capsys.readouterr().out
         status, *_ = run(*server_flags(server))
     assert status == 1
-    assert ("m left 3 of 12 questions without an answer (3 filtered). Run the same command again "
-            "to ask these anew, or allow more with --max-unparsed.") in capsys.readouterr().err
+    assert ("m left 3 of 12 questions without an answer (3 filtered). These are not asked again; "
+            "--max-unparsed allows more.") in capsys.readouterr().err
+
+
+def test_requests_that_failed_are_asked_again(run, capsys):
+    def decide(request, number):
+        if request["messages"][0]["content"].startswith("which person"):
+            return {"status": 400, "body": {"error": {"message": "no"}}}
+        return colour_of(request)
+
+    with ChatServer(decide) as server:
+        assert run(*server_flags(server))[0] == 1
+        said = capsys.readouterr().err
+        server.decide = colour_of
+        assert run(*server_flags(server))[0] == 0 and len(server.sent) == 12
+    assert "(3 http 400" in said and (
+        "Run the same command again to ask these anew; --max-unparsed allows more.") in said
+
+
+@pytest.mark.parametrize("text", ["<think>anna has a", "", "<think>x</think>\n"])
+def test_a_model_that_only_thought_gave_no_answer(text, run, capsys):
+    """Else empty answers would agree with each other, and thoughts would be compared."""
+    with ChatServer(lambda request, number: {"body": completion(text, "length")}) as server:
+        assert run(*server_flags(server))[0] == 1
+    said = capsys.readouterr().err
+    assert ("m left 12 of 12 questions without an answer (12 cut while thinking). Raise "
+            "--max-new-tokens, or turn thinking off with --server-extra;") in said
+
+
+def test_thoughts_are_no_part_of_an_answer_that_was_cut(run):
+    def decide(request, number):
+        return {"body": completion(f"<think>{number}</think>\nanna", "length")}
+
+    with ChatServer(decide) as server:
+        _, results, rows = run(*server_flags(server))
+    assert {text for row in rows for text in row["responses"]} == {"anna"}
+    assert results["m"]["cr"]["mean"] == 1 and results["m"]["unfinished"] == 12
+
+
+def test_equal_wordings_are_asked_once(tmp_path):
+    """Sent once, they would count as samples that always agree."""
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"question": "q", "wordings": ["a", "a", "b"]}) + "\n")
+    with ChatServer() as server:
+        assert evaluation.main(["--tasks", str(path), "--out", str(tmp_path),
+                                *server_flags(server)]) == 0
+        assert sorted(server.texts()) == ["a", "b"]
+    [row] = data.read_records(tmp_path / "questions.jsonl")
+    assert row["wordings"] == ["a", "b"] and row["within"] is None
+
+
+@pytest.mark.parametrize("name", ["seed", "temperature"])
+def test_fields_that_have_a_flag_are_refused(name, run, capsys):
+    with ChatServer(colour_of) as server, pytest.raises(SystemExit):
+        run(*server_flags(server), "--server-extra", f'{{"{name}": 1}}')
+    assert not server.requests
+    assert f"--server-extra sets {name}. Use --{name}." in capsys.readouterr().err
+
+
+def write_answers(path, **more):
+    path.parent.mkdir(exist_ok=True)
+    rows = [{"question": "q", "wording": w, "response": "x", **more} for w in "ab"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_models_of_one_name_in_two_files_are_not_taken_for_each_other(tmp_path, capsys):
+    files = [write_answers(tmp_path / name / "answers.jsonl") for name in "ab"]
+    with pytest.raises(SystemExit):
+        evaluation.main(["--out", str(tmp_path), "--responses", *files])
+    assert f'{files[0]} and {files[1]} both have a model "answers".' in capsys.readouterr().err
+    write_answers(tmp_path / "b" / "answers.jsonl", model="other")
+    assert evaluation.main(["--out", str(tmp_path), "--responses", *files]) == 0
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(found) == ["answers", "other"]
+    assert "split" not in found["answers"]["settings"]  # nobody chose one
+
+
+def test_results_are_not_written_over_the_answers(tmp_path, capsys):
+    path = write_answers(tmp_path / "questions.jsonl")
+    before = (tmp_path / "questions.jsonl").read_bytes()
+    with pytest.raises(SystemExit):
+        evaluation.main(["--out", f"{tmp_path}/../{tmp_path.name}", "--responses", path])
+    assert (f"the results would be written over {path}, which --responses reads. Give another "
+            "--out.") in capsys.readouterr().err
+    assert (tmp_path / "questions.jsonl").read_bytes() == before
 
 
 def test_a_place_holder_takes_the_input(run, world, tmp_path):
@@ -124,8 +208,8 @@ def test_a_place_holder_takes_the_input(run, world, tmp_path):
 
 
 @pytest.mark.parametrize("name, wordings, most", [("I", 2, 10), ("II", 1, 100)])
-def test_the_papers_test_sets_are_one_flag_each(name, wordings, most, world, tmp_path):
-    """The tiny world has two held-out wordings and six held-out inputs a task."""
+def test_the_papers_test_sets_are_one_flag_each(name, wordings, most, world, tmp_path, capsys):
+    """The tiny world has two held-out wordings a task, and some ten held-out inputs."""
     argv = ["--tasks", str(world / "tasks"), "--paraphrases", str(world / "paraphrases.json"),
             "--out", str(tmp_path), "--test-set", name]
     cfg = evaluation.parse_flags(argv)
@@ -134,6 +218,10 @@ def test_the_papers_test_sets_are_one_flag_each(name, wordings, most, world, tmp
     with ChatServer(colour_of) as server:
         assert evaluation.main([*argv, *server_flags(server)]) == 0
     found = json.loads((tmp_path / "metrics.json").read_text())["m"]
+    less = {"I": f"{len(questions)} of {len(questions)} questions have fewer than 10 wordings",
+            "II": "2 of 2 tasks have fewer than 100 inputs"}[name]
+    assert (f"warning: this is less than the paper's test set {name}: {less}."
+            ) in capsys.readouterr().err
     assert found["settings"]["test_set"] == name and (found["cr"]["n"] == 0) == (name == "II")
 
 
@@ -162,6 +250,14 @@ def test_the_flags_of_the_comparison_reach_it(run, monkeypatch):
      "--judge self needs the model that is to judge. Name it with --model."),
     (["--test-set", "I", "--wordings", "3"], "--wordings is what --test-set says already. Leave it "
      "out."),
+    (["--server", "http://127.0.0.1:9/v1", "--server-model", "m", "--judge-fold-system"],
+     "--judge-fold-system needs --judge http. Leave it out."),
+    (["--server", "http://127.0.0.1:9/v1", "--server-model", "m, n,m"],
+     "2 of the models are called m, and each needs a name of its own. Leave one out, or give its"),
+    (["--server", "http://127.0.0.1:9/v1", "--server-model", "base", "--model", "demo/base"],
+     "2 of the models are called base, and each needs a name of its own."),
+    (["--similar", "exact", "--rouge-threshold", "0.5"], "--rouge-threshold is for rules, and "
+     "others compare the answers. Leave it out."),
     (["--responses", "x", "--samples", "3"], "--samples is for asking a model, and --responses "
      "brings the answers. Leave it out."),
     (["--responses", "x", "--model", "x"], "--model is for asking a model, and --responses brings "

@@ -66,7 +66,8 @@ def test_without_references_they_are_no_control(question, evaluate):
 
 
 @pytest.mark.parametrize("more, wanted", [
-    ({"controls": "none"}, False), ({"judge": "http"}, False), ({"similar": "exact"}, False),
+    ({"controls": "none"}, False), ({"judge": "http"}, False), ({"similar": "mine:f"}, False),
+    ({"similar": "exact"}, True),
     ({"judge": "http", "controls": "all"}, True), ({}, True)])
 def test_a_judge_is_asked_for_controls_only_if_they_are_wanted(more, wanted, question, evaluate):
     judge = Rule()
@@ -90,4 +91,38 @@ def test_what_is_printed_of_them(question, evaluate, capsys):
     print_notes(results)
     lines = [line.split(" | ")[0].strip() for line in capsys.readouterr().out.splitlines()]
     assert lines == ["", "control", "always the same answer", "reference answers",
-                     "shuffled within a task", "shuffled within a task: n"]
+                     "shuffled within a task: m", "shuffled within a task: n"]
+
+
+def test_answers_without_words_or_ends_are_counted_aloud(question, evaluate, capsys):
+    metrics, _ = evaluate([question(["", " ", "a"], []) | {"unfinished": 2}, question(["a"], [])])
+    print_notes({"m": metrics})
+    assert capsys.readouterr().out.splitlines() == [
+        "m: 2 of 4 answers are empty, and empty answers agree with each other.",
+        "m: 2 of 4 answers were cut at the length limit."]
+
+
+def test_what_sampling_costs_is_said_where_it_is_known(question, evaluate, capsys):
+    """One question has no interval; without a pair that was read, there is nothing to say."""
+    own = {"wordings": ["w", "w", "v"], "styles": [""] * 3}
+    metrics, _ = evaluate([question(["a", "b", "b"], []) | own])
+    print_notes({"m": metrics})
+    assert capsys.readouterr().out == (
+        "m: two answers to one wording agree in 0.0 %, to two wordings in 50.0 %; the effect of "
+        "wording beyond sampling: -50.0 points.\n")
+    unknown = {"n": 0, "mean": None, "ci95": None}
+    print_notes({"m": metrics | {"wording_effect": unknown}})
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("more, wanted", [
+    ({}, {"similar", "seed", "rouge_threshold", "temperature", "split"}),
+    ({"judge": "http"}, {"similar", "seed", "temperature", "split"}),
+    ({"similar": "exact"}, {"similar", "seed", "temperature", "split"}),
+    ({"responses": ["a.csv"]}, {"similar", "seed", "rouge_threshold"})])
+def test_settings_are_those_that_were_read(more, wanted):
+    results = {"m": {"settings": {"k": 1}}}
+    cfg = settings(rouge_threshold=0.7, temperature=0.0, split="dev", responses=[])
+    vars(cfg).update(more)
+    describe(cfg, results)
+    assert results["m"]["settings"].keys() == wanted | {"k"}
