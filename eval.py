@@ -2,12 +2,12 @@
 
     python eval.py --model DIR                               # on held-out wordings and inputs
     python eval.py --model DIR --adapter runs/sft runs/cat   # and with each adapter, side by side
-    python eval.py --server URL --server-model NAME          # or of a model behind a server
+    python eval.py --server URL --server-model NAME          # a model behind a server
 
 CR and MCR, the consistency rate and the maximum consistency rate, are those of arXiv 2403.14221.
 A *question* is one input under n wordings of its task's instruction, hence n responses. `similar`
 is an (n, n) bool matrix: whether the judge, shown responses i and j in this order, says that they
-agree. With several samples of each wording, it is n times as many.
+agree. With s samples of each wording there are s n responses, and `similar` is (s n, s n).
 """
 
 import argparse
@@ -196,6 +196,7 @@ def max_consistency_rate(similar, find=clusters):
 # ----- From responses to metrics -----
 TABLE = {"cr": "CR", "mcr": "MCR", "rouge1": "R-1", "rougeL": "R-L", "exact_match": "EM",
          "consistent_and_correct": "C&C"}  # what the table shows, and under which title
+NEED_TARGETS = ("rouge1", "rougeL", "exact_match", "consistent_and_correct")
 
 
 def bootstrap(values, *, resamples=1000, seed=0, span=(0, 1)):
@@ -218,7 +219,9 @@ def ask_pairs(questions, judge, symmetrize: str) -> list:
 
     Every ordered pair of different responses is asked once; "first" asks in one order only.
     """
-    pick, pairs = combinations if symmetrize == "first" else permutations, []
+    pairs, pick = [], permutations
+    if symmetrize == "first":
+        pick = combinations
     for k, question in enumerate(questions):
         pairs += [(k, a, b) for a, b in pick(dict.fromkeys(question["responses"]), 2)]
     verdicts = judge.similar_pairs([(questions[k], a, b) for k, a, b in pairs])
@@ -248,14 +251,13 @@ def evaluate_question(question, similar, at_most, find=clusters):
     """
     responses, targets, n = question["responses"], question["targets"], len(similar)
     # A pair whose verdict hangs on an unparsed one is left out.
-    read = (similar & similar.T) == (at_most & at_most.T)  # (n, n)
-    # Two samples under one wording may differ, too. This noise is no effect of wording, and
-    # stands beside CR, which is of pairs under two wordings.
+    settled = (similar & similar.T) == (at_most & at_most.T)  # (n, n)
+    # CR is of pairs under two wordings. Pairs under one wording show the noise of sampling.
     wordings = np.array(question["wordings"], dtype=object)  # (n,)
-    samples = wordings[:, None] == wordings  # (n, n)
-    counted = read & ~samples
+    same_wording = wordings[:, None] == wordings  # (n, n)
+    counted = settled & ~same_wording
     row = question | {"cr": consistency_rate(similar, counted), "mcr": None}
-    row["within"] = consistency_rate(similar, read & samples)
+    row["within"] = consistency_rate(similar, settled & same_wording)
     if row["cr"] is not None:
         row["mcr"] = max_consistency_rate(similar, find)
     # Each response gets the number of its cluster: the largest first, and of equally large ones
@@ -265,7 +267,7 @@ def evaluate_question(question, similar, at_most, find=clusters):
         for member in members:
             row["cluster"][member] = number
     if not targets:
-        return row | dict.fromkeys([*TABLE][2:]) | {"correct": [None] * n}
+        return row | dict.fromkeys(NEED_TARGETS) | {"correct": [None] * n}
     # Exact match, and C&C: CR where only pairs of right answers agree.
     correct = np.array([judging.exact_match(text, targets) for text in responses])  # (n,)
     row |= {"exact_match": float(correct.mean()), "correct": correct.tolist()}
@@ -375,7 +377,8 @@ def parse_flags(argv, demo=False):
     for room in ("formats", "judges", "reports"):  # a flag that nobody would read is refused
         if extra(room, "--plain" in argv):
             extra(room, False).add_flags(add)
-    if demo and "--tasks" not in " ".join(argv):  # what fits the demo's tasks
+    given = {word.partition("=")[0] for word in argv}
+    if demo and not given & {"--tasks", "--responses"}:  # what fits the demo's tasks
         parser.set_defaults(paraphrases=f"{DEMO}/paraphrases.json",
                             **data.read_json(DEMO / "settings.json")["eval"])
     cfg, unknown = parser.parse_known_args(argv)

@@ -18,13 +18,16 @@ from extras.judges.questions import JudgeStopped, Question, Reply
 from extras.judges.similar import BY_ROUGE, make_similar
 from judge import RuleJudge
 
-TEST_SETS = {"I": (10, 10), "II": (0, 100)}  # wordings of a task, and inputs, in arXiv 2403.14221
+# Wordings and inputs of a task. DEVIATION: arXiv 2403.14221 does not define its two test sets; this
+# is the reading of articles about it.
+TEST_SETS = {"I": (10, 10), "II": (0, 100)}
 CUT = "cut at max_tokens"
-ANSWERS = ("", CUT, "empty message")  # what a reply may have failed at and be an answer
+ANSWERS = ("", CUT, "empty message")  # failures of a reply that is an answer nevertheless
 THINKING = "cut while thinking"
-ON_FILE = {*ENDINGS.values(), THINKING, "prompt cut by the server"}  # and not asked for again
-LOCAL = ("--model", "--adapter", "--reference", "--template", "--tokenizer", "--quantize",
-         "--device", "--dtype", "--batch-size", "--max-len")
+# Failures that are on file, so that the same command does not ask again.
+ON_FILE = {*ENDINGS.values(), THINKING, "prompt cut by the server"}
+LOCAL = ("--model", "--template", "--tokenizer", "--quantize", "--device", "--dtype")
+ANSWERING = ("--adapter", "--reference", "--batch-size", "--max-len")
 ASKING = ("--tasks", "--paraphrases", "--split", "--wordings", "--per-task", "--test-set",
           "--samples", "--temperature", "--max-new-tokens", "--prefix", "--server",
           "--server-model", "--server-extra")
@@ -59,12 +62,14 @@ def settle_flags(cfg, argv: list[str]) -> None:
         if not least <= getattr(cfg, name) < float("inf"):
             fail(f"--{name} is {getattr(cfg, name)}. Expected {least} or more.")
     if cfg.test_set:
-        refuse(("--wordings", "--per-task"), "is what --test-set says already")
+        refuse(("--wordings", "--per-task"), "is set by --test-set")
         cfg.wordings, cfg.per_task = TEST_SETS[cfg.test_set]
     names = [*model_names(cfg.server_model), *dict.fromkeys(cfg.adapter)]
     if cfg.responses:
         check_out(cfg)
-        unread = set(ASKING) | set(LOCAL) - (set(LOCAL[:1]) if cfg.judge == "self" else set())
+        unread = {*ASKING, *ANSWERING}
+        if cfg.judge != "self":  # which opens the model
+            unread |= set(LOCAL)
         refuse(unread, "is for asking a model, and --responses brings the answers")
     if not cfg.server:
         refuse(("--server-model", "--server-key-env", "--server-extra"), "needs --server")
@@ -72,7 +77,8 @@ def settle_flags(cfg, argv: list[str]) -> None:
         fail("--server has no model. Name those to be asked with --server-model.")
     elif cfg.judge != "http":
         refuse(("--judge-url", "--judge-model", "--judge-key-env", "--judge-extra",
-                "--judge-max-tokens", "--judge-cache", "--judge-fold-system", "--verdict"),
+                "--judge-max-tokens", "--judge-cache", "--judge-fold-system",
+                "--judge-temperature", "--verdict"),
                "needs --judge http")
     if cfg.similar:
         refuse(("--judge",), "and --similar both say how answers are compared")
@@ -80,7 +86,8 @@ def settle_flags(cfg, argv: list[str]) -> None:
         refuse(("--rouge-threshold",), "is for rules, and others compare the answers")
     if (cfg.server or cfg.responses) and "--model" not in given:
         if cfg.server:
-            refuse(LOCAL, "is for a local model. Name it with --model, or ask the server alone")
+            refuse(LOCAL + ANSWERING,
+                   "is for a local model. Name it with --model, or ask the server alone")
         if cfg.judge == "self":
             fail("--judge self needs the model that is to judge. Name it with --model.")
         cfg.model = ""
@@ -140,7 +147,7 @@ def all_answers(cfg) -> Iterator[tuple]:
     if cfg.test_set:
         warn_of_less(cfg.test_set, questions)
     for question in questions:
-        # Of equal wordings the first is asked, each as often as there are samples.
+        # Duplicate wordings are dropped; each of the others is asked `samples` times.
         styles = {}
         for wording, style in zip(question["wordings"], question["styles"], strict=True):
             styles.setdefault(wording, style)
@@ -160,9 +167,11 @@ def warn_of_less(name: str, questions: list[dict]) -> None:
     tasks = Counter(question["task"] for question in questions)
     few = sum(number < inputs for number in tasks.values())
     short = sum(len(question["wordings"]) < wordings for question in questions)
-    parts = [f"{few} of {len(tasks)} tasks have fewer than {inputs} inputs"] * bool(few)
-    parts += [f"{short} of {len(questions)} questions have fewer than {wordings} wordings"
-              ] * bool(short)
+    parts = []
+    if few:
+        parts.append(f"{few} of {len(tasks)} tasks have fewer than {inputs} inputs")
+    if short:
+        parts.append(f"{short} of {len(questions)} questions have fewer than {wordings} wordings")
     if parts:
         warn(f"warning: this is less than the paper's test set {name}: {', '.join(parts)}.")
 
@@ -170,13 +179,14 @@ def warn_of_less(name: str, questions: list[dict]) -> None:
 def server_answers(cfg, name: str, questions: list[dict]) -> tuple[list[dict], dict]:
     """(answered questions, counts) of a model behind --server; answers.jsonl in --out keeps all.
 
-    An answer that was cut at --max-new-tokens is one, unless it had not begun; so is an empty one.
-    Wordings that got none are left out of their question. Raises JudgeStopped where a share above
-    --max-unparsed is.
+    An answer that reached --max-new-tokens counts, unless the model was still thinking; so does an
+    empty one. Wordings without an answer are left out of their question. Raises JudgeStopped if
+    more than the share --max-unparsed have none.
     """
     role = {"role": "server", "judge_url": cfg.server, "judge_model": name,
             "judge_key_env": cfg.server_key_env, "judge_extra": cfg.server_extra,
-            "judge_max_tokens": 0, "judge_cache": str(Path(cfg.out, "answers.jsonl"))}
+            "judge_max_tokens": 0, "judge_temperature": "", "judge_fold_system": False,
+            "verdict": "line", "judge_cache": str(Path(cfg.out, "answers.jsonl"))}
     client, replies = client_from_flags(Namespace(**vars(cfg) | role), cfg.out), {}
     for sample in range(cfg.samples):
         places = [(k, i) for k, question in enumerate(questions)
@@ -200,7 +210,8 @@ def server_answers(cfg, name: str, questions: list[dict]) -> tuple[list[dict], d
         own = question | {"responses": [replies[k, i].text.strip() for i in kept]}
         own |= {part: [question[part][i] for i in kept] for part in ("wordings", "styles")}
         own["unfinished"] = sum(replies[k, i].failure == CUT for i in kept)
-        answered += [own] * bool(kept)
+        if kept:
+            answered.append(own)
     return answered, {"unanswered": failed.total(), "usage": client.usage()}
 
 

@@ -40,7 +40,7 @@ class ServerFlags:
     budget: float = flag(0.0, "stop before spending more than this (0: no limit)", at_least=0)
     price_in: float = flag(0.0, "price of a million prompt tokens", at_least=0)
     price_out: float = flag(0.0, "price of a million completion tokens", at_least=0)
-    max_unparsed: float = flag(0.1, "share of unread verdicts, of 100, that stops", at_least=0)
+    max_unparsed: float = flag(0.1, "stop if a larger share of verdicts is unread", at_least=0)
     verdict: Literal["line", "keyword"] = flag("line", "written, or the likelier of two words")
 
 

@@ -11,8 +11,9 @@ __all__ = ["MoreMetrics", "add_controls", "add_flags", "describe", "print_notes"
 
 def add_flags(add) -> None:
     """The flags of eval.py that only this room reads; `add` is argparse's add_argument."""
-    add("--cluster", choices=("clique", "component", "greedy"), default="clique", help="of MCR")
+    add("--cluster", choices=("clique", "component", "greedy"), default="clique",
+        help="that MCR uses")
     add("--use-stemmer", action="store_true", help="Porter stemmer in ROUGE")
     add("--reference", default="", help="adapter to which the KL of each model is measured")
     add("--controls", choices=("auto", "all", "none"), default="auto",
-        help="CR of answers without meaning; auto: where no judge is asked for them")
+        help="baselines for CR; auto: unless a judge would have to be asked")

@@ -1,7 +1,8 @@
-"""What CR means: what answers without any meaning reach, and what sampling alone costs.
+"""Controls for CR: a constant answer, the references, and shuffled answers.
 
 Three sets of answers to the same questions, by the same judge: always the same one, the reference
-answers, and each model's own, dealt out anew among the questions of a task.
+answers, and each model's own, shuffled among the questions of a task (questions that are tasks of
+their own: among all of these).
 """
 
 import random
@@ -19,25 +20,20 @@ def add_controls(cfg, results: dict, tables: dict, judge, more) -> None:
     free = cfg.judge == "rule" and ":" not in cfg.similar
     if cfg.controls == "none" or cfg.controls == "auto" and not free:
         return
-    known = {}  # equal answers, as the references of all models, are compared once
     for model, rows in tables.items():
+        results[model]["controls"] = {}
         for name, answers in control_answers(rows, cfg.seed).items():
-            key = name, str(answers)
-            if answers and key not in known:
-                asked = [row | {"responses": texts, "unfinished": 0}
-                         for row, texts in zip(rows, answers, strict=True)]
-                known[key] = evaluate_responses(asked, judge, symmetrize=cfg.symmetrize,
-                                                more=more)[0]
-            if answers:
-                results[model].setdefault("controls", {})[name] = known[key]
+            asked = [row | {"responses": texts, "unfinished": 0}
+                     for row, texts in zip(rows, answers, strict=True)]
+            metrics, _ = evaluate_responses(asked, judge, symmetrize=cfg.symmetrize, more=more)
+            results[model]["controls"][name] = metrics
 
 
 def control_answers(rows: list[dict], seed: int) -> dict[str, list]:
-    """{name: responses of each row}; [] where a control cannot be made."""
+    """{name: responses of each row}; without references, they are no control."""
     said = Counter(text for row in rows for text in row["responses"])
     usual = said.most_common(1)[0][0] if said else ""
     found = {"always the same answer": [[usual] * len(row["responses"]) for row in rows]}
-    found["reference answers"] = []
     if rows and all(row["targets"] for row in rows):  # in turn, where there are several
         found["reference answers"] = [
             [row["targets"][i % len(row["targets"])] for i in range(len(row["responses"]))]
@@ -49,7 +45,7 @@ def control_answers(rows: list[dict], seed: int) -> dict[str, list]:
         pools.setdefault(home, []).extend(row["responses"])
     for pool in pools.values():
         rng.shuffle(pool)
-    found["shuffled within a task"] = [
+    found["shuffled answers"] = [
         [pools[home].pop() for _ in row["responses"]]
         for home, row in zip(homes, rows, strict=True)]
     return found
@@ -96,8 +92,8 @@ def print_notes(results: dict) -> None:
             print(f"{model}: {found['empty']} of {found['responses']} answers are empty, and "
                   "empty answers agree with each other.")
         if found["unfinished"]:
-            print(f"{model}: {found['unfinished']} of {found['responses']} answers were cut at "
-                  "the length limit.")
+            print(f"{model}: {found['unfinished']} of {found['responses']} answers were "
+                  "truncated at the length limit.")
         if found["unparsed"]:
             print(f"{model}: {found['unparsed']} of {found['asked']} verdicts on pairs could not "
                   "be read; these pairs are left out.")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from eval import TABLE
+from extras.judges.similar import NAMES
 from extras.reports import page, plots
 from extras.reports.agreement import letters, match_questions, rank_styles, rank_wordings
 from extras.reports.metrics import paired_difference
@@ -205,7 +206,7 @@ def count_rows(results: dict) -> dict[str, dict]:
     inexact = any(metrics.get("mcr_inexact") for metrics in results.values())
     for model, metrics in results.items():
         row = {name: metrics.get(name) for name in ("questions", "responses", "unfinished")}
-        if metrics.get("judge") != "rule":
+        if metrics.get("judge") not in NAMES:
             row["unread verdicts"] = metrics.get("unparsed")
             if metrics.get("unread_share") is not None:
                 row["unread, percent"] = fixed(100 * metrics["unread_share"], 1)

@@ -225,6 +225,33 @@ def test_the_papers_test_sets_are_one_flag_each(name, wordings, most, world, tmp
     assert found["settings"]["test_set"] == name and (found["cr"]["n"] == 0) == (name == "II")
 
 
+def test_answers_from_elsewhere_are_not_compared_as_strictly_as_the_demos(tmp_path):
+    """0.7 for all but the demo's tasks, whose answers are exact."""
+    said = "the cat was found under the big bed"
+    rows = [{"question": "q", "wording": f"w{k}", "response": text}
+            for k, text in enumerate((said, said.replace("bed", "tree")))]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--responses", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out")]
+    for more, threshold, cr in (([], 0.7, 1), (["--rouge-threshold", "0.95"], 0.95, 0)):
+        assert evaluation.main([*argv, *more]) == 0
+        found = json.loads((tmp_path / "out/metrics.json").read_text())["a"]
+        assert found["settings"]["rouge_threshold"] == threshold and found["cr"]["mean"] == cr
+
+
+def test_what_a_judge_is_told_is_not_told_to_the_model_that_is_asked(run, world):
+    def decide(request, number):
+        return {"body": completion(f"answer {number}")}
+
+    with ChatServer(decide) as server:
+        run(*server_flags(server), "--temperature", "0.7", "--judge", "http", "--judge-model", "j",
+            "--judge-url", server.url, "--judge-temperature", "none", "--controls", "none",
+            "--max-unparsed", "1")
+        asked = [request for request in server.sent if request["model"] == "m"]
+        judged = [request for request in server.sent if request["model"] == "j"]
+    assert {request.get("temperature") for request in asked} == {0.7}
+    assert judged and not any("temperature" in request for request in judged)
+
+
 def test_the_flags_of_the_comparison_reach_it(run, monkeypatch):
     seen, found = {}, evaluation.evaluate_responses
 
@@ -248,7 +275,7 @@ def test_the_flags_of_the_comparison_reach_it(run, monkeypatch):
      "--judge-url needs --judge http. Leave it out."),
     (["--server", "http://127.0.0.1:9/v1", "--server-model", "m", "--judge", "self"],
      "--judge self needs the model that is to judge. Name it with --model."),
-    (["--test-set", "I", "--wordings", "3"], "--wordings is what --test-set says already. Leave it "
+    (["--test-set", "I", "--wordings", "3"], "--wordings is set by --test-set. Leave it "
      "out."),
     (["--server", "http://127.0.0.1:9/v1", "--server-model", "m", "--judge-fold-system"],
      "--judge-fold-system needs --judge http. Leave it out."),

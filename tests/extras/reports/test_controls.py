@@ -1,4 +1,4 @@
-"""Controls beside CR: answers without meaning, and what is said of sampling."""
+"""Controls beside CR, and what is said of sampling."""
 
 import random
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ def made(question, evaluate, cfg, judge=None):
 
 def test_the_controls_are_what_they_are_called(question, evaluate):
     found, rows = made(question, evaluate, settings())
-    assert list(found) == ["always the same answer", "reference answers", "shuffled within a task"]
+    assert list(found) == ["always the same answer", "reference answers", "shuffled answers"]
     assert found["always the same answer"]["cr"]["mean"] == 1
     assert found["reference answers"]["exact_match"]["mean"] == 1
     assert found["reference answers"]["cr"]["mean"] == pytest.approx(2 / 6)  # a b a b
@@ -47,14 +47,14 @@ def test_the_controls_are_what_they_are_called(question, evaluate):
     assert said.count(usual) == max(map(said.count, said))
     for task in ("t0", "t1"):  # a task keeps its answers
         own = [k for k, row in enumerate(rows) if row["task"] == task]
-        dealt = [text for k in own for text in answers["shuffled within a task"][k]]
+        dealt = [text for k in own for text in answers["shuffled answers"][k]]
         assert sorted(dealt) == sorted(text for k in own for text in rows[k]["responses"])
     assert control_answers(rows, seed=3) == answers
 
 
 def test_single_questions_share_their_answers(question, evaluate):
     _, rows = evaluate([question([f"{k}"] * 4, task=f"t{k}") for k in range(30)])
-    dealt = control_answers(rows, seed=1)["shuffled within a task"]
+    dealt = control_answers(rows, seed=1)["shuffled answers"]
     assert sum(len(set(row)) > 1 for row in dealt) > 20
 
 
@@ -62,7 +62,7 @@ def test_without_references_they_are_no_control(question, evaluate):
     metrics, rows = evaluate([question(["a", "b"], [])])
     results = {"m": metrics}
     add_controls(settings(), results, {"m": rows}, Rule(), MoreMetrics())
-    assert list(results["m"]["controls"]) == ["always the same answer", "shuffled within a task"]
+    assert list(results["m"]["controls"]) == ["always the same answer", "shuffled answers"]
 
 
 @pytest.mark.parametrize("more, wanted", [
@@ -91,7 +91,7 @@ def test_what_is_printed_of_them(question, evaluate, capsys):
     print_notes(results)
     lines = [line.split(" | ")[0].strip() for line in capsys.readouterr().out.splitlines()]
     assert lines == ["", "control", "always the same answer", "reference answers",
-                     "shuffled within a task: m", "shuffled within a task: n"]
+                     "shuffled answers: m", "shuffled answers: n"]
 
 
 def test_answers_without_words_or_ends_are_counted_aloud(question, evaluate, capsys):
@@ -99,7 +99,7 @@ def test_answers_without_words_or_ends_are_counted_aloud(question, evaluate, cap
     print_notes({"m": metrics})
     assert capsys.readouterr().out.splitlines() == [
         "m: 2 of 4 answers are empty, and empty answers agree with each other.",
-        "m: 2 of 4 answers were cut at the length limit."]
+        "m: 2 of 4 answers were truncated at the length limit."]
 
 
 def test_what_sampling_costs_is_said_where_it_is_known(question, evaluate, capsys):
