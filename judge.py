@@ -66,7 +66,7 @@ class JudgeConfig:
 
 
 # How a verdict came about. "unparsed": asked, but no answer could be read.
-VERDICTS = ("exact", "empty", "wordless", "judged", "unparsed", "rule")
+VERDICTS = ("exact", "empty", "wordless", "judged", "unparsed", "rule", "majority")
 
 
 @dataclass(frozen=True)

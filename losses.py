@@ -129,8 +129,8 @@ def pairwise_ranking_loss(scores: Tensor, better: Tensor, worse: Tensor, *,
 
 
 def cat_loss(logprobs: Tensor, sequence_ids: Tensor, better: Tensor, worse: Tensor,
-             weights: Tensor, *, lam: float = 1.0,
-             margin: float = 0.0) -> dict[str, tuple[Tensor, Tensor | int]]:
+             weights: Tensor, *, lam: float = 1.0, margin: float = 0.0,
+             length_normalize: bool = True) -> dict[str, tuple[Tensor, Tensor | int]]:
     """L = L_rank + lam * L_ce   CAT, arXiv 2403.14221; the form is that of RRHF, Eq. 5.
 
         p_i    = S(y_i) / N_i
@@ -146,7 +146,9 @@ def cat_loss(logprobs: Tensor, sequence_ids: Tensor, better: Tensor, worse: Tens
     """
     weights = weights.to(logprobs)
     sums, lengths = sequence_logprobs(logprobs, sequence_ids, len(weights))  # (n,), (n,)
-    scores = sums / lengths.clamp(min=1)  # (n,)
+    scores = sums  # (n,)
+    if length_normalize:
+        scores = sums / lengths.clamp(min=1)
     rank = pairwise_ranking_loss(scores, better, worse, margin=margin)
     likelihood = (-lam * (weights * sums).sum(), (weights * lengths).sum())
     return {"rank": rank, "ce": likelihood}

@@ -25,7 +25,8 @@ import methods
 from eval import answer_questions, evaluate_responses, extra, fail, pick_device, write_results
 from methods import Run, collate, merged_copy, open_trained, settings, torch
 from methods.finding import find_method
-from methods.schedule import check_items, is_told, items_to_train, validation_means
+from methods.probe import finish
+from methods.schedule import check_items, is_told, items_to_train, measured
 from methods.settings import parse_config
 
 
@@ -76,7 +77,7 @@ class Alone:
 
     def open(self, run):  # called before anything is written to its folder
         run.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("log.jsonl", "rollouts.jsonl"):  # of a run that was stopped
+        for name in ("log.jsonl", "probe.jsonl", "rollouts.jsonl"):  # of a run that was stopped
             (run.folder / name).unlink(missing_ok=True)
 
 
@@ -132,13 +133,16 @@ def train(run: Run) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # What is known of the step; a checkpoint, if one is due.
-        means |= validation_means(run, step, backward)
+        means |= measured(run, step, backward)
         tokens = sum(len(batch["input_ids"]) for batch in batches)
         done["tokens"] += int(guard.sum({"tokens": tokens})["tokens"])
         done["step"] = step + 1
         done["seconds"] = time.monotonic() - started
         log_step(run, step, means, {"norm": round(norm, 4), "lr": rate}, noted, done)
         guard.after_step(run, optimizer, items, done)
+        if done["step"] == run.cfg.steps:  # which --patience may have lowered
+            break
+    finish(run)
     run.model.eval()
 
 

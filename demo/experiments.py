@@ -56,8 +56,9 @@ def titles(variants):
 def runs_of_seed(out, seed, split, more):
     """{model: metrics} of one seed: the ladder, the controls, and with `more` the ablations."""
     main, variants = out / f"seed{seed}", CONTROLS
-    common = ["--seed", str(seed), "--split", split, "--eval-per-task", "30"]
-    rows = dict(trials.train("cat", main, *common))
+    common = ["--seed", str(seed), "--split", split, "--eval-per-task", "30",
+              "--condition", "own", "--fresh-wordings", "0"]
+    rows = dict(trials.train("cat", main, *common, "--wordings", "14"))
     if more:
         variants = CONTROLS | ABLATIONS | FRESH
     for name, (title, flags) in variants.items():

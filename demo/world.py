@@ -131,6 +131,18 @@ def demo_inputs(family):
     return list(rows.items())
 
 
+def fresh_inputs(task, n=70):
+    """n inputs of a task's family that are in none of its splits, for methods without targets."""
+    family = task.split("_")[0]
+    known = {text for text, _ in demo_inputs(family)}
+    rng, found = random.Random(f"unlabelled/{family}"), {}
+    while len(found) < n:
+        text, _ = FAMILIES[family](rng)
+        if text not in known:
+            found[text] = None
+    return list(found)
+
+
 # ----- The task of the methods on judged responses -----
 N_RECORDS = 1200
 ERROR_RATE = 0.4  # of each of the three fields; beyond it CUT's ratio has no room

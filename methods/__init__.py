@@ -85,13 +85,20 @@ class Run:
         if self.guard.rank == 0:
             print(message, flush=True)
 
-    def chunks(self, records: list[dict], what: str):
-        """The records in parts that are sampled and written together, with a progress bar."""
+    def chunks(self, records: list[dict], what: str, key=None):
+        """The records in parts that are sampled and written together, with a progress bar.
+
+        key(record): neighbours with the same key stay in one part.
+        """
         from tqdm import tqdm
 
-        size, silent = 4 * self.cfg.eval_batch, bool(self.guard.rank) or None
-        for start in tqdm(range(0, len(records), size), desc=what, unit="chunk", disable=silent):
-            yield records[start:start + size]
+        size, silent, parts = 4 * self.cfg.eval_batch, bool(self.guard.rank) or None, []
+        for number, record in enumerate(records):
+            together = key and number and key(record) == key(records[number - 1])
+            if not parts or len(parts[-1]) >= size and not together:
+                parts.append([])
+            parts[-1].append(record)
+        yield from tqdm(parts, desc=what, unit="chunk", disable=silent)
 
     def prefix(self) -> str:
         """Words before every instruction, for methods that train a model to react to them."""

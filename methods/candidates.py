@@ -11,15 +11,15 @@ Every method that imports this file trains on the same lines, so only the method
 
 import random
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import data
-import judge as judging
 from eval import complete, extra
-from methods import common, merged_copy
-from methods.examples import ask_model
+from methods import agreement, common, merged_copy, probe
+from methods.agreement import question_key
 from methods.flags import flag, rare
+from methods.rewards import JudgeFlags, check_judge, make_judge, rewarded
+from methods.unlabelled import pool_instances
 
 
 @dataclass
@@ -32,27 +32,25 @@ class SampleFlags(common.Flags):
     compare: bool = flag(True, "also train and show the stages it is compared with")
     rounds: int = flag(1, "collect and train so many times (online)", at_least=1)
     pool_per_task: int = flag(20, "fresh instances per task to sample for", at_least=1)
-    samples: int = flag(2, "answers per instance and wording", at_least=1)
-    temperature: float = flag(1.0, "sampling temperature", at_least=0)
+    samples: int = rare(2, "answers per instance and wording", at_least=1)
+    temperature: float = rare(1.0, "sampling temperature", at_least=0)
     top_p: float = rare(1.0, "nucleus sampling", share=True)
 
 
 @dataclass
-class Flags(SampleFlags):
+class Flags(SampleFlags, JudgeFlags):
     """The flags of the methods that train on scored candidates."""
 
     candidates: str = flag("", "train on this candidates.jsonl instead of collecting", path=True)
-    judge: Literal["self", "rule", "http", "reward", "length"] = flag(
-        "self", "who rewards answers")
+    unlabelled: str = flag("", "file of inputs without targets to sample for", path=True)
     wordings: int = flag(10, "training wordings per task beside the instruction", at_least=0)
     augment: Literal["assign", "product"] = rare("assign", "one wording per instance, or all")
-    pool_wordings: int = flag(6, "wordings per instance to sample under", at_least=1)
+    pool_wordings: int = rare(6, "wordings per instance to sample under", at_least=1)
     fresh_wordings: int = rare(0, "sample under so many wordings unseen in SFT(IA)", at_least=0)
     max_worse: int = rare(3, "lower-rewarded answers per item", at_least=1)
-    reward_model: str = rare("", "run folder of stage reward, for --judge reward", path=True)
-    reward_mode: Literal["gated", "sum"] = rare("gated", "how two answers are combined")
-    reward_steps: Literal["two", "one"] = rare("two", "ask type and correctness")
-    show_target: bool = rare(True, "let the judge see the reference")
+    probe_inputs: int = rare(5, "unlabelled inputs per task to measure agreement on", at_least=0)
+    patience: int = rare(0, "end after so many measures without more agreement", at_least=0)
+    max_passes: float = rare(0.0, "at most so many passes over the items, 0: any", at_least=0)
 
 
 DEFAULTS = {"steps": 100, "batch_size": 16, "lr": 1e-4}
@@ -66,12 +64,19 @@ def collect(run, *, judged=True) -> None:
     cfg, path = run.cfg, run.folder / "candidates.jsonl"
     if cfg.candidates or getattr(cfg, "preferences", ""):  # a file has them
         return
-    todo = not_kept(run, path, unanswered(run))
+    # A judge of agreement looks at all answers to a question, so if one of them is missing, all
+    # are sampled again, from the same seeds.
+    todo = unanswered(run)
+    missing = {candidate_key(record) for record in not_kept(run, path, todo)}
+    cut = {question_key(record) for record in todo if candidate_key(record) in missing}
+    todo = [record for record in todo if question_key(record) in cut]
     run = replace(run, model=merged_copy(run.model))
     judge = make_judge(run) if judged else None
-    for chunk in run.chunks(todo, "collect"):
-        records = answered(run, chunk)
-        run.guard.keep(path, rewarded(run, records, judge))
+    for chunk in run.chunks(todo, "collect", question_key):
+        records = rewarded(run, answered(run, chunk), judge)
+        run.guard.keep(path, [record for record in records if candidate_key(record) in missing])
+    if judged and cfg.judge == "agreement":
+        run.guard.first(lambda: agreement.tell(run, data.read_records(path)))
     judges = extra("judges", cfg.plain)
     if judges and judged:
         judges.after_collecting(run, judge, unanswered)
@@ -93,7 +98,7 @@ def unanswered(run) -> list[dict]:
     cfg, records = run.cfg, []
     for task in run.tasks:
         texts, start = sampled_wordings(task, cfg), run.round * cfg.pool_per_task
-        for instance in data.split_instances(task, "pool")[start:start + cfg.pool_per_task]:
+        for instance in pool_instances(run, task)[start:start + cfg.pool_per_task]:
             rng = random.Random(f"pool/{cfg.seed}/{task.name}/{instance.id}")
             few = min(getattr(cfg, "pool_wordings", 1), len(texts))
             for wording in rng.sample(texts, few):
@@ -109,7 +114,9 @@ def record_to_answer(task, instance, wording, sample) -> dict:
     """A candidate before it has a response."""
     record = {"task": task.name, "id": instance.id, "sample": sample,
               "instruction": task.definition, "wording": wording, "input": instance.input,
-              "target": instance.outputs[0]}
+              "target": None}
+    if instance.outputs:
+        record["target"] = instance.outputs[0]
     if len(instance.outputs) > 1:
         record["targets"] = list(instance.outputs)
     return record
@@ -158,47 +165,9 @@ def answered(run, records: list[dict]) -> list[dict]:
     return found
 
 
-def rewarded(run, records: list[dict], judge) -> list[dict]:
-    """The records with what the judge says of each; without a judge, with no reward."""
-    if judge is None:
-        return [record | {"reward": None, "how": "unasked"} for record in records]
-    found = []
-    for record, verdict in zip(records, judge.judge(with_labels(run, records)), strict=True):
-        found.append(record | as_fields(verdict))
-    return found
-
-
-def with_labels(run, records: list[dict]) -> list[dict]:
-    """The records with the closed set of labels of their task, which rules look at."""
-    # None for free text.
-    labels = {task.name: task.labels for task in run.tasks}
-    return [record | {"labels": labels.get(record["task"])} for record in records]
-
-
-def as_fields(verdict: judging.Verdict) -> dict:
-    """A verdict as the fields of a record."""
-    return {"reward": verdict.reward, "how": verdict.how, "expected": verdict.type,
-            "correct": verdict.correct, "p_expected": verdict.p_expected,
-            "p_correct": verdict.p_correct}
-
-
-# ----- Judges -----
-def make_judge(run, config: judging.JudgeConfig | None = None):
-    """The judge that --judge names: the model as it is now, rules, a server, or a number."""
-    cfg = run.cfg
-    if cfg.judge == "rule":
-        return judging.RuleJudge(cfg.rouge_threshold)
-    if cfg.judge in ("reward", "length"):
-        from methods import heads
-
-        return heads.score_judge(run, cfg.reward_model)
-    if config is None:
-        config = judging.JudgeConfig(cfg.reward_mode, cfg.reward_steps, cfg.show_target)
-    if cfg.judge == "self":
-        return judging.LocalJudge(lambda *asked: ask_model(run, *asked), config)
-    if extra("judges", cfg.plain):
-        return extra("judges", cfg.plain).server_judge(cfg, config, run)
-    return judging.HttpJudge(cfg.judge_url, cfg.judge_model, config)
+def begin(run) -> None:
+    """Measure what is known without targets before the first step (methods/probe.py)."""
+    probe.begin(run, sampled_wordings)
 
 
 # ----- Before a run -----
@@ -212,11 +181,13 @@ def inspect(run) -> None:
 
 def check(cfg) -> None:
     """Raises ValueError for flags that do not fit together."""
-    if cfg.reward_model and cfg.judge != "reward":
-        raise ValueError(f"--reward-model is for --judge reward, not {cfg.judge}. Add that, or "
-                         "leave it out.")
-    if cfg.reward_model and not Path(cfg.reward_model, "value_head.safetensors").exists():
-        raise ValueError(f"--reward-model {cfg.reward_model} has no value_head.safetensors. Give a "
-                         "run folder of --stage reward.")
-    if cfg.judge == "reward" and not cfg.reward_model:
-        raise ValueError("--judge reward needs --reward-model DIR, a run folder of --stage reward.")
+    check_judge(cfg)
+    if cfg.unlabelled and cfg.judge in ("rule", "length"):
+        raise ValueError(f"--judge {cfg.judge} reads targets, and --unlabelled has none. Give "
+                         "--judge agreement, self or http.")
+    if getattr(cfg, "pairs", "best") == "all" and cfg.condition == "worse":
+        raise ValueError("--pairs all compares lower answers, too, and --condition worse only the "
+                         "best with each of them. Add --condition own or original.")
+    if cfg.unlabelled and getattr(cfg, "ce_target", "") == "gold":
+        raise ValueError("--ce-target gold imitates targets, and --unlabelled has none. Leave one "
+                         "of them out.")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from methods import candidates, label_logprobs, losses
-from methods.flags import flag
+from methods.flags import flag, rare
 from methods.pairing import PairFlags, pair_items, ranked_item
 
 title = "SFT(IA)+CAT"
@@ -27,9 +27,10 @@ class Flags(PairFlags):
     """What stage cat reads beside the common flags."""
 
     lam: float = flag(1.0, "weight of the cross-entropy term", at_least=0)
+    length_normalize: bool = rare(True, "rank means of log-probabilities, not sums")
     margin: float = flag(0.0, "margin of the ranking term", at_least=0)
-    ce_target: Literal["best", "gold"] = flag("best", "better answer: the best, or the reference")
-    ranking: bool = flag(True, "use the ranking term; off: a control")
+    ce_target: Literal["best", "gold"] = rare("best", "better answer: the best, or the reference")
+    ranking: bool = rare(True, "use the ranking term; off: a control")
 
 
 TERMS = {"rank": "pairs", "ce": lambda batch, cfg: float(weighted_tokens(batch))}
@@ -44,7 +45,8 @@ def step(model, batch, cfg) -> dict:
     """Ranking and cross-entropy over the items of a batch."""
     logprobs = label_logprobs(model, batch)  # (M,)
     terms = losses.cat_loss(logprobs, batch["sequence_ids"], batch["better"], batch["worse"],
-                            batch["weights"], lam=cfg.lam, margin=cfg.margin)
+                            batch["weights"], lam=cfg.lam, margin=cfg.margin,
+                            length_normalize=cfg.length_normalize)
     return {term: total for term, (total, _) in terms.items()}
 
 

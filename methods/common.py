@@ -18,7 +18,7 @@ class CommonFlags:
     model: str = flag("", "Hugging Face folder of the base model (default: the demo's)", path=True)
     out: str = flag("", "run folder (default: runs/STAGE)", folder=True)
     steps: int = flag(200, "optimiser steps", at_least=1)
-    epochs: float = flag(0.0, "passes over the data, instead of --steps", below=10**6)
+    epochs: float = rare(0.0, "passes over the data, instead of --steps", below=10**6)
     batch_size: int = flag(24, "items per step", at_least=1)
     lr: float = flag(2e-4, "peak learning rate", above=0)
     max_len: int = flag(512, "longest document in tokens", at_least=1)

@@ -56,7 +56,7 @@ def parse_flags(flags: type, argv: list[str], title: str, defaults: dict, unread
     for item in read:
         kind, name = hints[item.name], spelled(item.name)
         about, default = item.metadata["help"], defaults.get(item.name, item.default)
-        if default not in ("", MISSING):
+        if default not in ("", MISSING) and not (item.metadata.get("rare") and kind is bool):
             about += f" ({default})"
         if get_origin(kind) is Literal:
             about = f"{'|'.join(get_args(kind))}: {about}"

@@ -13,9 +13,10 @@ import data
 import judge as judging
 from judge import flatten
 from methods import judged, merged_copy, sequence_step
-from methods.candidates import make_judge, sample_prompts
+from methods.candidates import sample_prompts
 from methods.flags import flag
 from methods.judged import judged_document, judged_records, one_document, record_key
+from methods.rewards import make_judge
 
 title = "ILF"
 base = judged

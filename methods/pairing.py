@@ -1,46 +1,51 @@
-"""How the candidates of a question become pairs and rankings.
+"""How the candidates of a question become pairs of a best answer and lower ones.
 
-cat, dpo, orpo and slic take a best answer and a few lower ones (`pair_items`), rrhf and pro a
-ranking of a few answers (`ranking_items`), reward comparisons of answers spread over the rewards.
+cat, dpo, orpo and slic learn from these; rrhf and pro from rankings (methods/ranking.py).
 """
 
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Literal
 
 import data
 from eval import extra
-from methods import candidates, losses, record_name
-from methods.flags import flag
+from methods import losses, record_name
+from methods.balance import balanced_groups
+from methods.flags import rare
 from methods.groups import best_answers, candidate_document, distinct, group_rng, grouped_candidates
+from methods.ranking import RankFlags
 
 
 @dataclass
-class PairFlags(candidates.Flags):
+class PairFlags(RankFlags):
     """How the candidates of a question become pairs; cat, dpo, orpo and slic read these."""
 
-    pairs: Literal["best", "all"] = flag("best", "rank the best over the rest, or every pair")
-    condition: Literal["own", "original", "worse"] = flag("own", "the wording of the best answer")
+    pairs: Literal["best", "all"] = rare("best", "rank the best over the rest, or every pair")
+
+
+def comparable_groups(run) -> list[list[dict]]:
+    """The answers to each question that has a best one and a lower one; says how many have not."""
+    found, no_best, no_worse = [], 0, 0
+    for group in grouped_candidates(run):
+        best, worse = best_answers(group)
+        if best and worse:
+            found.append(group)
+        no_best += not best
+        no_worse += bool(best) and not worse
+    run.say(f"{run.cfg.stage}: {len(found)} questions to learn from; skipped {no_best} without a "
+            f"best answer and {no_worse} with nothing below the best.")
+    return balanced_groups(run, found)
 
 
 def pair_items(run, make_item=None) -> list[dict]:
     """For each question with a best and a lower answer, items of one best and a few lower ones."""
     make_item = make_item or pair_item
-    cfg, found, no_best, no_worse = run.cfg, [], 0, 0
-    for group in grouped_candidates(run):
+    cfg, found = run.cfg, []
+    for group in comparable_groups(run):
         best, worse = best_answers(group)
-        if not best:
-            no_best += 1
-            continue
-        if not worse:
-            no_worse += 1
-            continue
         rng, worse = group_rng(run, group), distinct(worse, "wording", "response")
         rng.shuffle(worse)
         for start in range(0, len(worse), cfg.max_worse):
             found.append(make_item(run, rng.choice(best), worse[start:start + cfg.max_worse]))
-    run.say(f"{cfg.stage}: {len(found)} items; skipped {no_best} questions without a best answer "
-            f"and {no_worse} with nothing below the best.")
     return found
 
 
@@ -78,51 +83,6 @@ def ranked_item(run, best: dict, worse: list[dict], good: str) -> tuple[dict, in
     item = {"documents": documents, "indices": {"better": better, "worse": lower},
             "name": record_name(best)}
     return item, len(tops)
-
-
-def ranking_items(run) -> list[dict]:
-    """A best answer and a few others of each question, best first, with all pairs.
-
-    "best" and "weights" mark the best answer, "rewards" (n,) are those of all documents.
-    """
-    found = []
-    for group in grouped_candidates(run):
-        kept = spread_answers(run, group)
-        if kept:
-            rewards = [float(x["reward"]) for x in kept]
-            better, worse = losses.best_vs_lower_pairs(rewards, rule="all")
-            weights = [1.0] + [0.0] * (len(kept) - 1)
-            found.append({"documents": [candidate_document(run, x) for x in kept],
-                          "indices": {"better": better, "worse": worse, "best": [0]},
-                          "values": {"rewards": rewards, "weights": weights},
-                          "name": record_name(kept[0])})
-    run.say(f"{run.cfg.stage}: {len(found)} questions with answers of different reward.")
-    return found
-
-
-def spread_answers(run, group: list[dict]) -> list[dict]:
-    """Up to max_worse + 1 answers of a question, best first, spread over the rewards.
-
-    Answers of each reward are taken in turn, so that few answers still hold many comparisons.
-    Empty where all rewards are the same.
-    """
-    known = distinct(group, "wording", "response")
-    group_rng(run, group).shuffle(known)
-    known.sort(key=lambda x: -x["reward"])  # stable: equal rewards stay shuffled
-    if not known or known[0]["reward"] == known[-1]["reward"]:
-        return []
-    kept = take_in_turn(known, run.cfg.max_worse + 1)
-    return sorted(kept, key=lambda x: -x["reward"])
-
-
-def take_in_turn(records: list[dict], most: int) -> list[dict]:
-    """Up to `most` records, one of each reward in turn."""
-    by_reward, found = {}, []
-    for record in records:
-        by_reward.setdefault(record["reward"], []).append(record)
-    for turn in zip_longest(*by_reward.values()):
-        found += filter(None, turn)
-    return found[:most]
 
 
 def labelled_items(run, path) -> list[dict]:

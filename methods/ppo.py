@@ -16,7 +16,7 @@ import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from methods import candidates, common, heads, merged_copy, torch
+from methods import candidates, common, heads, merged_copy, rewards, torch
 from methods.advantages import gae, policy_loss, shaped_rewards, value_loss, whiten
 from methods.flags import flag, rare
 from methods.rollouts import (
@@ -29,7 +29,7 @@ from methods.rollouts import (
 
 title = "SFT(IA)+PPO"
 base = candidates
-unread = ("epochs", "validation")  # every phase has new answers
+unread = ("epochs", "validation", "max_passes")  # every phase has new answers
 
 
 @dataclass
@@ -85,6 +85,7 @@ def also_needs(cfg) -> dict:
 
 def begin(run) -> None:
     """The weights that the stage starts from, its judge, and the coefficient of the KL."""
+    candidates.begin(run)
     cfg, start = run.cfg, []
     for name, p in run.model.named_parameters():
         if p.requires_grad and "value_head" not in name:
@@ -99,7 +100,7 @@ def begin(run) -> None:
             folder = Path(cfg.out, "reward")
         run.memory["judge"] = heads.score_judge(run, str(folder))
     else:
-        run.memory["judge"] = candidates.make_judge(replace(run, model=model))
+        run.memory["judge"] = rewards.make_judge(replace(run, model=model))
 
 
 def items(run) -> list[dict]:

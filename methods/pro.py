@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 from methods import candidates, document_logprobs, torch
 from methods.flags import flag
-from methods.pairing import ranking_items
+from methods.ranking import RankFlags, ranking_items
 
 title = "SFT(IA)+PRO"
 base = candidates
 
 
 @dataclass
-class Flags(candidates.Flags):
+class Flags(RankFlags):
     """What stage pro reads beside the common flags."""
 
     use_rewards: bool = flag(True, "gaps between rewards as temperatures; off: every gap is 1")

@@ -11,15 +11,16 @@ import random
 from dataclasses import dataclass
 
 from eval import extra
-from methods import candidates, heads, losses, record_name, torch
+from methods import candidates, common, heads, losses, record_name, torch
 from methods.flags import flag
 from methods.groups import candidate_document, distinct, group_rng, grouped_candidates
-from methods.pairing import labelled_items, take_in_turn
+from methods.pairing import labelled_items
+from methods.ranking import take_in_turn
 
 title = "reward model"
 base = candidates
 beside = ()
-unread = ("eval_per_task", "eval_wordings")  # it answers nothing
+unread = ("eval_per_task", "eval_wordings", "probe_inputs", "patience")  # it answers nothing
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Flags(candidates.Flags):
 TERMS = {"loss": "items"}
 METRICS = {"accuracy": "items"}
 attach, detach = heads.attach, heads.detach
+begin = common.begin  # it answers nothing that could agree
 
 
 def check(cfg) -> None:

@@ -14,6 +14,7 @@ from methods import (
     label_logprobs,
     merged_copy,
     record_name,
+    rewards,
     torch,
 )
 from methods.advantages import adapted_beta
@@ -26,7 +27,7 @@ def scored_answers(run):
     """
     phase, judge = run.memory["phase"], run.memory["judge"]
     records, prompts, answers = sampled_answers(run)
-    verdicts = judge.judge(candidates.with_labels(run, records))
+    verdicts = judge.judge(rewards.with_labels(run, records))
     found, scores, lengths = [], [], []
     for record, prompt, answer, verdict in zip(records, prompts, answers, verdicts, strict=True):
         score = verdict.reward
@@ -55,10 +56,9 @@ def scored_answers(run):
 
 def sampled_answers(run) -> tuple[list, list, list]:
     """This phase's records with their responses, the prompts, and the completions."""
-    phase, todo, records, prompts = run.memory["phase"], run.memory["todo"], [], []
-    indices = data.batch_indices(len(todo), run.cfg.rollouts, phase, run.cfg.seed)
-    for number, index in enumerate(indices):
-        record = todo[index] | {"sample": f"{phase}/{number}"}
+    phase, records, prompts = run.memory["phase"], [], []
+    for number, drawn in enumerate(drawn_records(run)):
+        record = drawn | {"sample": f"{phase}/{number}"}
         prompts.append(run.template.render(record["wording"], record["input"]))
         records.append(record)
     # Sampled with the adapter merged: sooner, and the trained model stays as it is.
@@ -67,6 +67,20 @@ def sampled_answers(run) -> tuple[list, list, list]:
     for record, answer in zip(records, answers, strict=True):
         record["response"] = answer.text
     return records, prompts, answers
+
+
+def drawn_records(run) -> list[dict]:
+    """What is answered in this phase; a judge of agreement needs all answers to a question."""
+    cfg, groups = run.cfg, {}
+    for number, record in enumerate(run.memory["todo"]):
+        key = number
+        if cfg.judge == "agreement":
+            key = candidates.question_key(record)
+        groups.setdefault(key, []).append(record)
+    groups = list(groups.values())
+    n = max(1, cfg.rollouts // max(map(len, groups)))
+    indices = data.batch_indices(len(groups), n, run.memory["phase"], cfg.seed)
+    return [record for index in indices for record in groups[index]]
 
 
 def sampled_document(run, prompt: str, answer) -> dict:

@@ -12,14 +12,14 @@ from typing import Literal
 
 from methods import candidates, document_logprobs, losses
 from methods.flags import flag
-from methods.pairing import ranking_items
+from methods.ranking import RankFlags, ranking_items
 
 title = "SFT(IA)+RRHF"
 base = candidates
 
 
 @dataclass
-class Flags(candidates.Flags):
+class Flags(RankFlags):
     """What stage rrhf reads beside the common flags."""
 
     ft_reduction: Literal["sum", "mean"] = flag("sum", "likelihood of the best answer, in tokens")

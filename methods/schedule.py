@@ -8,7 +8,7 @@ import math
 from dataclasses import replace
 
 import data
-from methods import collate
+from methods import collate, probe
 from methods.folders import save_settings
 
 HELD_OUT = "held out"  # the key of the run's memory
@@ -95,6 +95,10 @@ def set_steps(run, items: list[dict]) -> None:
         steps = math.ceil(round(steps, 6))  # 0.07 * 100 is a little more than 7
         run.cfg = cfg = replace(cfg, steps=steps)
         run.guard.first(lambda: save_settings(cfg, run.folder))
+    if getattr(cfg, "max_passes", 0):
+        most = cfg.max_passes * len(items) / cfg.batch_size
+        steps = max(1, int(most))
+        run.cfg = cfg = replace(cfg, steps=min(cfg.steps, steps))
     passes = cfg.steps * cfg.batch_size / len(items)
     run.say(f"{cfg.stage}: {cfg.steps} steps of {cfg.batch_size} are {passes:.3g} passes over "
             f"{len(items)} items.")
@@ -106,15 +110,23 @@ def is_told(step: int, cfg) -> bool:
     return (step + 1) % max(1, cfg.steps // 10) == 0
 
 
-def validation_means(run, step: int, measure) -> dict:
-    """{"validation_TERM": mean over the held-out items} where it is due, else {}.
+def measured(run, step: int, measure) -> dict:
+    """What is measured after a step, where it is due: {name: number}.
 
-    measure(run, batches, learn) -> {term: mean}.
+    "validation_TERM", means over the held-out items by measure(run, batches, learn) -> {term:
+    mean}; and "agreement", see methods/probe.py, which may set the run's steps to end it here.
     """
-    held, cfg, guard = run.memory.get(HELD_OUT), run.cfg, run.guard
-    due = is_told(step, cfg) or step + 1 == cfg.steps
-    if not held or not due:
-        return {}
+    held, found = run.memory.get(HELD_OUT), {}
+    told = is_told(step, run.cfg)
+    last = step + 1 == run.cfg.steps
+    if held and (told or last):
+        found = validation_means(run, held, step, measure)
+    return found | probe.figures(run, step, told)
+
+
+def validation_means(run, held: list[dict], step: int, measure) -> dict:
+    """{"validation_TERM": mean over the held-out items}."""
+    cfg, guard = run.cfg, run.guard
     batches, device = [], next(run.model.parameters()).device
     for part in data.micro_batches(held[guard.rank::guard.size], cfg.micro_tokens):
         batches.append(collate(part, run.model, device) | {"step": step})

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from methods import candidates, document_logprobs, losses
-from methods.flags import flag
+from methods.flags import flag, rare
 from methods.groups import candidate_document
 from methods.pairing import PairFlags, pair_items, ranked_item
 
@@ -24,8 +24,8 @@ class Flags(PairFlags):
 
     lam: float = flag(1.0, "weight of the likelihood term", at_least=0)
     margin: float = flag(1.0, "delta, the margin of the ranking term", at_least=0)
-    ce_target: Literal["best", "gold"] = flag("best", "imitate the better answer, or the reference")
-    length_normalize: bool = flag(False, "means of log-probabilities instead of sums")
+    ce_target: Literal["best", "gold"] = rare("best", "imitate the better answer, or the reference")
+    length_normalize: bool = rare(False, "means of log-probabilities instead of sums")
 
 
 TERMS = {"rank": "pairs", "ce": "pairs"}

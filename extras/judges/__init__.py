@@ -16,6 +16,7 @@ from extras.judges.run import (
            after_collecting,
            label_pairs,
            make_backend,
+           pair_judge,
            revise,
            server_critic,
            server_judge,
@@ -23,4 +24,4 @@ from extras.judges.run import (
 
 __all__ = ["RUN", "JudgeStopped", "ServerFlags", "add_flags", "after_collecting", "all_answers",
            "check_flags", "client_from_flags", "label_pairs", "make_backend", "make_judge",
-           "revise", "server_critic", "server_judge", "settle_flags"]
+           "pair_judge", "revise", "server_critic", "server_judge", "settle_flags"]

@@ -49,13 +49,21 @@ def make_backend(run) -> Callable:
         def work(part):
             return [astuple(reply) for reply in chat.ask(part, **how)]
         return [Reply(*row) for row in guard.share(questions, work)]
-    return ask_server if "http" in (cfg.judge, getattr(cfg, "critic", "")) else ask_model
+    said = [getattr(cfg, name, "") for name in ("judge", "critic", "agreement_by")]
+    return ask_server if "http" in said else ask_model
 
 
 def server_judge(cfg, config: JudgeConfig, run) -> HttpJudge:
     """The judge behind the server that the flags of a run name."""
     return HttpJudge(make_backend(run), config, max_unparsed=cfg.max_unparsed,
                      name=f"http {cfg.judge_model}")
+
+
+def pair_judge(run) -> HttpJudge:
+    """Who says that two answers agree: the server, or the model, that --agreement-by names."""
+    cfg = run.cfg
+    return HttpJudge(make_backend(run), max_unparsed=getattr(cfg, "max_unparsed", 0.1),
+                     name=f"{cfg.agreement_by} {getattr(cfg, 'judge_model', '')}".strip())
 
 
 def server_critic(cfg, run) -> HttpCritic:

@@ -18,9 +18,9 @@ from extras.reports import masks, page, plots
 from extras.reports.judges import confusion_section
 from extras.reports.metrics import MoreMetrics
 from methods import candidates, heads, merged_copy, open_trained
-from methods.candidates import with_labels
 from methods.critics import FAILED, PERFECT
 from methods.groups import grouped_candidates
+from methods.rewards import with_labels
 
 
 def report_training(folder: Path) -> None:

@@ -19,7 +19,8 @@ from extras.runtime import identity, ranks
 from extras.runtime.files import checksum, write_folder
 
 FOLDER, KEPT = "checkpoints", 2
-GROWING = ("log.jsonl", "rollouts.jsonl")  # what steps append to; resuming truncates it
+# What steps append to; resuming truncates it.
+GROWING = ("log.jsonl", "probe.jsonl", "rollouts.jsonl")
 TENSORS = ("weights", "optimizer", "random")
 
 

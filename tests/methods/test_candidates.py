@@ -8,7 +8,7 @@ import torch
 import data
 import judge as judging
 import lora
-from methods import candidates, heads
+from methods import candidates, heads, rewards
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_collecting_writes_rewarded_answers_and_goes_on_behind_the_last(collecti
     path = run.folder / "candidates.jsonl"
     whole = path.read_bytes()
     for x in data.read_records(path):
-        verdict = judging.RuleJudge(0.7).judge(candidates.with_labels(run, [x]))[0]
+        verdict = judging.RuleJudge(0.7).judge(rewards.with_labels(run, [x]))[0]
         assert (x["reward"], x["how"], x["expected"], x["correct"]) == (
             verdict.reward, verdict.how, verdict.type, verdict.correct)
         assert isinstance(x["response"], str) and isinstance(x["finished"], bool)
@@ -124,7 +124,7 @@ def test_candidates_may_be_collected_without_a_judge(collecting):
 
 def test_labels_of_a_closed_set_are_shown_to_rules(collecting):
     run = collecting()
-    records = candidates.with_labels(run, candidates.unanswered(run))
+    records = rewards.with_labels(run, candidates.unanswered(run))
     assert {len(x["labels"]) for x in records if x["task"] == "colour"} == {5}
 
 
@@ -134,7 +134,7 @@ def test_labels_of_a_closed_set_are_shown_to_rules(collecting):
     (("--judge", "http", "--judge-model", "m"), judging.HttpJudge)])
 def test_judges(flags, kind, make_run, scored_stage):
     run = make_run(scored_stage, *flags, "--rouge-threshold", "0.6", "--reward-steps", "one")
-    judge = candidates.make_judge(run)
+    judge = rewards.make_judge(run)
     assert type(judge) is kind
     if hasattr(judge, "config"):
         assert (judge.config.steps, judge.config.mode) == ("one", "gated")
@@ -145,12 +145,12 @@ def test_judges(flags, kind, make_run, scored_stage):
 def test_the_self_judge_is_the_model_as_it_is(ready, scored_stage):
     run = ready(scored_stage, "--judge", "self")
     records = [x | {"response": "red hat"} for x in candidates.unanswered(run)[:3]]
-    before = candidates.make_judge(run).judge(records)
+    before = rewards.make_judge(run).judge(records)
     assert all(verdict.how == "judged" and 0 < verdict.p_expected < 1 for verdict in before)
     with torch.no_grad():
         for weight in lora.adapter_weights(run.model).values():
             weight.normal_(0, 0.2)
-    assert candidates.make_judge(run).judge(records) != before
+    assert rewards.make_judge(run).judge(records) != before
 
 
 @pytest.mark.parametrize("wanted, flags", [

@@ -43,11 +43,12 @@ def test_without_ranking_the_same_documents_have_no_pairs(make_run):
 
 def test_items_hold_as_many_worse_answers_as_asked_for(make_run, candidates, capsys):
     for most, sizes in (("1", [2]), ("2", [2, 3]), ("3", [4])):
-        run = make_run("cat", "--candidates", str(candidates), "--max-worse", most)
+        run = make_run("cat", "--candidates", str(candidates), "--max-worse", most,
+                       "--condition", "own")
         items = cat.items(run)
         assert {len(item["documents"]) for item in items} == set(sizes)
         assert sum(len(item["indices"]["worse"]) for item in items) == 30
-    assert "cat: 10 items; skipped 0 questions" in capsys.readouterr().out
+    assert "cat: 10 questions to learn from; skipped 0 without" in capsys.readouterr().out
 
 
 # ----- The step -----
@@ -63,8 +64,9 @@ def test_golden_numbers(golden, make_run):
     assert [train.count_of(cat.TERMS[term], batch, cfg) for term in ("rank", "ce")] == [3, 3]
 
 
-@pytest.mark.parametrize("flags", [(), ("--margin", "0.2", "--lam", "0.5", "--pairs", "all"),
-                                   ("--condition", "worse"), ("--ce-target", "gold")])
+@pytest.mark.parametrize("flags", [(), ("--condition", "own", "--pairs", "all"),
+                                   ("--margin", "0.2", "--lam", "0.5", "--condition", "own"),
+                                   ("--no-length-normalize",), ("--ce-target", "gold")])
 def test_a_step_equals_the_equation_and_micro_batches_change_nothing(
         flags, ready, candidates, written_out, same_in_parts):
     run = ready("cat", "--candidates", str(candidates), *flags)
@@ -74,7 +76,9 @@ def test_a_step_equals_the_equation_and_micro_batches_change_nothing(
         scores = []
         for document, weight in zip(item["documents"], item["values"]["weights"], strict=True):
             terms = written_out(run.model, document)
-            scores.append(sum(terms) / len(terms))
+            scores.append(sum(terms))
+            if run.cfg.length_normalize:
+                scores[-1] /= len(terms)
             ce, tokens = ce - weight * sum(terms), tokens + weight * len(terms)
         for w, lower in zip(item["indices"]["better"], item["indices"]["worse"], strict=True):
             rank += max(0.0, run.cfg.margin - scores[w] + scores[lower])

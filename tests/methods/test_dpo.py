@@ -13,7 +13,8 @@ from model import save_model
 
 # S of the golden candidates under the reference 2 sin(0.9 i + 1.1 t + 1.7 v + 0.2)
 REFERENCE = [-10.7027159023, -7.3647605120, -11.5411262450, -3.1807849124]
-KINDS = [(), ("--preference", "ipo", "--length-normalize", "--pairs", "all"),
+KINDS = [(), ("--preference", "ipo", "--length-normalize", "--pairs", "all",
+               "--condition", "own"),
          ("--preference", "hinge", "--reference-free"),
          ("--preference", "robust", "--label-smoothing", "0.1")]
 

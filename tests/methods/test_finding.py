@@ -52,7 +52,7 @@ def test_a_methods_own_words_go_before_its_bases_and_those_before_common():
     assert own.needs == "sft" and own.phase(None) == 3
     assert own.beside == ("sft",) and own.inspect is candidates.inspect
     assert own.DEFAULTS is candidates.DEFAULTS and own.Flags is candidates.Flags
-    assert own.begin is common.begin
+    assert own.begin is candidates.begin and own.attach is common.attach
     assert not hasattr(own, "candidate_key")  # no more than the contract says
 
 

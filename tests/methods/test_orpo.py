@@ -119,7 +119,7 @@ def test_a_step_equals_the_equation_and_micro_batches_change_nothing(
 
 # ----- Runs -----
 
-@pytest.mark.parametrize("flags", [(), ("--pairs", "all"), ("--condition", "worse")])
+@pytest.mark.parametrize("flags", [(), ("--pairs", "all", "--condition", "own")])
 def test_the_command_runs(flags, command, candidates):
     folder = command("orpo", "--candidates", str(candidates), *flags)
     assert list(json.loads((folder / "metrics.json").read_text())) == ["SFT(IA)+ORPO"]

@@ -3,7 +3,7 @@
 import pytest
 
 import data
-from methods import pairing
+from methods import pairing, ranking
 
 
 def record(reward, wording="w", response="r", **more):
@@ -28,7 +28,7 @@ def test_questions_without_a_pair_are_skipped_and_counted(pair_run, capsys):
                record(2, id="3"), record(2, "w2", id="3"), record(None, id="4")]
     items = pairing.pair_items(pair_run(records), lambda run, best, worse: (best, worse))
     assert items == [(records[0], [records[1]])]
-    assert "1 items; skipped 2 questions without a best answer and 1 with nothing below" \
+    assert "1 questions to learn from; skipped 2 without a best answer and 1 with nothing below" \
         in capsys.readouterr().out
 
 
@@ -64,7 +64,8 @@ def test_the_wording_of_each_document(condition, wordings, better, pair_run):
 
 def test_all_pairs_rank_the_lower_answers_too(pair_run):
     worse = [record(0, "w1"), record(1, "w2"), record(0, "w3")]
-    item, _ = pairing.ranked_item(pair_run([], "--pairs", "all"), record(2), worse, "good")
+    item, _ = pairing.ranked_item(
+        pair_run([], "--pairs", "all", "--condition", "own"), record(2), worse, "good")
     found = sorted(zip(item["indices"]["better"], item["indices"]["worse"], strict=True))
     assert found == [(0, 1), (0, 2), (0, 3), (2, 1), (2, 3)]
 
@@ -72,8 +73,8 @@ def test_all_pairs_rank_the_lower_answers_too(pair_run):
 def test_rankings_are_best_first_and_spread_over_the_rewards(pair_run):
     records = [record(reward, f"w{k}", f"r{k}")
                for k, reward in enumerate((0, 0, 2, 2, 1, 0, 2, None))]
-    run = pair_run(records, "--max-worse", "3")
-    item, = pairing.ranking_items(run)
+    run = pair_run(records, "--max-worse", "3", "--condition", "own")
+    item, = ranking.ranking_items(run)
     assert item["values"]["rewards"] == [2, 2, 1, 0]  # one of each in turn
     assert item["values"]["weights"] == [1, 0, 0, 0] and item["indices"]["best"] == [0]
     found = set(zip(item["indices"]["better"], item["indices"]["worse"], strict=True))
@@ -83,15 +84,28 @@ def test_rankings_are_best_first_and_spread_over_the_rewards(pair_run):
         assert by_text[str(document)]["reward"] == reward
 
 
+def test_rankings_under_each_wording_that_failed(pair_run):
+    records = [record(2, "w1", "a"), record(0, "w1", "b"), record(1, "w1", "c"),
+               record(0, "w2", "b"), record(2, "w3", "a"), record(None, "w2", "d")]
+    run = pair_run(records)
+    first, second = ranking.ranking_items(run)
+    assert first["values"]["rewards"] == [2, 1, 0] and second["values"]["rewards"] == [2, 0]
+    for item, wording, texts in ((first, "w1", "acb"), (second, "w2", "ab")):
+        assert item["documents"] == [run.document(wording, "in", text) for text in texts]
+    run.cfg.condition = "original"
+    item, = ranking.ranking_items(run)
+    assert item["documents"] == [run.document("do", "in", text) for text in "acb"]
+
+
 def test_questions_of_one_reward_have_no_ranking(pair_run):
     run = pair_run([record(1), record(1, "w2"), record(None, "w3")])
-    assert pairing.ranking_items(run) == []
+    assert ranking.ranking_items(run) == []
 
 
 def test_records_are_taken_in_turn():
     records = [{"reward": reward, "k": k} for k, reward in enumerate((2, 2, 2, 1, 0, 0))]
     for most, wanted in ((1, [0]), (3, [0, 3, 4]), (5, [0, 3, 4, 1, 5]), (9, [0, 3, 4, 1, 5, 2])):
-        assert [x["k"] for x in pairing.take_in_turn(records, most)] == wanted
+        assert [x["k"] for x in ranking.take_in_turn(records, most)] == wanted
 
 
 def test_labelled_pairs_become_items(pair_run, tmp_path, capsys):

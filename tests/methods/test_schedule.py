@@ -136,7 +136,7 @@ def test_the_measured_loss_is_that_of_the_weights_after_the_step(make_run, ready
     schedule.items_to_train(run)
     run.model.train()
     held = run.memory[schedule.HELD_OUT]
-    found = schedule.validation_means(run, 0, train.backward)
+    found = schedule.measured(run, 0, train.backward)
     assert run.model.training and all(p.grad is None for p in run.model.parameters())
     run.model.eval()
     batch = schedule.collate(held, run.model, "cpu")

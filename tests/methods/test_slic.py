@@ -33,7 +33,8 @@ def test_the_ranking_term_is_the_hinge_of_trl(golden, make_run):
 
 
 @pytest.mark.parametrize("flags", [(), ("--ce-target", "gold"), ("--length-normalize",),
-                                   ("--margin", "0.3", "--lam", "2", "--pairs", "all")])
+                                   ("--margin", "0.3", "--lam", "2", "--pairs", "all",
+                                    "--condition", "own")])
 def test_a_step_equals_the_equation_and_micro_batches_change_nothing(
         flags, ready, candidates, written_out, same_in_parts):
     run = ready("slic", "--candidates", str(candidates), *flags)

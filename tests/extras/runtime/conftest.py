@@ -33,7 +33,7 @@ def one_thread():
 def command(arguments, candidates):
     """A function that makes the command of one of short_runs.RUNS: command(name, out)."""
     def make(name, out):
-        more = ["--candidates", str(candidates)] if name in ("cat", "dpo") else []
+        more = ["--candidates", str(candidates)] if name in ("cat", "dpo", "patience") else []
         return arguments(out, *runs.RUNS[name], *more)
     return make
 

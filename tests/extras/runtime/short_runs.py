@@ -24,6 +24,9 @@ RUNS = {
     "rounds": [*JUDGED, "--steps", "6", "--rounds", "2", *SHORT, "--save-every", "2"],
     "cat": ["--stage", "cat", "--steps", "8", "--sft-steps", "4", "--dropout", "0.1",
             "--no-compare", *SHORT],
+    "patience": ["--stage", "cat", "--steps", "20", "--sft-steps", "4", "--no-compare",
+                 "--lr", "0.01", "--wordings", "3", "--pool-per-task", "6", "--patience", "5",
+                 "--probe-inputs", "3", "--rouge-threshold", "0.1", *SHORT],
     "dpo": ["--stage", "dpo", "--steps", "8", "--sft-steps", "4", "--no-compare", *SHORT],
     "ppo": ["--stage", "ppo", "--steps", "12", "--sft-steps", "4", "--rollouts", "8",
             "--no-fit-reward", "--judge", "rule", "--pool-per-task", "4", "--wordings", "3",
@@ -31,7 +34,8 @@ RUNS = {
     "full": ["--stage", "sft", "--steps", "6", "--full", *SHORT],
 }
 KEPT = ("adapter_model.safetensors", "value_head.safetensors", "model.safetensors",
-        "candidates.jsonl", "judged.jsonl", "rollouts.jsonl")
+        "candidates.jsonl", "judged.jsonl", "rollouts.jsonl",
+        "probe.jsonl")
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -28,6 +28,7 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(name, command, un
 
 @pytest.mark.parametrize("name, steps", [
     ("cat", (7,)), ("ppo", (4, 5)), ("full", (3,)), ("held out", (4, 11)),
+    ("patience", (3, 6)),
     *(pytest.param(*x, marks=FAULTS) for x in [
         ("cat", (1, 3)), ("ppo", (2, 11)), ("cut", (5,)), ("dpo", (4,)), ("rounds", (3, 5))])])
 def test_a_run_stopped_at_each_step_resumes_there(name, steps, command, unstopped, tmp_path,

@@ -1,0 +1,130 @@
+"""What can be known of a run without a target: do answers agree, and have they collapsed?
+
+agreement   CR (arXiv 2403.14221) of greedy answers to inputs that are never sampled for, under the
+            wordings that are. It needs no target. But a model that always says the same agrees
+            with itself, so the commonest answers of each task are looked at, too.
+
+Before the first step and after the last, --probe-inputs of each task are answered; probe.jsonl has
+a record of each time. With --patience K they are answered at every line on the screen: training
+ends when K times in a row brought no more agreement, and the best weights are kept.
+"""
+
+from collections import Counter
+from dataclasses import replace
+
+import data
+import judge as judging
+from eval import answer_questions, evaluate_responses
+from methods import merged_copy
+from methods.agreement import LEAST, MOST
+from methods.early import keep_weights, restore_weights
+from methods.unlabelled import pool_instances
+
+FILE = "probe.jsonl"
+
+
+# ----- Measuring -----
+def probe_questions(run, wordings) -> list[dict]:
+    """The questions: of each task the inputs behind those of all rounds, under its wordings.
+
+    wordings(task, cfg): those to sample under.
+    """
+    cfg, found = run.cfg, []
+    start = cfg.rounds * cfg.pool_per_task
+    if not cfg.probe_inputs:
+        return []
+    for task in run.tasks:
+        texts = wordings(task, cfg)[:max(2, cfg.pool_wordings)]
+        for instance in pool_instances(run, task)[start:start + cfg.probe_inputs]:
+            found.append({"task": task.name, "id": instance.id, "instruction": task.definition,
+                          "input": instance.input, "targets": [], "wordings": texts,
+                          "labels": task.labels})
+    return found
+
+
+def measure(run, step: int) -> float:
+    """The agreement now; appends it, and the commonest answers, to probe.jsonl."""
+    from model import Sampling
+    cfg, model = run.cfg, merged_copy(run.model)
+
+    def work(part):
+        return answer_questions(model, run.tokenizer, run.template, part,
+                                Sampling(cfg.max_new_tokens), prefix=run.prefix(),
+                                batch_size=cfg.eval_batch, max_len=cfg.max_len)
+    answered = run.guard.share(run.memory["probe"], work)
+    metrics, _ = evaluate_responses(answered, judging.RuleJudge(cfg.rouge_threshold))
+    agreement = metrics["cr"]["mean"]
+    record = {"step": step, "agreement": agreement, "commonest": commonest(answered)}
+    run.guard.first(lambda: data.append_records(run.folder / FILE, [record]))
+    return agreement
+
+
+def commonest(answered: list[dict]) -> dict:
+    """{task: [its commonest answer, the share of questions that have it, their number]}.
+
+    The answer to a question is the one that most of its wordings get.
+    """
+    answers = {}
+    for question in answered:
+        texts = Counter(map(judging.normalize, question["responses"]))
+        (text, _), = texts.most_common(1)
+        answers.setdefault(question["task"], Counter())[text] += 1
+    found = {}
+    for task, counts in answers.items():
+        n = counts.total()
+        (text, count), = counts.most_common(1)
+        found[task] = [text, count / n, n]
+    return found
+
+
+# ----- In a run -----
+def begin(run, wordings) -> None:
+    """Measure before the first step; wordings(task, cfg) are those that a run samples under."""
+    memory, stage = run.memory, run.cfg.stage
+    memory["probe"] = probe_questions(run, wordings)
+    if memory["probe"]:
+        memory.update(best_agreement=measure(run, 0), best_step=0)
+        keep_weights(run, 0)
+        run.say(f"{stage}: before the first step, answers to {len(memory['probe'])} unlabelled "
+                f"inputs agree in {100 * memory['best_agreement']:.1f} % of pairs.")
+
+
+def figures(run, step: int, told: bool) -> dict:
+    """{"agreement": CR} where it is measured, else {}; may set the run's steps to end it here.
+
+    told: whether this step has a line on the screen.
+    """
+    cfg, memory, done = run.cfg, run.memory, step + 1
+    if not memory.get("probe") or not (done == cfg.steps or told and cfg.patience):
+        return {}
+    agreement = measure(run, done)
+    run.model.train()
+    if agreement > memory["best_agreement"]:  # of equal ones the earlier stays
+        memory.update(best_agreement=agreement, best_step=done)
+        keep_weights(run, done)
+    waited = (done - memory["best_step"]) / max(1, cfg.steps // 10)
+    if cfg.patience and done < cfg.steps and waited >= cfg.patience:
+        run.say(f"{cfg.stage}: {cfg.patience} measurements in a row brought no more agreement.")
+        run.cfg = replace(cfg, steps=done)
+    return {"agreement": agreement}
+
+
+def finish(run) -> None:
+    """Go back to the best weights, and say what became of the answers."""
+    cfg, memory, kept = run.cfg, run.memory, run.cfg.steps
+    if not memory.get("probe"):
+        return
+    if cfg.patience:
+        kept = memory["best_step"]
+        restore_weights(run, kept)
+    measured = {x["step"]: x for x in run.guard.first(lambda: data.read_records(run.folder / FILE))}
+    first, last = measured[0], measured[kept]
+    run.say(f"{cfg.stage}: answers to {len(memory['probe'])} unlabelled inputs agree in "
+            f"{100 * first['agreement']:.1f} % of pairs before, and in "
+            f"{100 * last['agreement']:.1f} % after {kept} steps.")
+    for task, (text, share, n) in last["commonest"].items():
+        _, before, _ = first["commonest"][task]
+        if share >= MOST and n >= LEAST and share > before:
+            run.say(f"warning: {100 * share:.0f} % of {n} questions of task {task} now get the "
+                    f"answer {text!r}. Agreement also rises where a model always says the same: "
+                    "look at these answers. --balance, fewer steps or --patience may help.")
