@@ -16,6 +16,7 @@ from extras.formats.records import read_judged
 from extras.judges.judges import confusion
 from extras.reports import masks, page, plots
 from extras.reports.judges import confusion_section
+from extras.reports.label_free import label_free_section
 from extras.reports.metrics import MoreMetrics
 from methods import candidates, heads, merged_copy, open_trained
 from methods.critics import FAILED, PERFECT
@@ -103,6 +104,7 @@ def report_run(run) -> None:
         report_training(log.parent)
     if run.method.collect is candidates.collect and not getattr(run.cfg, "preferences", ""):
         report_candidates(run)
+        report_label_free(run)
     page.embed_plots(Path(run.cfg.out))
     if Path(run.cfg.out, "report.md").exists():
         run.say(f"report: {run.cfg.out}/report.html\nnext: {next_command(run.cfg)}")
@@ -127,16 +129,29 @@ def report_candidates(run) -> None:
     Rewards that are plain numbers are no verdicts, and not compared.
     """
     cfg, verdicts = run.cfg, []
-    records = with_labels(run, [x for group in grouped_candidates(run) for x in group])
+    records = [x for group in grouped_candidates(run) for x in group if x["target"] is not None]
+    records = with_labels(run, records)
     for x in records:
         verdicts.append(judging.Verdict(x.get("expected"), x.get("correct"), x["reward"], x["how"]))
-    if any(verdict.how not in judging.VERDICTS for verdict in verdicts):
+    if not verdicts or any(verdict.how not in judging.VERDICTS for verdict in verdicts):
         return
     found = confusion(records, verdicts, judging.RuleJudge(cfg.rouge_threshold).judge(records))
     (run.folder / "judge.json").write_text(json.dumps(found, indent=1) + "\n")
     if Path(cfg.out, "report.md").exists():
         with open(Path(cfg.out, "report.md"), "a", encoding="utf-8") as file:
             file.write(confusion_section(found, cfg.judge))
+
+
+def report_label_free(run) -> None:
+    """A section of report.md on what is known without targets."""
+    path = Path(run.cfg.out, "report.md")
+    if path.exists():
+        groups = grouped_candidates(run)
+        if any(x["how"] not in judging.VERDICTS for group in groups for x in group):
+            groups = []  # rewards that are plain numbers have no best answer to count
+        section = label_free_section(groups, data.read_records(run.folder / "probe.jsonl"))
+        with path.open("a", encoding="utf-8") as file:
+            file.write(section)
 
 
 def report_rewards(run) -> None:
