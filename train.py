@@ -380,6 +380,8 @@ def report(run: Run, ladder: dict[str, Path | None]) -> None:
         answered = run.guard.share(questions, work)
         results[title], tables[title] = evaluate_responses(answered, judge, more=more)
     run.guard.first(lambda: write_results(cfg, results, tables))
+    if remark := run.method.remark(run, results):
+        run.say(remark)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ and may have what follows. What it leaves out it gets from the file that it name
     beside      names of stages that are trained and shown for comparison
     unread      names of flags that its Flags have, but that it does not read
     takes_labels    whether it learns from single answers that are called good or bad
-    check, also_needs, inspect, attach, collect, begin, phase, prefix      see methods/common.py
+    check, also_needs, inspect, attach, collect, begin, phase, remark, prefix   see common.py
     detach(run, folder)         saves and removes what `attach` added
     prepare(model, batch, cfg)  -> {name: (sum, count)}: statistics of the whole step, which the
                                 loop totals and hands to `step` as batch["statistics"][name]

@@ -17,6 +17,7 @@ import data
 from eval import complete, extra
 from methods import agreement, common, merged_copy, probe
 from methods.agreement import question_key
+from methods.finding import find_method
 from methods.flags import flag, rare
 from methods.rewards import JudgeFlags, check_judge, make_judge, rewarded
 from methods.unlabelled import pool_instances
@@ -168,6 +169,17 @@ def answered(run, records: list[dict]) -> list[dict]:
 def begin(run) -> None:
     """Measure what is known without targets before the first step (methods/probe.py)."""
     probe.begin(run, sampled_wordings)
+
+
+def remark(run, results) -> str:
+    """What the model saw of which wordings, below the table."""
+    cfg, before = run.cfg, find_method(run.method.needs).title
+    if not cfg.fresh_wordings or before not in results:
+        return ""
+    old, new = (100 * results[title]["cr"]["mean"] for title in (before, run.method.title))
+    return (f"{before} saw targets under the instruction and {cfg.wordings} wordings of each task. "
+            f"Then the model's own answers under {cfg.fresh_wordings} others were rewarded by "
+            f"--judge {cfg.judge}: CR {new - old:+.1f} points.")
 
 
 # ----- Before a run -----

@@ -103,6 +103,11 @@ def phase(cfg) -> int:
     return 0
 
 
+def remark(run, results) -> str:
+    """A line below the table; results: {title: metrics}."""
+    return ""
+
+
 def prefix(run) -> str:
     """Words before every instruction, for a model that was trained to react to them."""
     return ""

@@ -8,7 +8,7 @@ from pathlib import Path
 from methods import common
 
 INHERITED = ("Flags", "DEFAULTS", "kind", "needs", "beside", "unread", "check", "inspect",
-             "collect", "begin", "report")
+             "collect", "begin", "remark", "report")
 DIVISORS = ("tokens", "items", "pairs", "documents")  # of a term of the loss
 KINDS = ("", "sft", "candidates", "judged")  # of the demo's settings
 

@@ -159,3 +159,14 @@ def test_the_self_judge_is_the_model_as_it_is(ready, scored_stage):
     ("--reward-model nowhere does not exist", ("--reward-model", "nowhere"))])
 def test_flags_that_do_not_fit_are_refused(wanted, flags, refused, scored_stage):
     refused(wanted, scored_stage, *flags)
+
+
+def test_the_line_below_the_table(make_run, scored_stage):
+    run = make_run(scored_stage, "--wordings", "2", "--fresh-wordings", "1", "--judge", "rule")
+    results = {"SFT(IA)": {"cr": {"mean": 0.475}}, "mine": {"cr": {"mean": 0.55}}}
+    assert candidates.remark(run, results) == (
+        "SFT(IA) saw targets under the instruction and 2 wordings of each task. Then the model's "
+        "own answers under 1 others were rewarded by --judge rule: CR +7.5 points.")
+    assert candidates.remark(run, {"mine": results["mine"]}) == ""  # nothing to compare with
+    run.cfg.fresh_wordings = 0
+    assert candidates.remark(run, results) == ""
