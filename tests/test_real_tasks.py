@@ -94,6 +94,14 @@ def test_wordings_are_many_in_all_styles_and_never_shared(tasks):
     assert len(owners) == 31 * len(tasks)
 
 
+def test_the_first_wordings_differ_in_style(tasks):
+    """--wordings 5 takes the first five."""
+    for task in tasks:
+        for split in ("train", "dev", "test"):
+            styles = [wording.style for wording in task.wordings[split][:8]]
+            assert len(set(styles)) == 8
+
+
 def test_wordings_place_the_input_once_or_not_at_all(tasks):
     for task in tasks:
         for wording in all_wordings(task):
