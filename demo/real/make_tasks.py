@@ -15,10 +15,10 @@ import words
 HERE = Path(__file__).parent
 DEFINITIONS = {
     "antonym": "Give the opposite of the word. Answer with one word in lower case.",
-    "capital": "Name the capital of the country. Answer with the name of the city only.",
     "comparative": "Write the comparative form of the adjective, without the word 'than'.",
     "continent": "On which continent is the country? Answer with Africa, Asia, Europe, "
                  "North America, South America or Oceania.",
+    "digits": "Write the number in digits. Use no commas.",
     "kind": "Say what kind of thing the word names. Answer with one of these words: animal, plant, "
             "food, tool, clothing, vehicle.",
     "largest": "Which of the three numbers is the largest? Answer with the number only.",
@@ -36,9 +36,9 @@ def split_list(text, separator=","):
     return [" ".join(entry.split()) for entry in text.split(separator)]
 
 
-def pairs(text, separator=" "):
+def pairs(text):
     """(input, answer) of every entry."""
-    return [tuple(entry.split(separator)) for entry in split_list(text)]
+    return [tuple(entry.split()) for entry in split_list(text)]
 
 
 def labelled(groups):
@@ -95,20 +95,7 @@ def comparatives():
     return found + [(word, "more " + word) for word in split_list(words.LONG_ADJECTIVES)]
 
 
-# ----- Countries, numbers and reviews -----
-def capitals():
-    """(country, capital)."""
-    return [row for text in words.COUNTRIES.values() for row in pairs(text, ": ")]
-
-
-def continents():
-    """(country, continent)."""
-    found = []
-    for continent, text in words.COUNTRIES.items():
-        found += [(country, continent) for country, capital in pairs(text, ": ")]
-    return found
-
-
+# ----- Numbers and reviews -----
 def sums(count=170):
     """("a, b", their sum) of numbers from 3 to 60."""
     rng, found = random.Random("sum"), {}
@@ -125,6 +112,36 @@ def largest_numbers(count=170):
         base = rng.choice([40, 400, 4000])
         numbers = rng.sample(range(base // 2, 2 * base), 3)
         found[", ".join(map(str, numbers))] = str(max(numbers))
+    return list(found.items())
+
+
+ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+        "fifteen sixteen seventeen eighteen nineteen").split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+
+def spell(number):
+    """A number below a million in English words."""
+    if number < 20:
+        return ONES[number]
+    if number < 100:
+        rest = "-" + ONES[number % 10] if number % 10 else ""
+        return TENS[number // 10 - 2] + rest
+    size, name = (1000, "thousand") if number >= 1000 else (100, "hundred")
+    text = f"{spell(number // size)} {name}"
+    rest = number % size
+    if not rest:
+        return text
+    return text + (" and " if rest < 100 else " ") + spell(rest)
+
+
+def numbers_in_words(count=170):
+    """(a number in words, in digits) of two to five digits."""
+    rng, found = random.Random("digits"), {}
+    while len(found) < count:
+        size = rng.choice([100, 1000, 10_000, 100_000])
+        number = rng.randint(size // 10, size - 1)
+        found[spell(number)] = str(number)
     return list(found.items())
 
 
@@ -150,10 +167,17 @@ def reviews(count=85):
 
 
 INSTANCES = {
-    "antonym": pairs(words.ANTONYM), "capital": capitals(), "comparative": comparatives(),
-    "continent": continents(), "kind": labelled(words.KINDS),
-    "largest": largest_numbers(), "past": past_tenses(), "plural": plurals(),
-    "sentiment": reviews(), "sum": sums(), "word_class": labelled(words.WORD_CLASSES)}
+    "antonym": pairs(words.ANTONYM),
+    "comparative": comparatives(),
+    "continent": labelled(words.COUNTRIES),
+    "digits": numbers_in_words(),
+    "kind": labelled(words.KINDS),
+    "largest": largest_numbers(),
+    "past": past_tenses(),
+    "plural": plurals(),
+    "sentiment": reviews(),
+    "sum": sums(),
+    "word_class": labelled(words.WORD_CLASSES)}
 
 
 def write_tasks(out=HERE):

@@ -1,4 +1,4 @@
-"""Words and facts of the tasks for a real model, written by us from general knowledge.
+"""Words of the tasks for a real model, written by us from general knowledge.
 
 Pairs are "input answer"; commas separate the entries.
 """
@@ -110,53 +110,35 @@ convincing, detailed, dramatic, durable, fashionable, fortunate, logical, practi
 realistic, rewarding, surprising, thoughtful, transparent, vulnerable
 """
 
-# "country: capital" by continent. Countries on two continents, with two capitals, or whose status
-# is disputed are left out.
+# Countries by continent. Those on two continents, or whose status is disputed, are left out.
 COUNTRIES = {
     "Africa": """
-Algeria: Algiers, Angola: Luanda, Botswana: Gaborone, Burkina Faso: Ouagadougou,
-Cameroon: Yaounde, Chad: N'Djamena, Cape Verde: Praia, Djibouti: Djibouti,
-Equatorial Guinea: Malabo, Eritrea: Asmara, Ethiopia: Addis Ababa, Gabon: Libreville,
-Ghana: Accra, Guinea: Conakry, Kenya: Nairobi, Lesotho: Maseru, Liberia: Monrovia, Libya: Tripoli,
-Madagascar: Antananarivo, Malawi: Lilongwe, Mali: Bamako, Mauritania: Nouakchott,
-Mauritius: Port Louis, Morocco: Rabat, Mozambique: Maputo, Namibia: Windhoek, Niger: Niamey,
-Nigeria: Abuja, Rwanda: Kigali, Senegal: Dakar, Sierra Leone: Freetown, Somalia: Mogadishu,
-Sudan: Khartoum, South Sudan: Juba, Gambia: Banjul, Togo: Lome, Tunisia: Tunis, Uganda: Kampala,
-Zambia: Lusaka, Zimbabwe: Harare, Comoros: Moroni, Seychelles: Victoria""",
+Algeria, Angola, Botswana, Burkina Faso, Cameroon, Chad, Cape Verde, Djibouti, Equatorial Guinea,
+Eritrea, Ethiopia, Gabon, Ghana, Guinea, Kenya, Lesotho, Liberia, Libya, Madagascar, Malawi, Mali,
+Mauritania, Mauritius, Morocco, Mozambique, Namibia, Niger, Nigeria, Rwanda, Senegal, Sierra
+Leone, Somalia, Sudan, South Sudan, Gambia, Togo, Tunisia, Uganda, Zambia, Zimbabwe, Comoros,
+Seychelles""",
     "Asia": """
-Afghanistan: Kabul, Bahrain: Manama, Bangladesh: Dhaka, Bhutan: Thimphu, Cambodia: Phnom Penh,
-China: Beijing, India: New Delhi, Iran: Tehran, Iraq: Baghdad, Japan: Tokyo, Jordan: Amman,
-Kuwait: Kuwait City, Kyrgyzstan: Bishkek, Laos: Vientiane, Lebanon: Beirut,
-Malaysia: Kuala Lumpur, Maldives: Male, Mongolia: Ulaanbaatar, Myanmar: Naypyidaw,
-Nepal: Kathmandu, North Korea: Pyongyang, Oman: Muscat, Pakistan: Islamabad, Philippines: Manila,
-Qatar: Doha, Saudi Arabia: Riyadh, Singapore: Singapore, South Korea: Seoul, Syria: Damascus,
-Tajikistan: Dushanbe, Thailand: Bangkok, Turkmenistan: Ashgabat,
-United Arab Emirates: Abu Dhabi, Uzbekistan: Tashkent, Vietnam: Hanoi, Yemen: Sanaa,
-Brunei: Bandar Seri Begawan""",
+Afghanistan, Bahrain, Bangladesh, Bhutan, Cambodia, China, India, Iran, Iraq, Japan, Jordan,
+Kuwait, Kyrgyzstan, Laos, Lebanon, Malaysia, Maldives, Mongolia, Myanmar, Nepal, North Korea,
+Oman, Pakistan, Philippines, Qatar, Saudi Arabia, Singapore, South Korea, Syria, Tajikistan,
+Thailand, Turkmenistan, United Arab Emirates, Uzbekistan, Vietnam, Yemen, Brunei""",
     "Europe": """
-Albania: Tirana, Andorra: Andorra la Vella, Austria: Vienna, Belarus: Minsk, Belgium: Brussels,
-Bosnia and Herzegovina: Sarajevo, Bulgaria: Sofia, Croatia: Zagreb, Czech Republic: Prague,
-Denmark: Copenhagen, Estonia: Tallinn, Finland: Helsinki, France: Paris, Germany: Berlin,
-Greece: Athens, Hungary: Budapest, Iceland: Reykjavik, Ireland: Dublin, Italy: Rome, Latvia: Riga,
-Liechtenstein: Vaduz, Lithuania: Vilnius, Luxembourg: Luxembourg, Malta: Valletta,
-Moldova: Chisinau, Monaco: Monaco, Montenegro: Podgorica, North Macedonia: Skopje, Norway: Oslo,
-Poland: Warsaw, Portugal: Lisbon, Romania: Bucharest, Serbia: Belgrade, Slovakia: Bratislava,
-Slovenia: Ljubljana, Spain: Madrid, Sweden: Stockholm, Switzerland: Bern, Ukraine: Kyiv,
-United Kingdom: London, Netherlands: Amsterdam, San Marino: San Marino""",
+Albania, Andorra, Austria, Belarus, Belgium, Bosnia and Herzegovina, Bulgaria, Croatia, Czech
+Republic, Denmark, Estonia, Finland, France, Germany, Greece, Hungary, Iceland, Ireland, Italy,
+Latvia, Liechtenstein, Lithuania, Luxembourg, Malta, Moldova, Monaco, Montenegro, North Macedonia,
+Norway, Poland, Portugal, Romania, Serbia, Slovakia, Slovenia, Spain, Sweden, Switzerland,
+Ukraine, United Kingdom, Netherlands, San Marino""",
     "North America": """
-Bahamas: Nassau, Barbados: Bridgetown, Belize: Belmopan, Canada: Ottawa, Costa Rica: San Jose,
-Cuba: Havana, Dominican Republic: Santo Domingo, El Salvador: San Salvador,
-Guatemala: Guatemala City, Haiti: Port-au-Prince, Honduras: Tegucigalpa, Jamaica: Kingston,
-Mexico: Mexico City, Nicaragua: Managua, Panama: Panama City,
-Grenada: St. George's, Dominica: Roseau, Saint Lucia: Castries, Antigua and Barbuda: St. John's""",
+Bahamas, Barbados, Belize, Canada, Costa Rica, Cuba, Dominican Republic, El Salvador, Guatemala,
+Haiti, Honduras, Jamaica, Mexico, Nicaragua, Panama, Grenada, Dominica, Saint Lucia, Antigua and
+Barbuda""",
     "South America": """
-Argentina: Buenos Aires, Brazil: Brasilia, Chile: Santiago, Colombia: Bogota, Ecuador: Quito,
-Guyana: Georgetown, Paraguay: Asuncion, Peru: Lima, Suriname: Paramaribo, Uruguay: Montevideo,
-Venezuela: Caracas""",
+Argentina, Brazil, Chile, Colombia, Ecuador, Guyana, Paraguay, Peru, Suriname, Uruguay,
+Venezuela""",
     "Oceania": """
-Australia: Canberra, Fiji: Suva, New Zealand: Wellington, Papua New Guinea: Port Moresby,
-Samoa: Apia, Solomon Islands: Honiara, Tonga: Nuku'alofa, Vanuatu: Port Vila, Kiribati: Tarawa,
-Palau: Ngerulmud, Tuvalu: Funafuti"""}
+Australia, Fiji, New Zealand, Papua New Guinea, Samoa, Solomon Islands, Tonga, Vanuatu, Kiribati,
+Palau, Tuvalu"""}
 
 KINDS = {
     "animal": """
