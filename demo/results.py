@@ -9,6 +9,7 @@
        unseen     whole tasks held out: trained on 26 tasks, asked about the 8 others
        precision  exact rewards of which a share is turned round, for four methods
        ranking    what the ranking term adds to imitation, setting by setting
+       real       a pretrained model, --model DIR, on the tasks of demo/real
 
 Every arm is printed, whatever it shows. A table has means over seeds; below it are paired
 differences with 95 % t intervals. Writes results.md to --out/PART. How runs are started: trials.py.
@@ -17,13 +18,14 @@ differences with 95 % t intervals. Writes results.md to --out/PART. How runs are
 import json
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import trials
 
 METRICS = {"cr": "CR", "mcr": "MCR", "rougeL": "ROUGE-L", "exact_match": "EM",
-           "consistent_and_correct": "consistent and correct"}
+           "consistent_and_correct": "consistent and correct", "label": "commonest label"}
 IA = "SFT(IA)"
 FEW, ALL = "--wordings 5", "--wordings 14"  # what SFT(IA) sees
 FRESH, SEEN = "--wordings 5 --fresh-wordings 9", "--wordings 14 --fresh-wordings 0"  # and CAT
@@ -61,6 +63,17 @@ RANKING = {
     "rate 1e-3": "--lr 1e-3",
     "not normalised by length": "--no-length-normalize",
 }
+REAL = ("--model {model} --tasks demo/real/tasks --paraphrases demo/real/paraphrases.json "
+        "--dtype bfloat16 --per-task 24 --max-new-tokens 12")
+REAL_SFT = "--steps 45 --batch-size 24 --lr 5e-4"
+REAL_CAT = "--steps 30 --batch-size 8 --lr 1e-4 --pool-per-task 20"
+REAL_ARMS = {
+    "CAT, self-judge": "--judge self",
+    "agreement": AGREE,
+    "agreement, balanced": f"{SAME} --balance",
+    "CAT, exact rules": "--judge rule",
+    "gold targets on the same items": f"{SAME} --no-ranking --ce-target gold",
+}
 # What demo/settings.json says of the demo's tasks, for other folders of tasks.
 TASKS = ("--paraphrases demo/paraphrases.json --per-task 24 --augment product --judge-share 0.5 "
          "--max-new-tokens 24 --rouge-threshold 0.95")
@@ -74,6 +87,23 @@ def read_json(path):
     return json.loads(Path(path).read_text())
 
 
+def describe_run(folder, title):
+    """What a run cost, its CR task by task, and the share of its commonest label.
+
+    The last is the mean over the tasks with few labels: 1 if a model always says the same.
+    """
+    tasks, answers = {}, {}
+    for line in Path(folder, "questions.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["model"] == title:
+            tasks.setdefault(row["task"], []).append(row["cr"])
+            if row["labels"]:
+                answers.setdefault(row["task"], Counter()).update(row["responses"])
+    tops = [counts.most_common(1)[0][1] / counts.total() for counts in answers.values()]
+    return {"cost": read_json(f"{folder}/summary.json"), "label": {"mean": np.mean(tops)},
+            "tasks": {task: float(np.mean(values)) for task, values in tasks.items()}}
+
+
 class Seed:
     """The runs of one seed: each is made once, and continues the SFT(IA) of its setting."""
 
@@ -82,18 +112,19 @@ class Seed:
         self.common = ["--seed", str(seed), "--split", args.split, "--eval-per-task",
                        str(args.per_task), "--no-compare"]
 
-    def first(self, setting, flags):
-        """The folder of SFT(IA) in a setting, and its metrics."""
-        folder, words = f"{self.out}-{setting}", flags.split()
-        found = trials.train("sft-ia", folder, *self.common[:-1], *words)[IA]
-        return folder, found | {"cost": read_json(f"{folder}/summary.json")}
+    def first(self, setting, flags, stage="sft-ia"):
+        """The folder of SFT(IA), or SFT, in a setting, and its metrics."""
+        folder, words = f"{self.out}-{setting}", flags.format(model=self.args.model).split()
+        found = trials.train(stage, folder, *self.common[:-1], *words)
+        *_, title = found  # its own row is the last
+        return folder, found[title] | describe_run(folder, title)
 
     def run(self, stage, name, init, flags):
         """The metrics of a stage that continues the run folder `init`, and its folder."""
         folder = f"{self.out}-{name}"
         words = ["--init", init, *flags.split()]
-        (found,) = trials.train(stage, folder, *self.common, *words).values()
-        return folder, found | {"cost": read_json(f"{folder}/summary.json")}
+        ((title, found),) = trials.train(stage, folder, *self.common, *words).items()
+        return folder, found | describe_run(folder, title)
 
     def arms(self, setting, start, wordings, arms):
         """{title: metrics} of arms that continue SFT(IA) under these wordings."""
@@ -170,6 +201,29 @@ def ranking(runs):
     return rows
 
 
+def real(runs):
+    """A pretrained model on tasks of our own: wordings without targets, and two gold controls."""
+    found = {"SFT": runs.first("real-sft", f"{REAL} {REAL_SFT}", "sft")[1]}
+    start, found[IA] = runs.first("real-ia", f"{REAL} {REAL_SFT} {FEW}")
+    found |= runs.arms("real-", start, f"{FRESH} {REAL_CAT}", REAL_ARMS)
+    folder = f"{runs.out}-real-{list(REAL_ARMS).index('agreement')}"
+    path = Path(f"{runs.out}-real-gold.jsonl")
+    write_gold(Path(folder, "candidates.jsonl"), path)
+    flags = f"{FRESH} {REAL_CAT} --candidates {path}"
+    found["gold targets on all inputs"] = runs.run("expert", "real-gold", start, flags)[1]
+    return found
+
+
+def write_gold(source, target):
+    """The reference output under each wording of each question, whatever the model answered."""
+    lines = {}
+    for line in source.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        key = record["task"], record["id"], record["wording"]
+        lines[key] = json.dumps(record | {"response": record["target"], "reward": 2}) + "\n"
+    target.write_text("".join(lines.values()), encoding="utf-8")
+
+
 def unseen(runs):
     """Whole tasks are held out: does consistency that is learnt on others carry over?"""
     args, folder = runs.args, runs.args.out / "tasks"
@@ -186,12 +240,12 @@ def unseen(runs):
                             "--max-new-tokens", "24", "--rouge-threshold", "0.95", "--per-task",
                             str(args.per_task), "--adapter", *paths.values())
     for title, path in paths.items():
-        rows[title] = found[path]
+        rows[title] = found[path] | describe_run(f"{runs.out}-unseen", path)
     return rows
 
 
 PARTS = {"without": without_targets, "with": with_targets, "unseen": unseen,
-         "precision": precision, "ranking": ranking}
+         "precision": precision, "ranking": ranking, "real": real}
 
 
 def prepare(args):
@@ -216,7 +270,7 @@ def tables(seeds, first=IA):
     for title in seeds[0]:
         cells = [trials.spread(trials.means(seeds, title, metric)) for metric in METRICS]
         rows.append([title, *cells, cost_of(seeds, title)])
-        if title != first:
+        if title != first and title != "SFT":
             cells = [trials.difference(seeds, first, title, metric) for metric in METRICS]
             deltas.append([title, *cells])
     header = ["arm", *METRICS.values(), "minutes, GB"]
@@ -259,6 +313,7 @@ def main(argv=None):
     """Run what is missing, then write the tables."""
     parser = trials.make_parser(__doc__, "runs/results", 5)
     parser.add_argument("--part", choices=PARTS, nargs="+", default=["without"])
+    parser.add_argument("--model", default="models/smollm2", help="of --part real")
     parser.add_argument("--per-task", type=int, default=30, help="held-out inputs per task")
     args = parser.parse_args(argv)
     prepare(args)
