@@ -52,10 +52,8 @@ def chat_address(url: str, role: str = "judge") -> str:
 
 def may_hold_secret(query: str) -> bool:
     """Whether a part of a query has the name or the looks of a secret."""
-    for name, value in parse_qsl(query, keep_blank_values=True):
-        if SECRET_NAME.search(name) or SECRET_VALUE.search(f"{name} {value}"):
-            return True
-    return False
+    return any(SECRET_NAME.search(name) or SECRET_VALUE.search(f"{name} {value}")
+               for name, value in parse_qsl(query, keep_blank_values=True))
 
 
 def read_key(name: str, address: str, proxy: str = "", role: str = "judge") -> str:

@@ -1,9 +1,9 @@
 """The file of answers: what a server was paid for is written down before anyone sees it.
 
 A line is an answer, {"key", "text", ...}, or {"failed": key, "cause"}: a request that got none,
-which is a note for the reader, and asked again. Each line ends with a checksum of its other values,
-"sum", and an answer's key is computed again from its request; lines of earlier versions have no
-checksum and no nonce.
+which is a note for the reader, and asked again. Each line ends with a checksum, "sum", of its
+bytes, or of its values in lines of earlier versions; the first ones have none, and no nonce. Where
+the bytes do not fit the checksum, and when an answer is read, values and key are hashed again.
 
 Answers stay in the file until they are asked for; in memory is only where each one begins. Beside a
 long file is FILE.index, which says so for the lines that have been checked, with a hash of them:
@@ -85,29 +85,50 @@ def answer_key(record: dict) -> str:
 def checksum(record: dict) -> str:
     """A hash of all values of a record but its checksum."""
     rest = {name: value for name, value in record.items() if name != "sum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
+    return hash_text(json.dumps(rest, sort_keys=True).encode())
 
 
-def find_damage(record) -> str:
-    """What is wrong with a line, or "" for a failed request or an answer that is as written."""
+def hash_text(text: bytes) -> str:
+    """The checksum of a record's text, in which its names are sorted."""
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def write_line(record: dict) -> tuple[dict, bytes]:
+    """(the record with its checksum, its line). Raises ValueError for a number that JSON lacks."""
+    text = json.dumps(record, sort_keys=True, allow_nan=False).encode()
+    found = hash_text(text)
+    return {**record, "sum": found}, text[:-1] + f', "sum": "{found}"}}\n'.encode()
+
+
+def is_as_written(line: bytes) -> bool:
+    """Whether the bytes of a line fit the checksum at its end."""
+    text, _, found = line.rpartition(b', "sum": "')
+    return found == f'{hash_text(text + b"}")}"}}\n'.encode()
+
+
+def find_damage(record, *, as_written: bool = False) -> str:
+    """What is wrong with a line, or "" for a failed request or an answer that is as written.
+
+    as_written: its bytes fit its checksum, so nothing is hashed again.
+    """
     lacking = "is not JSON or lacks a part of an answer"
     if not isinstance(record, dict):
         return lacking
-    if "sum" in record and record["sum"] != checksum(record):
+    if "sum" in record and not as_written and record["sum"] != checksum(record):
         return "was changed: its checksum does not fit"
     if "failed" in record:
         return ""
     if not all(isinstance(record.get(name, ...), kind) for name, kind in FIELDS.items()):
         return lacking
     messages, usage = record["request"].get("messages"), record["usage"] or [0, 0]
-    if "model" not in record["request"] or not isinstance(messages, list):
-        return lacking
     counts = [*usage, record.get("cached", 0)]
-    if len(counts) != 3 or not all(isinstance(count, int) for count in counts):
+    whole = "model" in record["request"] and isinstance(messages, list) and len(counts) == 3
+    if not whole or not all(isinstance(count, int) for count in counts):
         return lacking
     if "nonce" in record and "sum" not in record:  # written together
         return "was changed: its checksum is missing"
-    return "" if record["key"] == answer_key(record) else "was changed: its key does not fit"
+    fits = as_written or record["key"] == answer_key(record)
+    return "" if fits else "was changed: its key does not fit"
 
 
 @contextlib.contextmanager
@@ -180,7 +201,8 @@ class AnswerFile:
         record = parse_json(line.partition(b"\n")[0])
         problem = find_damage(record)
         if problem or record.get("key") != key:
-            raise self._refuse(self._count_lines(start) + 1, problem or "was changed")
+            number = 1 + sum(block.count(b"\n") for block in self._blocks(start))
+            raise self._refuse(number, problem or "was changed")
         return record
 
     def append(self, record: dict, *, replace: bool = False) -> dict:
@@ -189,8 +211,7 @@ class AnswerFile:
         replace: write it all the same if the answer that is there is empty. Returns the record
         that counts.
         """
-        record = {**record, "sum": checksum(record)}
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        record, line = write_line(record)
         entry = {"record": record, "line": line, "replace": replace}
         self.waiting.append(entry)
         with self.lock:
@@ -241,7 +262,7 @@ class AnswerFile:
             reader.seek(self.offset)
             for line in reader:
                 record = parse_json(line)
-                problem = find_damage(record)
+                problem = find_damage(record, as_written=is_as_written(line))
                 if line.endswith(b"\n") or not problem:
                     if problem:
                         raise self._refuse(self.lines + 1, problem)
@@ -271,10 +292,6 @@ class AnswerFile:
         return ValueError(
             f"{self.path}, line {number}, {problem}. Only a torn last line is repaired "
             "automatically. Fix or delete that line, or give another file.")
-
-    def _count_lines(self, end: int) -> int:
-        """The number of lines in so many bytes."""
-        return sum(block.count(b"\n") for block in self._blocks(end))
 
     def _blocks(self, end: int):
         """The file up to there, in blocks."""

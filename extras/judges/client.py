@@ -6,6 +6,7 @@ that fail are tried again within limits; --max-requests and --budget hold for al
 together.
 """
 
+import contextlib
 import math
 import queue
 import random
@@ -84,10 +85,9 @@ class ChatClient:
         """
         if self.flags.verdict == "keyword":
             questions = [prompts.ask_for_keyword(question) for question in questions]
-        keys, wanted, replies, done = [], {}, {}, queue.SimpleQueue()
-        for question in questions:
-            keys.append(self.request(question, temperature, sample)[0])
-            wanted[keys[-1]] = question
+        replies, done = {}, queue.SimpleQueue()
+        keys = [self.request(question, temperature, sample)[0] for question in questions]
+        wanted = dict(zip(keys, questions, strict=True))
         with self.answers.locked():
             known = [key for key in wanted if key in self.answers]
         for key in known:
@@ -127,10 +127,8 @@ class ChatClient:
         while True:
             self.server.end_late()
             self.progress.look()
-            try:
+            with contextlib.suppress(queue.Empty):
                 return done.get(timeout=WATCH_SECONDS)
-            except queue.Empty:
-                continue
 
     def _work(self, work: Iterator[tuple], done: queue.SimpleQueue) -> None:
         """Answer requests until there are none left. After an error, none is sent any more."""

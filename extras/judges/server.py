@@ -330,9 +330,8 @@ class Server:
         headers = {"Content-Type": "application/json", "User-Agent": "judge", "Connection": "close"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
-        by_proxy = self.flags.judge_proxy and not self.context
-        path = self.address
-        if not by_proxy:
+        path = self.address  # for a proxy that is no tunnel
+        if self.context or not self.flags.judge_proxy:
             goal = urlsplit(self.address)
             path = goal.path + f"?{goal.query}" * bool(goal.query)
         with contextlib.suppress(BrokenPipeError):  # a server may refuse before it has read all

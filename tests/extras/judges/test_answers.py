@@ -209,6 +209,69 @@ def test_exchanged_answers_and_flipped_bytes_are_refused(tmp_path, record_proper
     record_property("trials", 100)
 
 
+def written_lines(path, n=3):
+    """The bytes of n lines, as the client writes them."""
+    with ChatServer() as server:
+        make_client(server, path).ask(say(map(str, range(n))))
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def test_a_line_as_written_is_checked_by_its_bytes_alone(tmp_path, monkeypatch):
+    """So no start takes the time to hash its values. An answer that is read is hashed in full."""
+    path = tmp_path / "a.jsonl"
+    hashed = []
+    whole = b"".join(written_lines(path))
+    for name, hash_values in (("answer_key", answer_key), ("checksum", checksum)):
+        def count(record, hash_values=hash_values):
+            hashed.append(record)
+            return hash_values(record)
+        monkeypatch.setattr(answers, name, count)
+    store = AnswerFile(path)
+    assert len(store) == 3 and hashed == []
+    records = list(store)
+    assert len(hashed) == 2 * 3
+    # The same values in another order, or with other blanks, take the longer way.
+    for text in (json.dumps(dict(reversed(records[0].items()))),
+                 json.dumps(records[0], separators=(",", ":")), json.dumps(records[0]) + " "):
+        path.write_bytes(text.encode() + b"\n" + whole)
+        hashed.clear()
+        assert list(AnswerFile(path))[0] == records[0] and len(hashed) == 2 + 2 * 3
+
+
+def test_every_bit_of_a_line_as_written_counts(tmp_path, record_property):
+    """Every other line is refused, or is another spelling of the same values."""
+    path, same = tmp_path / "a.jsonl", 0
+    line, last, _ = written_lines(path)
+    record_property("trials", 8 * (len(line) - 1))
+    for at in range(len(line) - 1):
+        for bit in range(8):
+            changed = bytearray(line)
+            changed[at] ^= 1 << bit
+            assert not answers.is_as_written(bytes(changed))
+            record = answers.parse_json(bytes(changed))
+            if not answers.find_damage(record):
+                assert record == json.loads(line)
+                same += 1
+    assert answers.is_as_written(line) and same < 50
+    for size in range(1, len(line)):  # a line that is cut, and joined to the next one
+        path.write_bytes(line[:size] + last)
+        with pytest.raises(ValueError, match="a.jsonl, line 1, is not JSON or lacks a part"):
+            AnswerFile(path)
+
+
+def test_a_wrong_key_under_a_right_checksum_is_refused_when_it_is_read(tmp_path):
+    """Nobody but a program with a bug writes such a line."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(answers.write_line(answer("x", "y") | {"key": "0" * 64})[1])
+    store = AnswerFile(path)
+    with pytest.raises(ValueError, match="a.jsonl, line 1, was changed: its key does not fit"):
+        store.read("0" * 64)
+    lacking = {name: value for name, value in answer("x", "y").items() if name != "sent"}
+    path.write_bytes(2 * answers.write_line(lacking)[1])
+    with pytest.raises(ValueError, match="a.jsonl, line 1, is not JSON or lacks a part"):
+        AnswerFile(path)
+
+
 # ----- A full disk -----
 FULL_DISK = """
 import resource, signal, sys
