@@ -18,7 +18,6 @@ import data
 import judge as judging
 from eval import complete, extra
 from methods import common, merged_copy
-from methods.examples import ask_model
 from methods.flags import flag, rare
 
 
@@ -53,6 +52,9 @@ class Flags(SampleFlags):
     reward_mode: Literal["gated", "sum"] = rare("gated", "how two answers are combined")
     reward_steps: Literal["two", "one"] = rare("two", "ask type and correctness")
     show_target: bool = rare(True, "let the judge see the reference")
+    self_questions: int = rare(1, "questions of the self-judge, up to 3", at_least=1)
+    self_prior: bool = rare(False, "minus its log-odds for no answer")
+    self_calibrate: bool = rare(False, "fit its threshold")
 
 
 DEFAULTS = {"steps": 100, "batch_size": 16, "lr": 1e-4}
@@ -69,6 +71,10 @@ def collect(run, *, judged=True) -> None:
     todo = not_kept(run, path, unanswered(run))
     run = replace(run, model=merged_copy(run.model))
     judge = make_judge(run) if judged else None
+    if judged and cfg.judge == "self":
+        from methods import judge_auc
+
+        judge_auc.measure(run, judge)
     for chunk in run.chunks(todo, "collect"):
         records = answered(run, chunk)
         run.guard.keep(path, rewarded(run, records, judge))
@@ -195,7 +201,9 @@ def make_judge(run, config: judging.JudgeConfig | None = None):
     if config is None:
         config = judging.JudgeConfig(cfg.reward_mode, cfg.reward_steps, cfg.show_target)
     if cfg.judge == "self":
-        return judging.LocalJudge(lambda *asked: ask_model(run, *asked), config)
+        from methods import self_judge
+
+        return self_judge.make(run, config)
     if extra("judges", cfg.plain):
         return extra("judges", cfg.plain).server_judge(cfg, config, run)
     return judging.HttpJudge(cfg.judge_url, cfg.judge_model, config)
@@ -220,3 +228,8 @@ def check(cfg) -> None:
                          "run folder of --stage reward.")
     if cfg.judge == "reward" and not cfg.reward_model:
         raise ValueError("--judge reward needs --reward-model DIR, a run folder of --stage reward.")
+    if cfg.self_questions > 3:
+        raise ValueError(f"--self-questions is {cfg.self_questions}. There are 3; give 1 to 3.")
+    if cfg.judge != "self" and (cfg.self_questions > 1 or cfg.self_prior or cfg.self_calibrate):
+        raise ValueError("--self-questions, --self-prior and --self-calibrate are for --judge "
+                         f"self, not {cfg.judge}. Add that, or leave them out.")

@@ -1,0 +1,149 @@
+"""A self-judge for models that were not taught to judge: questions, priors, a threshold.
+
+`judge.LocalJudge` asks one question, in the words in which --judge-share teaches it. Here, with
+k a question about an answer y to an input x, and yes_k and no_k its two keywords,
+
+    d_k(x, y) = log p_k(yes_k | x, y) - log p_k(no_k | x, y)     log-odds of one question
+    D(x, y)   = mean_k [d_k(x, y) - mean_c d_k(x, c)]            their mean, without the priors
+    p(x, y)   = sigmoid(D(x, y) - threshold)                     above 1/2 the verdict is yes
+
+--self-questions   A verdict depends on how the question is worded; the mean over several questions
+    does so less (Jiang et al. 2020, arXiv 1911.12543). The first question is the one that is
+    taught; the last asks for P(True) (Kadavath et al. 2022, arXiv 2207.05221).
+--self-prior       A model prefers one keyword whatever it reads. What it says of answers c without
+    content is subtracted: contextual calibration (Zhao et al. 2021, arXiv 2102.09690), as a
+    difference of logarithms as in domain-conditional PMI (Holtzman et al. 2021, arXiv 2104.08315).
+--self-calibrate   The threshold with the best balanced accuracy on train instances, whose targets
+    are known: mean of the shares of right and of wrong answers that are told rightly.
+"""
+
+from itertools import product
+
+import numpy as np
+
+import judge as judging
+from judge import TYPE_WORDS, VERDICT_WORDS, flatten
+from methods.examples import ask_model
+from methods.judge_auc import known_answers, labelled, sampled_answers, train_instances
+
+FREE = ("N/A", "[MASK]", "")  # answers without content, those of arXiv 2102.09690
+
+
+# ----- The questions -----
+def taught_question(key: tuple, words: tuple) -> tuple:
+    """(prefix, suffix, keywords) of `judge.LocalJudge`. All questions have this form.
+
+    key: (instruction, input, target or None, response); words: TYPE_WORDS or VERDICT_WORDS, which
+    name what is asked.
+    """
+    question = judging.verdict_question
+    if words == TYPE_WORDS:
+        question = judging.type_question
+    return judging.judge_prefix(*key[:3]), question(key[3]), words
+
+
+def describe(key: tuple) -> str:
+    """The instruction, its input, and the reference if it is shown."""
+    text = f"Instruction: {flatten(key[0])}\n"
+    if key[1].strip():
+        text += f"Input: {flatten(key[1])}\n"
+    if key[2] is not None:
+        text += f"Reference answer: {flatten(key[2])}\n"
+    return text
+
+
+def yes_question(key: tuple, words: tuple) -> tuple:
+    """The same in plain words, answered by yes or no."""
+    asked = "Is this answer right?"
+    if words == TYPE_WORDS:
+        asked = "Is this the kind of answer that the instruction asks for?"
+    return describe(key), f"Answer: {flatten(key[3])}\n{asked} Yes or no:", (" Yes", " No")
+
+
+def truth_question(key: tuple, words: tuple) -> tuple:
+    """P(True) of a proposed answer, arXiv 2207.05221."""
+    asked = "The proposed answer is correct."
+    if words == TYPE_WORDS:
+        asked = "The proposed answer is of the kind that the instruction asks for."
+    suffix = f"Proposed answer: {flatten(key[3])}\n{asked} True or false:"
+    return describe(key), suffix, (" True", " False")
+
+
+QUESTIONS = (taught_question, yes_question, truth_question)
+
+
+class SelfJudge(judging.LocalJudge):
+    """The model as its own judge, by D of this file's docstring."""
+
+    def __init__(self, ask, config=None, *, questions: int = 1, prior: bool = False):
+        super().__init__(ask, config)
+        self.questions = QUESTIONS[:questions]
+        self.free = FREE if prior else ()
+        self.thresholds = {TYPE_WORDS: 0.0, VERDICT_WORDS: 0.0}
+
+    def probabilities(self, keys, question, words) -> dict:
+        """{key: p(x, y)}; None where the model gave no number."""
+        found = zip(keys, self.log_odds(keys, words), strict=True)
+        return {key: judging.two_way(odds, self.thresholds[words]) for key, odds in found}
+
+    def log_odds(self, keys: list[tuple], words: tuple) -> list[float]:
+        """D(x, y) of each key, before the threshold."""
+        texts = product(keys, (None, *self.free))
+        asked = list(dict.fromkeys(with_answer(key, text) for key, text in texts))
+        mean = dict.fromkeys(asked, 0.0)
+        for question in self.questions:
+            prompts = zip(*[question(key, words) for key in asked], strict=True)
+            for key, (yes, no) in zip(asked, self.ask(*prompts), strict=True):
+                mean[key] += (yes - no) / len(self.questions)
+        found = []
+        for key in keys:
+            priors = [mean[with_answer(key, text)] for text in self.free]
+            found.append(mean[key] - sum(priors) / max(1, len(priors)))
+        return found
+
+
+def with_answer(key: tuple, text: str | None) -> tuple:
+    """A key with another answer; with None itself."""
+    return key if text is None else (*key[:3], text)
+
+
+def make(run, config):
+    """The self-judge that the flags describe; methods without such flags get LocalJudge."""
+    cfg = run.cfg
+
+    def ask(*prompts):
+        return ask_model(run, *prompts)
+    questions, prior = getattr(cfg, "self_questions", 1), getattr(cfg, "self_prior", False)
+    calibrated = getattr(cfg, "self_calibrate", False)
+    if questions == 1 and not prior and not calibrated:
+        return judging.LocalJudge(ask, config)
+    judge = SelfJudge(ask, config, questions=questions, prior=prior)
+    if calibrated:
+        calibrate(run, judge)
+    return judge
+
+
+# ----- Threshold -----
+def calibrate(run, judge: SelfJudge) -> None:
+    """Choose the judge's two thresholds on train instances."""
+    pairs = train_instances(run, 0)
+    truths = labelled(run, judge, known_answers(run, pairs) + sampled_answers(run, pairs))
+    for words, name in ((TYPE_WORDS, "type"), (VERDICT_WORDS, "correct")):
+        odds = judge.log_odds(list(truths), words)
+        judge.thresholds[words] = best_threshold(odds, [getattr(x, name) for x in truths.values()])
+
+
+def best_threshold(odds: list[float], right: list[bool]) -> float:
+    """The threshold of the highest balanced accuracy; of equally good ones that nearest to 0.
+
+    0 where all answers are right, or none.
+    """
+    odds, right = np.array(odds), np.array(right, dtype=bool)  # (n,), (n,)
+    if right.all() or not right.any():
+        return 0.0
+    values = np.unique(odds)
+    cuts = np.concatenate([[0.0], (values[1:] + values[:-1]) / 2])  # (m,)
+    said = odds > cuts[:, None]  # (m, n)
+    balanced = said[:, right].mean(1) + (~said)[:, ~right].mean(1)  # (m,)
+    best = cuts[balanced >= balanced.max() - 1e-9]
+    return float(best[np.abs(best).argmin()])
