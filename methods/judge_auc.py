@@ -18,7 +18,7 @@ import data
 import judge as judging
 from methods import candidates
 
-INPUTS = 64  # about so many train instances; two answers to each are sampled
+INPUTS = 128  # about so many train instances; two answers to each are sampled
 WEAK = 0.6  # an AUC below this is warned about
 INSTEAD = """\
 It can hardly tell right answers from wrong ones, and its rewards will be close to random. There \
@@ -28,17 +28,23 @@ and --self-questions 3 --self-prior for a model that was not taught."""
 
 
 # ----- Answers whose truth is known -----
+def train_order(run, task) -> list:
+    """The train instances of a task, first those that SFT takes: data.instruction_examples."""
+    instances = data.split_instances(task, "train")
+    random.Random(f"{run.cfg.seed}/{task.name}").shuffle(instances)
+    return instances
+
+
 def train_instances(run, part: int) -> list[tuple]:
     """(task, instance) from the train split, evenly over the tasks; part 0 and 1 are disjoint.
 
-    Instances that SFT has not seen come first. The pool and the held-out splits are left alone.
+    From the end, so that those come first that SFT has not seen, without the two that may be a
+    judge's examples. The pool and the held-out splits are left alone.
     """
     found, few = [], run.tasks[::math.ceil(len(run.tasks) / INPUTS)]
     for task in few:
-        instances = data.split_instances(task, "train")
-        # the order of data.instruction_examples, of which SFT takes the first --per-task
-        random.Random(f"{run.cfg.seed}/{task.name}").shuffle(instances)
-        for instance in instances[::-1][part::2][:max(1, INPUTS // len(few))]:
+        instances = train_order(run, task)[:1:-1]
+        for instance in instances[part::2][:max(1, INPUTS // len(few))]:
             found.append((task, instance))
     return found
 

@@ -8,13 +8,14 @@ k a question about an answer y to an input x, and yes_k and no_k its two keyword
     p(x, y)   = sigmoid(D(x, y) - threshold)                     above 1/2 the verdict is yes
 
 --self-questions   A verdict depends on how the question is worded; the mean over several questions
-    does so less (Jiang et al. 2020, arXiv 1911.12543). The first question is the one that is
-    taught; the last asks for P(True) (Kadavath et al. 2022, arXiv 2207.05221).
+    does so less (Jiang et al. 2020, arXiv 1911.12543). There are the taught one, here behind
+    judged examples from the train split, as in the prompts of CAT's authors; yes or no; and
+    P(True) (Kadavath et al. 2022, arXiv 2207.05221).
 --self-prior       A model prefers one keyword whatever it reads. What it says of answers c without
     content is subtracted: contextual calibration (Zhao et al. 2021, arXiv 2102.09690), as a
     difference of logarithms as in domain-conditional PMI (Holtzman et al. 2021, arXiv 2104.08315).
---self-calibrate   The threshold with the best balanced accuracy on train instances, whose targets
-    are known: mean of the shares of right and of wrong answers that are told rightly.
+--self-calibrate   The threshold with the best balanced accuracy, the mean of the shares of right
+    and of wrong answers that are told, on train instances, whose targets are known.
 """
 
 from itertools import product
@@ -22,64 +23,31 @@ from itertools import product
 import numpy as np
 
 import judge as judging
-from judge import TYPE_WORDS, VERDICT_WORDS, flatten
+from judge import TYPE_WORDS, VERDICT_WORDS
 from methods.examples import ask_model
 from methods.judge_auc import known_answers, labelled, sampled_answers, train_instances
+from methods.judge_questions import judged_examples, taught_question, truth_question, yes_question
 
 FREE = ("N/A", "[MASK]", "")  # answers without content, those of arXiv 2102.09690
 
 
-# ----- The questions -----
-def taught_question(key: tuple, words: tuple) -> tuple:
-    """(prefix, suffix, keywords) of `judge.LocalJudge`. All questions have this form.
-
-    key: (instruction, input, target or None, response); words: TYPE_WORDS or VERDICT_WORDS, which
-    name what is asked.
-    """
-    question = judging.verdict_question
-    if words == TYPE_WORDS:
-        question = judging.type_question
-    return judging.judge_prefix(*key[:3]), question(key[3]), words
-
-
-def describe(key: tuple) -> str:
-    """The instruction, its input, and the reference if it is shown."""
-    text = f"Instruction: {flatten(key[0])}\n"
-    if key[1].strip():
-        text += f"Input: {flatten(key[1])}\n"
-    if key[2] is not None:
-        text += f"Reference answer: {flatten(key[2])}\n"
-    return text
-
-
-def yes_question(key: tuple, words: tuple) -> tuple:
-    """The same in plain words, answered by yes or no."""
-    asked = "Is this answer right?"
-    if words == TYPE_WORDS:
-        asked = "Is this the kind of answer that the instruction asks for?"
-    return describe(key), f"Answer: {flatten(key[3])}\n{asked} Yes or no:", (" Yes", " No")
-
-
-def truth_question(key: tuple, words: tuple) -> tuple:
-    """P(True) of a proposed answer, arXiv 2207.05221."""
-    asked = "The proposed answer is correct."
-    if words == TYPE_WORDS:
-        asked = "The proposed answer is of the kind that the instruction asks for."
-    suffix = f"Proposed answer: {flatten(key[3])}\n{asked} True or false:"
-    return describe(key), suffix, (" True", " False")
-
-
-QUESTIONS = (taught_question, yes_question, truth_question)
-
-
 class SelfJudge(judging.LocalJudge):
-    """The model as its own judge, by D of this file's docstring."""
+    """The model as its own judge, by D of this file's docstring.
 
-    def __init__(self, ask, config=None, *, questions: int = 1, prior: bool = False):
+    examples: what stands before the taught question, {(instruction, TYPE_WORDS or ...): text}.
+    """
+
+    def __init__(self, ask, config=None, *, questions=1, prior=False, examples=None):
         super().__init__(ask, config)
-        self.questions = QUESTIONS[:questions]
+        self.examples = examples or {}
+        self.questions = (self.example_question, yes_question, truth_question)[:questions]
         self.free = FREE if prior else ()
         self.thresholds = {TYPE_WORDS: 0.0, VERDICT_WORDS: 0.0}
+
+    def example_question(self, key: tuple, words: tuple) -> tuple:
+        """The taught question behind the examples of its task, if there are some."""
+        prefix, suffix, pair = taught_question(key, words)
+        return self.examples.get((key[0], words), "") + prefix, suffix, pair
 
     def probabilities(self, keys, question, words) -> dict:
         """{key: p(x, y)}; None where the model gave no number."""
@@ -117,7 +85,10 @@ def make(run, config):
     calibrated = getattr(cfg, "self_calibrate", False)
     if questions == 1 and not prior and not calibrated:
         return judging.LocalJudge(ask, config)
-    judge = SelfJudge(ask, config, questions=questions, prior=prior)
+    examples = {}
+    if questions > 1:
+        examples = judged_examples(run, config.show_target)
+    judge = SelfJudge(ask, config, questions=questions, prior=prior, examples=examples)
     if calibrated:
         calibrate(run, judge)
     return judge
@@ -125,12 +96,19 @@ def make(run, config):
 
 # ----- Threshold -----
 def calibrate(run, judge: SelfJudge) -> None:
-    """Choose the judge's two thresholds on train instances."""
+    """Choose the judge's two thresholds on train instances.
+
+    That of correctness on answers of the right kind: where the judge is asked about both, those of
+    another kind are rejected before.
+    """
     pairs = train_instances(run, 0)
     truths = labelled(run, judge, known_answers(run, pairs) + sampled_answers(run, pairs))
-    for words, name in ((TYPE_WORDS, "type"), (VERDICT_WORDS, "correct")):
-        odds = judge.log_odds(list(truths), words)
-        judge.thresholds[words] = best_threshold(odds, [getattr(x, name) for x in truths.values()])
+    fitting = {key: truth for key, truth in truths.items() if truth.type}
+    for words, known, name in ((TYPE_WORDS, truths, "type"), (VERDICT_WORDS, fitting, "correct")):
+        if known:
+            odds = judge.log_odds(list(known), words)
+            right = [getattr(truth, name) for truth in known.values()]
+            judge.thresholds[words] = best_threshold(odds, right)
 
 
 def best_threshold(odds: list[float], right: list[bool]) -> float:

@@ -144,8 +144,8 @@ def test_train_instances_alone_are_read_the_unseen_ones_first(make_run, scored_s
             marks = [x.id in seen for name, x in part if name is task]
             assert marks == sorted(marks) and not marks[0] and marks[-1]
     assert judge_auc.train_instances(run, 0) == parts[0]
-    run.tasks = run.tasks * 40  # many tasks: every second one, one instance each
-    assert len(judge_auc.train_instances(run, 0)) == 40
+    run.tasks = run.tasks * 80  # many tasks: every second one, one instance each
+    assert len(judge_auc.train_instances(run, 0)) == 80
 
 
 def test_measuring_changes_nothing_that_is_sampled_later(ready, scored_stage, monkeypatch):

@@ -1,6 +1,7 @@
 """self_judge.py: several questions, their priors, and a threshold from train instances."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ import pytest
 import data
 import judge as judging
 from judge import TYPE_WORDS, VERDICT_WORDS
-from methods import candidates, self_judge
-from methods.self_judge import FREE, QUESTIONS, SelfJudge
+from methods import candidates, judge_auc, self_judge
+from methods.judge_questions import UNFIT, taught_question, truth_question, yes_question
+from methods.self_judge import FREE, SelfJudge
 
+QUESTIONS = (taught_question, yes_question, truth_question)
 KEYS = [("name it .", "a hat", "red", "blue"), ("name it .", "a hat", None, "red ### hat"),
         ("say it .", "", "red", "red one")]
 
@@ -71,6 +74,40 @@ def test_questions_differ_in_words_and_keywords_and_show_what_they_should():
             assert "nput: " not in question(KEYS[2], words)[0]
     for question in QUESTIONS:
         assert question(KEYS[0], TYPE_WORDS)[1:] != question(KEYS[0], VERDICT_WORDS)[1:]
+
+
+def test_judged_examples_stand_before_the_taught_question(make_run, scored_stage):
+    run = make_run(scored_stage, "--judge", "self", "--self-questions", "2")
+    task = run.tasks[0]
+    train = {x.input: x.outputs[0] for x in data.split_instances(task, "train")}
+    for flag, shown in (("--show-target", True), ("--no-show-target", False)):
+        run = make_run(scored_stage, "--judge", "self", "--self-questions", "2", flag)
+        judge = candidates.make_judge(run)
+        key = (task.definition, "an input", "red" if shown else None, "blue")
+        for words, name in ((TYPE_WORDS, "Type"), (VERDICT_WORDS, "Verdict")):
+            prefix, *rest = judge.example_question(key, words)
+            plain, *same = taught_question(key, words)
+            assert prefix.endswith(plain) and rest == same
+            first, second = prefix.removesuffix(plain).split("### Task: ")[1:]
+            for text, order in ((first, 1), (second, -1)):
+                lines = [line.split(": ", 1) for line in text.splitlines() if ": " in line]
+                known = {name: value for name, value in lines[1:]}
+                target = train[known["### Input"]]
+                assert known.get("### Reference", target) == target
+                assert ("### Reference" in known) == shown
+                answers = [value for name, value in lines if name == "### Answer"][::order]
+                said = [value for label, value in lines if label == f"### {name}"][::order]
+                assert answers[0] == target and said == [word.strip() for word in words]
+                wrong = answers[1]
+                if words == TYPE_WORDS:
+                    assert wrong == UNFIT
+                else:
+                    assert wrong != target and wrong in train.values()
+    measured = {x.input for part in (0, 1) for name, x in judge_auc.train_instances(run, part)
+                if name is run.tasks[0]}
+    assert known["### Input"] not in measured
+    run.tasks[0].instances = [replace(row, outputs=("red",)) for row in task.instances]
+    assert self_judge.judged_examples(run, True)[task.definition, TYPE_WORDS] == ""
 
 
 def test_a_prior_takes_away_what_a_judge_says_of_anything():
@@ -146,7 +183,8 @@ def test_flags_make_the_judge(make_run, scored_stage):
     run = make_run(scored_stage, "--judge", "self", "--self-questions", "2", "--self-prior",
                    "--reward-steps", "one")
     judge = candidates.make_judge(run)
-    assert len(judge.questions) == 2 and judge.free == FREE and judge.config.steps == "one"
+    assert judge.questions == (judge.example_question, yes_question)
+    assert judge.free == FREE and judge.config.steps == "one"
     records = [x | {"response": "red hat"} for x in candidates.unanswered(run)[:3]]
     assert all(0 < verdict.p_correct < 1 for verdict in judge.judge(records))
     run = make_run(scored_stage, "--judge", "self", "--self-calibrate")
@@ -156,7 +194,7 @@ def test_flags_make_the_judge(make_run, scored_stage):
 def test_flags_that_do_not_fit_are_refused(refused, scored_stage):
     refused("--self-questions is 4. There are 3; give 1 to 3.", scored_stage,
             "--self-questions", "4")
-    assert len(QUESTIONS) == 3
+    assert len(SelfJudge(None, questions=9).questions) == 3
     refused("--self-questions is 0. Expected 1 or more", scored_stage, "--self-questions", "0")
     for flags in (["--self-questions", "2"], ["--self-prior"], ["--self-calibrate"]):
         refused("--self-calibrate are for --judge self, not rule", scored_stage, "--judge", "rule",
