@@ -24,7 +24,7 @@ INSTEAD = """\
 It can hardly tell right answers from wrong ones, and its rewards will be close to random. There \
 are --judge agreement, which rewards what most wordings lead to and needs no judge, --judge http \
 for a stronger model, --judge rule where targets are known, more --judge-share to teach the model, \
-and --self-questions 3 --self-prior for a model that was not taught."""
+and --self-questions 2 for a model that was not taught."""
 
 
 # ----- Answers whose truth is known -----
@@ -60,18 +60,6 @@ def sampled_answers(run, pairs: list[tuple]) -> list[dict]:
     return candidates.answered(run, records)
 
 
-def known_answers(run, pairs: list[tuple]) -> list[dict]:
-    """Their references, and as wrong answers the outputs of other instances and other tasks."""
-    found = []
-    for number, (task, instance) in enumerate(pairs):
-        record = candidates.record_to_answer(task, instance, task.definition, 0)
-        own = [other for name, other in pairs if name is task]
-        far = pairs[(number + len(pairs) // 2) % len(pairs)][1]  # of another task, if there is one
-        for other in (instance, own[(number + 1) % len(own)], far):
-            found.append(record | {"response": other.outputs[0]})
-    return found
-
-
 def labelled(run, judge, records: list[dict]) -> dict:
     """{key: the verdict of exact rules} of the different answers that have words."""
     rule, found = judging.RuleJudge(run.cfg.rouge_threshold), {}
@@ -94,13 +82,17 @@ def measure(run, judge) -> None:
         run.say("warning: the self-judge's AUC is unknown: there are no train instances.")
         return
     said = judge.probabilities(list(truths), judging.verdict_question, judging.VERDICT_WORDS)
-    keys = [key for key in truths if said[key] is not None]
     # The judge's probabilities, what is true, and the question of each answer: (n,) each.
-    scores = np.array([said[key] for key in keys])
-    right = np.array([truths[key].correct for key in keys], dtype=bool)
-    found = auc(scores, right, [key[:2] for key in keys])
+    scores, right, questions = [], [], []
+    for key, truth in truths.items():
+        if said[key] is not None:
+            scores.append(said[key])
+            right.append(truth.correct)
+            questions.append(key[:2])
+    scores, right = np.array(scores), np.array(right, dtype=bool)
+    found = auc(scores, right, questions)
     passed = scores > judge.config.threshold
-    found |= {"n": len(keys), "right": int(right.sum())}
+    found |= {"n": len(right), "right": int(right.sum())}
     found |= {"passed_right": int(passed[right].sum()), "passed_wrong": int(passed[~right].sum())}
     thresholds = getattr(judge, "thresholds", {})
     found["thresholds"] = {words[0].strip(): cut for words, cut in thresholds.items()}

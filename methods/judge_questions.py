@@ -34,19 +34,19 @@ def describe(key: tuple) -> str:
 
 def yes_question(key: tuple, words: tuple) -> tuple:
     """The same in plain words, answered by yes or no."""
-    asked = "Is this answer right?"
+    asked = "Is the answer right?"
     if words == TYPE_WORDS:
-        asked = "Is this the kind of answer that the instruction asks for?"
-    return describe(key), f"Answer: {flatten(key[3])}\n{asked} Yes or no:", (" Yes", " No")
+        asked = "Is it the kind of answer that the instruction asks for, right or wrong?"
+    return describe(key), f"Answer: {flatten(key[3])}\n{asked} yes or no:", (" yes", " no")
 
 
 def truth_question(key: tuple, words: tuple) -> tuple:
     """P(True) of a proposed answer, arXiv 2207.05221."""
-    asked = "The proposed answer is correct."
+    asked = "Is the proposed answer true or false? It is"
     if words == TYPE_WORDS:
-        asked = "The proposed answer is of the kind that the instruction asks for."
-    suffix = f"Proposed answer: {flatten(key[3])}\n{asked} True or false:"
-    return describe(key), suffix, (" True", " False")
+        asked = "It is true or false that the proposed answer is of the kind that was asked for:"
+    suffix = f"Proposed answer: {flatten(key[3])}\n{asked}"
+    return describe(key), suffix, (" true", " false")
 
 
 # ----- Examples -----

@@ -24,8 +24,9 @@ import numpy as np
 
 import judge as judging
 from judge import TYPE_WORDS, VERDICT_WORDS
+from methods.candidates import record_to_answer
 from methods.examples import ask_model
-from methods.judge_auc import known_answers, labelled, sampled_answers, train_instances
+from methods.judge_auc import labelled, sampled_answers, train_instances
 from methods.judge_questions import judged_examples, taught_question, truth_question, yes_question
 
 FREE = ("N/A", "[MASK]", "")  # answers without content, those of arXiv 2102.09690
@@ -95,6 +96,18 @@ def make(run, config):
 
 
 # ----- Threshold -----
+def known_answers(run, pairs: list[tuple]) -> list[dict]:
+    """Their references, and as wrong answers the outputs of other instances and other tasks."""
+    found = []
+    for number, (task, instance) in enumerate(pairs):
+        record = record_to_answer(task, instance, task.definition, 0)
+        own = [other for name, other in pairs if name is task]
+        far = pairs[(number + len(pairs) // 2) % len(pairs)][1]  # of another task, if there is one
+        for other in (instance, own[(number + 1) % len(own)], far):
+            found.append(record | {"response": other.outputs[0]})
+    return found
+
+
 def calibrate(run, judge: SelfJudge) -> None:
     """Choose the judge's two thresholds on train instances.
 
@@ -106,8 +119,9 @@ def calibrate(run, judge: SelfJudge) -> None:
     fitting = {key: truth for key, truth in truths.items() if truth.type}
     for words, known, name in ((TYPE_WORDS, truths, "type"), (VERDICT_WORDS, fitting, "correct")):
         if known:
-            odds = judge.log_odds(list(known), words)
-            right = [getattr(truth, name) for truth in known.values()]
+            odds, right = judge.log_odds(list(known), words), []
+            for truth in known.values():
+                right.append(getattr(truth, name))
             judge.thresholds[words] = best_threshold(odds, right)
 
 

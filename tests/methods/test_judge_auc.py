@@ -107,7 +107,7 @@ def test_a_judge_that_knows_nothing_is_warned_about(measured):
     assert said[0].startswith("self-judge: AUC 0.50 [0.50, 0.50] over")
     assert said[1].startswith("warning: an AUC of 0.5 is chance, and the self-judge's is 0.50.")
     for flag in ("--judge agreement", "--judge http", "--judge rule", "--judge-share",
-                 "--self-questions 3 --self-prior"):
+                 "--self-questions 2"):
         assert flag in said[1]
 
 
