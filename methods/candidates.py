@@ -52,7 +52,7 @@ class Flags(SampleFlags):
     reward_mode: Literal["gated", "sum"] = rare("gated", "how two answers are combined")
     reward_steps: Literal["two", "one"] = rare("two", "ask type and correctness")
     show_target: bool = rare(True, "let the judge see the reference")
-    self_questions: int = rare(1, "questions of the self-judge, up to 3", at_least=1)
+    self_questions: int = rare(1, "questions of the self-judge, 1 or 2", at_least=1)
     self_prior: bool = rare(False, "minus its log-odds for no answer")
     self_calibrate: bool = rare(False, "fit its threshold")
 
@@ -228,8 +228,8 @@ def check(cfg) -> None:
                          "run folder of --stage reward.")
     if cfg.judge == "reward" and not cfg.reward_model:
         raise ValueError("--judge reward needs --reward-model DIR, a run folder of --stage reward.")
-    if cfg.self_questions > 3:
-        raise ValueError(f"--self-questions is {cfg.self_questions}. There are 3; give 1 to 3.")
+    if cfg.self_questions > 2:
+        raise ValueError(f"--self-questions is {cfg.self_questions}. There are 2; give 1 or 2.")
     if cfg.judge != "self" and (cfg.self_questions > 1 or cfg.self_prior or cfg.self_calibrate):
         raise ValueError("--self-questions, --self-prior and --self-calibrate are for --judge "
                          f"self, not {cfg.judge}. Add that, or leave them out.")

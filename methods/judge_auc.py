@@ -92,10 +92,11 @@ def measure(run, judge) -> None:
     scores, right = np.array(scores), np.array(right, dtype=bool)
     found = auc(scores, right, questions)
     passed = scores > judge.config.threshold
-    found |= {"n": len(right), "right": int(right.sum())}
-    found |= {"passed_right": int(passed[right].sum()), "passed_wrong": int(passed[~right].sum())}
-    thresholds = getattr(judge, "thresholds", {})
-    found["thresholds"] = {words[0].strip(): cut for words, cut in thresholds.items()}
+    found["n"] = len(right)
+    found["right"] = int(right.sum())
+    found["passed_right"] = int(passed[right].sum())
+    found["passed_wrong"] = int(passed[~right].sum())
+    found["thresholds"] = list(getattr(judge, "thresholds", {}).values())
     run.guard.first(lambda: path.write_text(json.dumps(found) + "\n"))
     tell(run, found)
 

@@ -1,4 +1,4 @@
-"""What a self-judge is asked: the taught question, examples to put before it, and two other forms.
+"""What a self-judge is asked: the taught question, examples to put before it, and another form.
 
 A question is a function (key, words) -> (prefix, suffix, keywords). key: (instruction, input,
 target, or None where it is hidden, response). words: judge.TYPE_WORDS or VERDICT_WORDS, which name
@@ -38,15 +38,6 @@ def yes_question(key: tuple, words: tuple) -> tuple:
     if words == TYPE_WORDS:
         asked = "Is it the kind of answer that the instruction asks for, right or wrong?"
     return describe(key), f"Answer: {flatten(key[3])}\n{asked} yes or no:", (" yes", " no")
-
-
-def truth_question(key: tuple, words: tuple) -> tuple:
-    """P(True) of a proposed answer, arXiv 2207.05221."""
-    asked = "Is the proposed answer true or false? It is"
-    if words == TYPE_WORDS:
-        asked = "It is true or false that the proposed answer is of the kind that was asked for:"
-    suffix = f"Proposed answer: {flatten(key[3])}\n{asked}"
-    return describe(key), suffix, (" true", " false")
 
 
 # ----- Examples -----

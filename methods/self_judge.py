@@ -8,9 +8,9 @@ k a question about an answer y to an input x, and yes_k and no_k its two keyword
     p(x, y)   = sigmoid(D(x, y) - threshold)                     above 1/2 the verdict is yes
 
 --self-questions   A verdict depends on how the question is worded; the mean over several questions
-    does so less (Jiang et al. 2020, arXiv 1911.12543). There are the taught one, here behind
-    judged examples from the train split, as in the prompts of CAT's authors; yes or no; and
-    P(True) (Kadavath et al. 2022, arXiv 2207.05221).
+    does so less (Jiang et al. 2020, arXiv 1911.12543). With 2, the taught question stands behind
+    judged examples from the train split, as in the prompts of CAT's authors, and the other one is
+    answered by yes or no.
 --self-prior       A model prefers one keyword whatever it reads. What it says of answers c without
     content is subtracted: contextual calibration (Zhao et al. 2021, arXiv 2102.09690), as a
     difference of logarithms as in domain-conditional PMI (Holtzman et al. 2021, arXiv 2104.08315).
@@ -27,7 +27,7 @@ from judge import TYPE_WORDS, VERDICT_WORDS
 from methods.candidates import record_to_answer
 from methods.examples import ask_model
 from methods.judge_auc import labelled, sampled_answers, train_instances
-from methods.judge_questions import judged_examples, taught_question, truth_question, yes_question
+from methods.judge_questions import judged_examples, taught_question, yes_question
 
 FREE = ("N/A", "[MASK]", "")  # answers without content, those of arXiv 2102.09690
 
@@ -41,7 +41,7 @@ class SelfJudge(judging.LocalJudge):
     def __init__(self, ask, config=None, *, questions=1, prior=False, examples=None):
         super().__init__(ask, config)
         self.examples = examples or {}
-        self.questions = (self.example_question, yes_question, truth_question)[:questions]
+        self.questions = (self.example_question, yes_question)[:questions]
         self.free = FREE if prior else ()
         self.thresholds = {TYPE_WORDS: 0.0, VERDICT_WORDS: 0.0}
 

@@ -10,10 +10,10 @@ import data
 import judge as judging
 from judge import TYPE_WORDS, VERDICT_WORDS
 from methods import candidates, judge_auc, self_judge
-from methods.judge_questions import UNFIT, taught_question, truth_question, yes_question
+from methods.judge_questions import UNFIT, taught_question, yes_question
 from methods.self_judge import FREE, SelfJudge
 
-QUESTIONS = (taught_question, yes_question, truth_question)
+QUESTIONS = (taught_question, yes_question)
 KEYS = [("name it .", "a hat", "red", "blue"), ("name it .", "a hat", None, "red ### hat"),
         ("say it .", "", "red", "red one")]
 
@@ -45,7 +45,7 @@ def test_one_question_without_more_is_the_judge_that_is_taught():
 
 @pytest.mark.parametrize("words", [TYPE_WORDS, VERDICT_WORDS])
 def test_log_odds_are_means_over_questions_without_their_priors(words):
-    for number in (1, 2, 3):
+    for number in (1, 2):
         for free in ((), FREE):
             asked = Asked()
             judge = SelfJudge(asked, questions=number, prior=bool(free))
@@ -64,7 +64,7 @@ def test_log_odds_are_means_over_questions_without_their_priors(words):
 def test_questions_differ_in_words_and_keywords_and_show_what_they_should():
     for words in (TYPE_WORDS, VERDICT_WORDS):
         prompts = [question(KEYS[0], words) for question in QUESTIONS]
-        assert len({pair for _, _, pair in prompts}) == len({x for _, x, _ in prompts}) == 3
+        assert len({pair for _, _, pair in prompts}) == len({x for _, x, _ in prompts}) == 2
         for question, (prefix, suffix, pair) in zip(QUESTIONS, prompts, strict=True):
             assert prefix.endswith("\n") and all(word.startswith(" ") for word in pair)
             assert "name it ." in prefix and "a hat" in prefix and "red" in prefix
@@ -192,9 +192,9 @@ def test_flags_make_the_judge(make_run, scored_stage):
 
 
 def test_flags_that_do_not_fit_are_refused(refused, scored_stage):
-    refused("--self-questions is 4. There are 3; give 1 to 3.", scored_stage,
-            "--self-questions", "4")
-    assert len(SelfJudge(None, questions=9).questions) == 3
+    refused("--self-questions is 3. There are 2; give 1 or 2.", scored_stage,
+            "--self-questions", "3")
+    assert len(SelfJudge(None, questions=9).questions) == 2
     refused("--self-questions is 0. Expected 1 or more", scored_stage, "--self-questions", "0")
     for flags in (["--self-questions", "2"], ["--self-prior"], ["--self-calibrate"]):
         refused("--self-calibrate are for --judge self, not rule", scored_stage, "--judge", "rule",
