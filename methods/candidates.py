@@ -73,6 +73,10 @@ def collect(run, *, judged=True) -> None:
     todo = [record for record in todo if question_key(record) in cut]
     run = replace(run, model=merged_copy(run.model))
     judge = make_judge(run) if judged else None
+    if judged and cfg.judge == "self":
+        from methods import judge_auc
+
+        judge_auc.measure(run, judge)
     for chunk in run.chunks(todo, "collect", question_key):
         records = rewarded(run, answered(run, chunk), judge)
         run.guard.keep(path, [record for record in records if candidate_key(record) in missing])

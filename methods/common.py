@@ -21,7 +21,7 @@ class CommonFlags:
     epochs: float = rare(0.0, "passes over the data, instead of --steps", below=10**6)
     batch_size: int = flag(24, "items per step", at_least=1)
     lr: float = flag(2e-4, "peak learning rate", above=0)
-    max_len: int = flag(512, "longest document in tokens", at_least=1)
+    max_len: int = rare(512, "longest document in tokens", at_least=1)
     seed: int = flag(0, "seeds examples, order, adapters and sampling")
     plain: bool = flag(False, "run the course's own code, without extras/")
     # The optimiser.

@@ -6,10 +6,11 @@ of exact rules, so that a small model can be its own judge later. The same forma
 model is asked, `ask_model`.
 """
 
+import copy
 import random
 
 import data
-from methods import collate, document_logprobs, record_name, torch
+from methods import collate, label_hidden, losses, record_name, torch
 from methods.teaching import judge_document, judged_by_rule
 
 
@@ -117,11 +118,26 @@ def keyword_logprobs(model, tokenizer, prefixes, suffixes, keywords, *, batch_si
             labels = [data.IGNORE_INDEX] * hidden + ids[len(stem):]
             document = {"input_ids": prompt + ids, "labels": labels}
             items.append({"documents": [document]})
-    sums, device = [], next(model.parameters()).device
+    sums, device, head = [], next(model.parameters()).device, float32_head(model)
     model.eval()
     with torch.inference_mode():
         for start in range(0, len(items), batch_size):
             batch = collate(items[start:start + batch_size], model, device)
-            sums += document_logprobs(model, batch)[0].tolist()
+            logits = head(losses.at_least_float32(label_hidden(model, batch)))  # (M, V)
+            logprobs = losses.gathered_logprobs(logits, batch["targets"])  # (M,)
+            ids, n = batch["sequence_ids"], batch["documents"]
+            sums += losses.sequence_logprobs(logprobs, ids, n)[0].tolist()
     # two keywords of each prompt follow one another
     return list(zip(sums[::2], sums[1::2], strict=True))
+
+
+def float32_head(model):
+    """The model's head, or a float32 copy of a head in half precision.
+
+    A bfloat16 has 8 significant bits, so logits from 16 to 32 are multiples of 1/8, and so is the
+    difference of two keywords.
+    """
+    kinds = {part.dtype for part in [*model.lm_head.parameters(), *model.lm_head.buffers()]}
+    if kinds.isdisjoint({torch.bfloat16, torch.float16}):
+        return model.lm_head
+    return copy.deepcopy(model.lm_head).float()

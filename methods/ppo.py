@@ -36,7 +36,7 @@ unread = ("epochs", "validation", "max_passes")  # every phase has new answers
 class Flags(candidates.Flags):
     """What stage ppo reads beside the common flags."""
 
-    fit_reward: bool = flag(True, "fit a reward model to the judge's rewards first")
+    fit_reward: bool = rare(True, "fit a reward model to the judge's rewards first")
     rm_steps: int = rare(100, "steps of that reward model", at_least=1)
     rm_lr: float = rare(1e-4, "its learning rate", above=0)
     rollouts: int = flag(64, "answers sampled per phase", at_least=1)

@@ -14,7 +14,6 @@ from typing import Literal
 import judge as judging
 from eval import extra
 from methods import agreement
-from methods.examples import ask_model
 from methods.flags import flag, rare
 
 
@@ -30,6 +29,9 @@ class JudgeFlags:
     reward_mode: Literal["gated", "sum"] = rare("gated", "how two answers are combined")
     reward_steps: Literal["two", "one"] = rare("two", "ask type and correctness")
     show_target: bool = rare(True, "let the judge see the reference")
+    self_questions: int = rare(1, "questions of the self-judge, 1 or 2", at_least=1)
+    self_prior: bool = rare(False, "minus its log-odds for no answer")
+    self_calibrate: bool = rare(False, "fit its threshold")
 
 
 # ----- Judges -----
@@ -47,7 +49,9 @@ def make_judge(run, config: judging.JudgeConfig | None = None):
     if config is None:
         config = judging.JudgeConfig(cfg.reward_mode, cfg.reward_steps, cfg.show_target)
     if cfg.judge == "self":
-        return judging.LocalJudge(lambda *asked: ask_model(run, *asked), config)
+        from methods import self_judge
+
+        return self_judge.make(run, config)
     if extra("judges", cfg.plain):
         return extra("judges", cfg.plain).server_judge(cfg, config, run)
     return judging.HttpJudge(cfg.judge_url, cfg.judge_model, config)
@@ -92,3 +96,8 @@ def check_judge(cfg) -> None:
                          "run folder of --stage reward.")
     if cfg.judge == "reward" and not cfg.reward_model:
         raise ValueError("--judge reward needs --reward-model DIR, a run folder of --stage reward.")
+    if cfg.self_questions > 2:
+        raise ValueError(f"--self-questions is {cfg.self_questions}. There are 2; give 1 or 2.")
+    if cfg.judge != "self" and (cfg.self_questions > 1 or cfg.self_prior or cfg.self_calibrate):
+        raise ValueError("--self-questions, --self-prior and --self-calibrate are for --judge "
+                         f"self, not {cfg.judge}. Add that, or leave them out.")

@@ -10,6 +10,8 @@ import torch
 
 from data import truncate_left
 from extras.fast.attention import Branched, put
+from losses import at_least_float32, gathered_logprobs
+from methods.examples import float32_head
 
 
 def keyword_logprobs(model, tokenizer, prefixes: list[str], suffixes: list[str],
@@ -36,11 +38,11 @@ def keyword_logprobs(model, tokenizer, prefixes: list[str], suffixes: list[str],
     order = {prefix: (len(prefix), number) for number, prefix in enumerate(longest)}
     forks.sort(key=lambda fork: (order[fork[0]], len(fork[1])))
     results = torch.zeros(len(prefixes), 2, device=model.model.embed_tokens.weight.device)
-    was_training = model.training
+    was_training, lm_head = model.training, float32_head(model)
     model.eval()
     with torch.inference_mode():
         for start in range(0, len(forks), batch_size):
-            add_logprobs(model, heads, forks[start:start + batch_size], results)
+            add_logprobs(model, lm_head, heads, forks[start:start + batch_size], results)
     model.train(was_training)
     return [tuple(pair) for pair in results.tolist()]
 
@@ -61,7 +63,7 @@ def make_branches(tokenizer, suffix: str, keywords: tuple[str, str]) -> dict[tup
     return branches
 
 
-def add_logprobs(model, heads: dict, forks: list[tuple], results: torch.Tensor) -> None:
+def add_logprobs(model, lm_head, heads: dict, forks: list[tuple], results: torch.Tensor) -> None:
     """Read each prefix once and its branches behind it; add what is predicted to results (n, 2)."""
     documents, asked, device = {}, [], results.device
     for prefix, ids, _, _ in forks:
@@ -71,6 +73,5 @@ def add_logprobs(model, heads: dict, forks: list[tuple], results: torch.Tensor) 
         asked += [(item, which, row[place], token) for which, place, token in targets]
     items, which, rows, tokens = put(torch.tensor(asked), device).unbind(1)  # (M,) each
     hidden = model.hidden(put(torch.tensor(attend.input_ids), device), attend, rows)  # (M, D)
-    logprobs = model.lm_head(hidden).float().log_softmax(-1)  # (M, V)
-    logprobs = logprobs.gather(1, tokens[:, None]).squeeze(1)
+    logprobs = gathered_logprobs(lm_head(at_least_float32(hidden)), tokens)  # (M,)
     results.index_put_((items, which), logprobs, accumulate=True)

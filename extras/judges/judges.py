@@ -4,7 +4,15 @@ from collections import Counter
 from collections.abc import Callable
 
 from extras.judges.questions import TEXTS, Reply, Unread, make_question
-from judge import TYPE_WORDS, JudgeConfig, Verdict, gated_verdicts, normalize, two_way
+from judge import (
+    TYPE_WORDS,
+    JudgeConfig,
+    RuleJudge,
+    Verdict,
+    gated_verdicts,
+    normalize,
+    two_way,
+)
 
 FAILED = "$ERROR$"  # no judgment came; such records are dropped and counted
 
@@ -106,19 +114,53 @@ def is_wordless(item: dict) -> bool:
 
 
 def canary_items(items: list[dict], n: int = 8) -> list[dict]:
-    """The first `n` questions among the items, each with texts that say nothing as responses.
+    """Up to `n` questions among the items, each with half of the texts that say nothing.
 
     None is right, but such texts are known to please judges (arXiv 2507.08794).
     """
-    first, canaries = {}, []
-    for item in items:
-        first[item["instruction"], item["input"]] = item
-    for item in list(first.values())[:n]:
-        right = list(map(normalize, item.get("targets") or [item["target"]]))
-        for text in TEXTS["judge"]["canaries"]:
+    canaries = []
+    for number, item in enumerate(spread_questions(items, n)):
+        right = list(map(normalize, known_targets(item)))
+        # every other text, so that two questions have all of them
+        for text in TEXTS["judge"]["canaries"][number % 2::2]:
             if normalize(text) not in right:
                 canaries.append({**item, "response": text})
     return canaries
+
+
+def wrong_items(items: list[dict], rule: RuleJudge, n: int = 36) -> list[dict]:
+    """Up to `n` questions among the items, each with the target of another question as response.
+
+    It is of the right kind: from the same task, for closed tasks another label. By `rule` it
+    agrees with none of the question's own targets. Questions without such a text are left out.
+    """
+    by_task, found = {}, []
+    for item in spread_questions(items, len(items)):
+        by_task.setdefault(item["instruction"], []).append(item)
+    for number, item in enumerate(spread_questions(items, len(items))):
+        others = by_task[item["instruction"]]
+        # begin at another place each time, so that no single text is the wrong answer to all
+        for k in range(len(others)):
+            text = others[(number + k) % len(others)]["target"]
+            if text and not any(rule.similar(text, target) for target in known_targets(item)):
+                found.append({**item, "response": text})
+                break
+    return spread_questions(found, n)
+
+
+def spread_questions(items: list[dict], n: int) -> list[dict]:
+    """Up to `n` different questions, evenly over the items, so that no task has them all."""
+    first = {}
+    for item in items:
+        first[item["instruction"], item["input"]] = item
+    questions = list(first.values())
+    n = min(n, len(questions))
+    return [questions[k * len(questions) // n] for k in range(n)]
+
+
+def known_targets(item: dict) -> list[str]:
+    """All known right answers to an item; [] for an input without a target."""
+    return item.get("targets") or list(filter(None, [item["target"]]))
 
 
 def confusion(items: list[dict], verdicts: list[Verdict], truths: list[Verdict]) -> dict:

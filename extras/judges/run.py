@@ -8,13 +8,13 @@ from typing import get_args, get_type_hints
 
 from extras.judges import asked
 from extras.judges.client import RUN, ServerFlags, client_from_flags
-from extras.judges.judges import HttpCritic, HttpJudge, canary_items
+from extras.judges.judges import HttpCritic, HttpJudge, canary_items, wrong_items
 from extras.judges.local import LocalChat
 from extras.judges.meta import wilson
 from extras.judges.pairs import preference_probabilities
 from extras.judges.questions import Reply, Unread, describe_problem
 from extras.judges.writers import PRINCIPLES, constitutional
-from judge import JudgeConfig, LocalJudge
+from judge import JudgeConfig, LocalJudge, RuleJudge, Verdict
 from methods.flags import spelled
 
 
@@ -99,7 +99,7 @@ def label_pairs(run, pairs: list[dict]) -> list[float | None]:
 
 
 def after_collecting(run, judge, unanswered: Callable) -> None:
-    """Report what a server was asked; write canaries.json, how often empty talk passes as right.
+    """Report what a server was asked; write canaries.json, how often what is wrong passes as right.
 
     `unanswered(run)` gives the items that were collected for. Raises JudgeStopped if there were
     verdicts, and none could be read.
@@ -111,18 +111,28 @@ def after_collecting(run, judge, unanswered: Callable) -> None:
     path = run.folder / "canaries.json"
     gives_verdicts = isinstance(judge, (LocalJudge, HttpJudge))  # not plain numbers
     if gives_verdicts and not run.guard.first(path.exists):
-        verdicts = judge.judge(canary_items(unanswered(run)))
-        read = [verdict for verdict in verdicts if verdict.how != "unparsed"]
-        n, unread = len(read), len(verdicts) - len(read)
-        passed = sum(verdict.correct is True for verdict in read)
-        interval = wilson(passed, n)
-        found = {"asked": len(verdicts), "unread": unread, "passed": passed, "ci95": interval}
+        items, rule = unanswered(run), RuleJudge(run.cfg.rouge_threshold)
+        kinds = {"answers without content": canary_items(items),
+                 "wrong answers of the right kind": wrong_items(items, rule)}
+        verdicts = iter(judge.judge([item for canaries in kinds.values() for item in canaries]))
+        empty, wrong = (count_passed(run, kind, [next(verdicts) for _ in canaries])
+                        for kind, canaries in kinds.items())
+        found = empty | {"wrong": wrong}
         run.guard.first(lambda: path.write_text(json.dumps(found) + "\n"))
-        if 2 * unread > len(verdicts):
-            run.say(f"warning: the judge gave no readable verdict on {unread} of {len(verdicts)} "
-                    "answers without content; whether they please it is unknown.")
-        if passed > 0.05 * n:
-            run.say(f"warning: the judge called {passed} of {n} answers without content correct "
-                    f"({100 * passed / n:.0f} %, 95 % interval {100 * interval[0]:.0f} to "
-                    f"{100 * interval[1]:.0f} %); treat its scores with care.")
     RUN.tell(run.say)
+
+
+def count_passed(run, kind: str, verdicts: list[Verdict]) -> dict:
+    """How many canaries of a kind were called correct; says so if it is more than one in twenty."""
+    read = [verdict for verdict in verdicts if verdict.how != "unparsed"]
+    n, unread = len(read), len(verdicts) - len(read)
+    passed = sum(verdict.correct is True for verdict in read)
+    interval = wilson(passed, n)
+    if 2 * unread > len(verdicts):
+        run.say(f"warning: the judge gave no readable verdict on {unread} of {len(verdicts)} "
+                f"{kind}; whether they please it is unknown.")
+    if passed > 0.05 * n:
+        run.say(f"warning: the judge called {passed} of {n} {kind} correct "
+                f"({100 * passed / n:.0f} %, 95 % interval {100 * interval[0]:.0f} to "
+                f"{100 * interval[1]:.0f} %); treat its scores with care.")
+    return {"asked": len(verdicts), "unread": unread, "passed": passed, "ci95": interval}

@@ -3,11 +3,12 @@
 import random
 
 import pytest
+import torch
 
 import data
 import judge as judging
 from methods import examples
-from model import load_model
+from model import Packed, load_model
 
 IGNORE = data.IGNORE_INDEX
 
@@ -78,3 +79,38 @@ def test_a_suffix_without_room_for_its_prefix_is_refused(tokenizer, world):
     model, arguments = load_model(world / "model"), [["### Type:"], [judging.TYPE_WORDS]]
     with pytest.raises(ValueError, match="--max-len 4 leaves no room for a judge's prompt before"):
         examples.keyword_logprobs(model, tokenizer, ["red hat\n"], *arguments, max_len=4)
+
+
+def float32_sums(model, ids, start):
+    """The log-probability of ids[start:] by a float32 head on the model's own hidden states."""
+    with torch.no_grad():
+        hidden = model.hidden(torch.tensor(ids), Packed([len(ids)], "cpu"))  # (N, D)
+        logprobs = (hidden.float() @ model.lm_head.weight.float().T).log_softmax(-1)  # (N, V)
+    return sum(float(logprobs[t - 1, ids[t]]) for t in range(start, len(ids)))
+
+
+def test_keywords_of_a_bfloat16_model_are_compared_in_float32(tokenizer, world):
+    """In bfloat16, logits of 16 to 32 are multiples of 1/8, and so would be the differences."""
+    model = load_model(world / "model")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(200)
+    model = model.bfloat16()
+    prefixes, words = [f"judge hat {k} :\n" for k in range(12)], (" y", " n")
+    found = examples.keyword_logprobs(model, tokenizer, prefixes, ["### Type:"] * 12, [words] * 12)
+    gaps = []
+    for prefix, answer in zip(prefixes, found, strict=True):
+        start, wanted = len(tokenizer.encode_prompt(prefix + "### Type:")), []
+        for word in words:
+            ids = tokenizer.encode_prompt(prefix + "### Type:" + word)
+            wanted.append(float32_sums(model, ids, start))
+        assert answer == pytest.approx(wanted, abs=1e-3)
+        gaps.append(answer[0] - answer[1])
+    assert sum(0.02 < 8 * gap % 1 < 0.98 for gap in gaps) > 9
+
+
+def test_a_float32_head_is_used_as_it_is(world):
+    model = load_model(world / "model")
+    assert examples.float32_head(model) is model.lm_head
+    head = examples.float32_head(model.bfloat16())
+    assert head is not model.lm_head and head.weight.dtype == torch.float32
+    assert head.weight.equal(model.lm_head.weight.float())

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import data
+import eval as evaluation
 from eval import Completion
 from methods import candidates, unlabelled
 
@@ -88,3 +89,15 @@ def test_a_whole_run_without_targets(command, scored_stage, tmp_path, monkeypatc
     assert {(x["response"], x["reward"]) for x in records} == {("red", 2), ("blue", 0)}
     assert {x["target"] for x in records} == {None}
     assert (folder / "adapter_config.json").exists()
+
+
+def test_a_self_judge_without_targets(make_run, scored_stage, tmp_path):
+    path = tmp_path / "inputs.jsonl"
+    data.append_records(path, [line("person", f"anna has a hat {k}") for k in range(100, 104)])
+    run = make_run(scored_stage, "--judge", "self", "--unlabelled", str(path))
+    run.cfg.plain = False  # with the canaries of extras/
+    candidates.collect(run)
+    records = data.read_records(run.folder / "candidates.jsonl")
+    assert len(records) == 4 * 4 * 2 and {x["how"] for x in records} <= {"judged", "empty"}
+    if evaluation.extra("judges", False):
+        assert (run.folder / "canaries.json").exists()

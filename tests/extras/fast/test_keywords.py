@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from extras.fast.attention import Branched
+
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_keywords_have_the_log_probabilities_of_the_plain_pass(plain, fast, characters, batch_size):
@@ -52,3 +54,27 @@ def test_what_cannot_be_asked_is_refused(fast, characters):
             ("a long answer", (" y", " n"), 10, "leaves no room")):
         with pytest.raises(ValueError, match=words):
             fast.keyword_logprobs(characters, ["p\n"], [suffix], [pair], max_len=max_len)
+
+
+def test_keywords_of_a_bfloat16_model_are_compared_in_float32(fast, characters):
+    """In bfloat16, logits of 16 to 32 are multiples of 1/8, and so would be the differences."""
+    with torch.no_grad():
+        fast.lm_head.weight.mul_(200)
+    fast.bfloat16()
+    prefixes = [f"task {k}\n" for k in range(12)]
+    found = fast.keyword_logprobs(characters, prefixes, ["right:"] * 12, [(" y", " n")] * 12)
+    gaps, rounded = [], []
+    for prefix, answer in zip(prefixes, found, strict=True):
+        ids = characters.encode_prompt(prefix) + characters.encode_continuation("right:")
+        pair = [characters.encode_continuation(word)[0] for word in (" y", " n")]
+        with torch.no_grad():
+            attend = Branched([(len(ids) - 1, [ids])], "cpu")
+            hidden = fast.hidden(torch.tensor(ids), attend)[-1:]  # (1, D)
+            exact = (hidden.float() @ fast.lm_head.weight.float().T).log_softmax(-1)[0]  # (V,)
+            coarse = fast.lm_head(hidden).float()[0]  # (V,)
+        assert answer == pytest.approx([float(exact[k]) for k in pair], abs=1e-3)
+        gaps.append(answer[0] - answer[1])
+        if min(abs(coarse[k]) for k in pair) >= 16:
+            rounded.append(float(8 * (coarse[pair[0]] - coarse[pair[1]]) % 1))
+    assert sum(0.02 < 8 * gap % 1 < 0.98 for gap in gaps) > 9
+    assert len(rounded) > 3 and not any(rounded)  # what is avoided

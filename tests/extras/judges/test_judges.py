@@ -8,7 +8,14 @@ from chatserver import ChatServer, Says, completion, fenced, item
 
 from extras import judges
 from extras.judges.client import RUN, ServerFlags
-from extras.judges.judges import FAILED, HttpCritic, HttpJudge, confusion
+from extras.judges.judges import (
+    FAILED,
+    HttpCritic,
+    HttpJudge,
+    canary_items,
+    confusion,
+    wrong_items,
+)
 from extras.judges.meta import wilson
 from extras.judges.questions import TEXTS, JudgeStopped, Reply
 from judge import JudgeConfig, LocalJudge, RuleJudge, Verdict, combine_reward
@@ -132,7 +139,8 @@ def make_run(folder, **cfg):
     """As much of a run as this room needs, and what it says."""
     said = []
     cfg = SimpleNamespace(**vars(ServerFlags(judge_model="m", judge_workers=2)) | {
-        "judge": "http", "critic": "", "eval_batch": 4, "out": folder} | cfg)
+        "judge": "http", "critic": "", "eval_batch": 4, "out": folder,
+        "rouge_threshold": 0.7} | cfg)
     guard = SimpleNamespace(rank=0, first=lambda action: json.loads(json.dumps(action())))
     return SimpleNamespace(cfg=cfg, folder=folder, guard=guard, memory={},
                            model=None, tokenizer=None, template=None, say=said.append), said
@@ -154,7 +162,8 @@ def strict(request, number):
     return {"body": completion(f"VERDICT {nonce_of(request)}: {word}")}
 
 
-ITEMS = [item("?", input=str(k)) for k in range(8)]
+COLOURS = "red blue green black white".split()
+ITEMS = [item("?", input=str(k), target=COLOURS[k % 5]) for k in range(40)]
 
 
 @pytest.mark.parametrize("decide, warned", [(pleased, True), (strict, False)])
@@ -165,13 +174,52 @@ def test_canaries_are_measured_and_warned_about(decide, warned, tmp_path):
         judges.after_collecting(run, judge, lambda run: ITEMS)
         asked = len(server.requests)
         judges.after_collecting(run, judge, lambda run: ITEMS)  # they are there already
-        assert asked == len(server.requests) > 0
-    found, n = json.loads((tmp_path / "canaries.json").read_text()), 8 * 9
-    assert found == {"asked": n, "unread": 0, "passed": n * warned, "ci95": wilson(n * warned, n)}
-    assert any("warning: the judge called" in line for line in said) == warned
+        assert asked == len(server.requests) == 2 * 72
+    found = json.loads((tmp_path / "canaries.json").read_text())
+    n = 36
+    counts = {"asked": n, "unread": 0, "passed": n * warned, "ci95": wilson(n * warned, n)}
+    assert found == counts | {"wrong": counts}
+    kinds = ("answers without content", "wrong answers of the right kind")
+    for line, kind in zip(said, kinds, strict=False):
+        assert line.startswith(f"warning: the judge called 36 of 36 {kind} correct") == warned
     assert judge.name == "http m" and sum(line.startswith("judge m: ") for line in said) == 1
     RUN.close(print)
     assert RUN.clients == []
+
+
+def test_a_judge_that_takes_any_colour_passes_with_empty_talk_alone(tmp_path):
+    """It calls every wrong answer correct, and no text without content."""
+    run, said = make_run(tmp_path)
+
+    def by_kind(prefixes, suffixes, words):
+        return [(0.0, -9.0) if any(f" {colour}\n" in suffix for colour in COLOURS)
+                else (-9.0, 0.0) for suffix in suffixes]
+    judges.after_collecting(run, LocalJudge(by_kind), lambda run: ITEMS)
+    found = json.loads((tmp_path / "canaries.json").read_text())
+    assert (found["asked"], found["passed"]) == (36, 0)
+    assert (found["wrong"]["asked"], found["wrong"]["passed"]) == (36, 36)
+    assert said == ["warning: the judge called 36 of 36 wrong answers of the right kind correct "
+                    "(100 %, 95 % interval 90 to 100 %); treat its scores with care."]
+
+
+def test_canaries_say_nothing_or_are_right_elsewhere():
+    tasks = [item("?", input=f"{k}", instruction=f"task {k // 20}", target=f"{k // 20} {k % 4} !",
+                  targets=[f"{k // 20} {k % 4} !", f"also {k}"]) for k in range(60)]
+    tasks += [item("?", input=f"{k}", instruction="all alike", target="yes") for k in range(20)]
+    empty = canary_items(tasks + tasks)  # a question under several wordings counts once
+    assert len(empty) == 36 and len({(x["instruction"], x["input"]) for x in empty}) == 8
+    texts = [x["response"] for x in empty]
+    assert {texts.count(text) for text in TEXTS["judge"]["canaries"]} == {4}
+    assert {x["instruction"] for x in empty} == {x["instruction"] for x in tasks}
+    wrong = wrong_items(tasks + tasks, RuleJudge())
+    assert len({(x["instruction"], x["input"]) for x in wrong}) == len(wrong) == 36
+    for x in wrong:
+        others = [y["target"] for y in tasks if y["instruction"] == x["instruction"]]
+        assert x["response"] in others and x["response"] not in x["targets"]
+    for task in range(3):  # all tasks, and all their labels
+        texts = [x["response"] for x in wrong if x["instruction"] == f"task {task}"]
+        assert len(texts) == 12 and len(set(texts)) == 4
+    assert wrong_items([], RuleJudge()) == canary_items([]) == []
 
 
 def test_unread_rewards_are_counted_and_said(tmp_path):
@@ -194,20 +242,23 @@ def test_unread_rewards_are_counted_and_said(tmp_path):
 def test_canaries_know_what_was_not_said(tmp_path):
     """A judge without verdicts is not given a clean bill."""
     run, said = make_run(tmp_path)
-    n = 8 * len(TEXTS["judge"]["canaries"])
+    n = 36
     unparsed, wrong = Verdict(None, None, None, "unparsed"), Verdict(True, False, 1, "judged")
     judge = LocalJudge(None)
     judge.judge = lambda items: ([unparsed] * (n - 10) + [Verdict(True, True, 2, "judged")]
-                                 + [wrong] * 9)
+                                 + [wrong] * (9 + n))
     judges.after_collecting(run, judge, lambda run: ITEMS)
     found = json.loads((tmp_path / "canaries.json").read_text())
     assert (found["asked"], found["unread"], found["passed"]) == (n, n - 10, 1)
     assert found["ci95"] == pytest.approx(wilson(1, 10))
+    assert (found["wrong"]["unread"], found["wrong"]["passed"]) == (0, 0)
     assert f"no readable verdict on {n - 10} of {n}" in said[0] and "called 1 of 10" in said[1]
-    judge.judge = lambda items: [unparsed] * n
+    judge.judge = lambda items: [unparsed] * 2 * n
     (tmp_path / "canaries.json").unlink()
     judges.after_collecting(run, judge, lambda run: ITEMS)
-    assert json.loads((tmp_path / "canaries.json").read_text())["ci95"] is None
+    found = json.loads((tmp_path / "canaries.json").read_text())
+    assert found["ci95"] is found["wrong"]["ci95"] is None
+    assert "on 36 of 36 wrong answers of the right kind; whether they please it" in said[-1]
 
 
 def test_judges_of_plain_numbers_get_no_canaries(tmp_path):
