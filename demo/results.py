@@ -115,7 +115,8 @@ class Seed:
     def first(self, setting, flags, stage="sft-ia"):
         """The folder of SFT(IA), or SFT, in a setting, and its metrics."""
         folder, words = f"{self.out}-{setting}", flags.format(model=self.args.model).split()
-        found = trials.train(stage, folder, *self.common[:-1], *words)
+        common = self.common if stage == "sft-ia" else self.common[:-1]  # SFT reads no --compare
+        found = trials.train(stage, folder, *common, *words)
         *_, title = found  # its own row is the last
         return folder, found[title] | describe_run(folder, title)
 

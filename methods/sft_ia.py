@@ -20,6 +20,7 @@ beside = ("sft",)
 class Flags(common.Flags):
     """What stage sft-ia reads beside the common flags."""
 
+    compare: bool = flag(True, "also train and show SFT, without other wordings")
     wordings: int = flag(10, "training wordings per task beside the instruction", at_least=0)
     augment: Literal["assign", "product"] = flag("assign", "one wording per instance, or all")
 

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 import data
+import train
 from methods import sft_ia
 
 
@@ -68,3 +69,11 @@ def test_the_command_shows_it_beside_sft(command):
     folder = command("sft-ia", "--wordings", "3")
     assert list(json.loads((folder / "metrics.json").read_text())) == ["base", "SFT", "SFT(IA)"]
     assert len(data.read_records(folder / "sft/log.jsonl")) == 3
+
+
+def test_alone_it_neither_trains_nor_shows_sft(arguments, tmp_path):
+    argv = arguments(tmp_path / "run", "--plain", "--steps", "2", "--no-compare", stage="sft-ia")
+    assert train.main(["--stage", "sft-ia", *argv]) == 0
+    assert not (tmp_path / "run" / "sft").exists()
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert [title for title, row in found.items() if isinstance(row, dict)] == ["SFT(IA)"]
