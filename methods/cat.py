@@ -16,6 +16,7 @@ from typing import Literal
 
 from methods import candidates, label_logprobs, losses
 from methods.flags import flag, rare
+from methods.groups import known_target
 from methods.pairing import PairFlags, pair_items, ranked_item
 
 title = "SFT(IA)+CAT"
@@ -59,7 +60,7 @@ def cat_item(run, best: dict, worse: list[dict]) -> dict:
     """An item whose documents have weights: the best answer 1, or n copies of it 1 / n each."""
     cfg, good = run.cfg, best["response"]
     if cfg.ce_target == "gold":
-        good = best["target"]
+        good = known_target(best)
     item, n_best = ranked_item(run, best, worse, good)
     n = len(item["documents"])
     item["values"] = {"weights": [1 / n_best] * n_best + [0.0] * (n - n_best)}

@@ -5,6 +5,7 @@ import random
 import data
 import judge as judging
 from eval import extra
+from methods import record_name
 
 
 def grouped_candidates(run) -> list[list[dict]]:
@@ -55,6 +56,14 @@ def best_answers(group) -> tuple[list, list]:
         elif record["reward"] < top:
             below.append(record)
     return best, below
+
+
+def known_target(record: dict) -> str:
+    """A candidate's reference output. Raises ValueError where the input has none."""
+    if record["target"] is None:
+        raise ValueError(f"{record_name(record)} has no target, which --ce-target gold imitates. "
+                         "Give --ce-target best.")
+    return record["target"]
 
 
 def group_rng(run, group: list[dict]) -> random.Random:

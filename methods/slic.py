@@ -11,7 +11,7 @@ from typing import Literal
 
 from methods import candidates, document_logprobs, losses
 from methods.flags import flag, rare
-from methods.groups import candidate_document
+from methods.groups import candidate_document, known_target
 from methods.pairing import PairFlags, pair_items, ranked_item
 
 title = "SFT(IA)+SLiC"
@@ -45,7 +45,7 @@ def slic_item(run, best: dict, worse: list[dict]) -> dict:
             wording = best["instruction"]
         elif run.cfg.condition == "worse":
             wording = worse[0]["wording"]
-        gold = best | {"wording": wording, "response": best["target"]}
+        gold = best | {"wording": wording, "response": known_target(best)}
         item["documents"].append(candidate_document(run, gold))
         imitated = [len(item["documents"]) - 1] * len(imitated)
     item["indices"]["imitated"] = list(imitated)

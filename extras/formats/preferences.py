@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import as_list
-from extras.formats.checks import NUMBER, TEXT, check, name_fields, refuse, show
+from extras.formats.checks import NUMBER, TEXT, TEXT_OR_NULL, check, name_fields, refuse, show
 from extras.formats.messages import as_text, find_fault, read_alpaca, read_content, read_turns
 from extras.formats.rows import read_rows
 
@@ -136,7 +136,8 @@ def read_hh(text) -> list[dict]:
 
 
 # ----- Records -----
-OWN = dict.fromkeys(("task", "instruction", "wording", "input", "target", "response", "how"), TEXT)
+OWN = dict.fromkeys(("task", "instruction", "wording", "input", "response", "how"), TEXT)
+OWN["target"] = TEXT_OR_NULL  # null for inputs of --unlabelled
 OWN |= dict.fromkeys(("reward", "p_expected", "p_correct"), (
     "a number, or null where there is no verdict", lambda x: x is None or NUMBER[1](x)))
 OWN["id"] = "a text or a number", lambda x: isinstance(x, str | int)

@@ -156,7 +156,10 @@ def report_label_free(run) -> None:
 
 def report_rewards(run) -> None:
     """rewards.json: a reward model's rewards of all candidates against judge, rules and length."""
-    records = [x for group in grouped_candidates(run) for x in group if x["reward"] is not None]
+    records = [x for group in grouped_candidates(run) for x in group
+               if x["reward"] is not None and x["target"] is not None]
+    if not records:  # nothing says what is right
+        return
     scores = heads.reward_scores(run, heads.open_reward_model(run, run.folder), records)
     truths = judging.RuleJudge(run.cfg.rouge_threshold).judge(with_labels(run, records))
     rows = {"held out": [], "trained on": []}

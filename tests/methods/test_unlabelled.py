@@ -7,7 +7,7 @@ import pytest
 import data
 import eval as evaluation
 from eval import Completion
-from methods import candidates, unlabelled
+from methods import candidates, groups, unlabelled
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_judges_that_read_targets_are_refused(judge, refused, scored_stage, tmp_
             "--judge", judge, "--unlabelled", str(tmp_path / "inputs.jsonl"))
 
 
-def test_a_whole_run_without_targets(command, scored_stage, tmp_path, monkeypatch):
+def test_a_whole_run_without_targets(command, make_run, scored_stage, tmp_path, monkeypatch):
     path = tmp_path / "inputs.jsonl"
     for task in ("person", "colour"):
         data.append_records(path, [line(task, f"anna has a hat {k}") for k in range(100, 108)])
@@ -89,6 +89,12 @@ def test_a_whole_run_without_targets(command, scored_stage, tmp_path, monkeypatc
     assert {(x["response"], x["reward"]) for x in records} == {("red", 2), ("blue", 0)}
     assert {x["target"] for x in records} == {None}
     assert (folder / "adapter_config.json").exists()
+    run = make_run(scored_stage, "--candidates", str(folder / "candidates.jsonl"))
+    with pytest.raises(ValueError, match="colour/line-9 has no target, which --ce-target gold imitates. "
+                                         "Give --ce-target best."):
+        groups.known_target(groups.grouped_candidates(run)[0][0])
+    command(scored_stage, "--candidates", str(folder / "candidates.jsonl"), "--no-plain",
+            "--reference-free", "--probe-inputs", "2", out="again")
 
 
 def test_a_self_judge_without_targets(make_run, scored_stage, tmp_path):
