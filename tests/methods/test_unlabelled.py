@@ -90,8 +90,8 @@ def test_a_whole_run_without_targets(command, make_run, scored_stage, tmp_path, 
     assert {x["target"] for x in records} == {None}
     assert (folder / "adapter_config.json").exists()
     run = make_run(scored_stage, "--candidates", str(folder / "candidates.jsonl"))
-    with pytest.raises(ValueError, match="colour/line-9 has no target, which --ce-target gold imitates. "
-                                         "Give --ce-target best."):
+    with pytest.raises(ValueError, match="colour/line-9 has no target, which --ce-target gold "
+                                         "imitates. Give --ce-target best."):
         groups.known_target(groups.grouped_candidates(run)[0][0])
     command(scored_stage, "--candidates", str(folder / "candidates.jsonl"), "--no-plain",
             "--reference-free", "--probe-inputs", "2", out="again")
