@@ -21,10 +21,10 @@ from methods import candidates, rewards
 INPUTS = 128  # about so many train instances; two answers to each are sampled
 WEAK = 0.6  # an AUC below this is warned about
 INSTEAD = """\
-It can hardly tell right answers from wrong ones, and its rewards will be close to random. There \
-are --judge agreement, which rewards what most wordings lead to and needs no judge, --judge http \
-for a stronger model, --judge rule where targets are known, more --judge-share to teach the model, \
-and --self-questions 2 for a model that was not taught."""
+Its rewards say little about which answers are right. There are --judge agreement, which rewards \
+what most wordings lead to and needs no judge, --judge http for a stronger model, --judge rule \
+where targets are known, more --judge-share to teach the model, and --self-questions 2 for a model \
+that was not taught."""
 
 
 # ----- Answers whose truth is known -----
