@@ -23,9 +23,8 @@ import data
 import judge as judging
 import methods
 from eval import answer_questions, evaluate_responses, extra, fail, pick_device, write_results
-from methods import Run, collate, merged_copy, open_trained, settings, torch
+from methods import Run, collate, early, merged_copy, open_trained, probe, settings, torch
 from methods.finding import find_method
-from methods.probe import finish
 from methods.schedule import check_items, is_told, items_to_train, measured
 from methods.settings import parse_config
 
@@ -142,7 +141,7 @@ def train(run: Run) -> None:
         guard.after_step(run, optimizer, items, done)
         if done["step"] == run.cfg.steps:  # which --patience may have lowered
             break
-    finish(run)
+    probe.finish(run)
     run.model.eval()
 
 
@@ -220,7 +219,7 @@ def log_step(run: Run, step: int, means: dict, update: dict, noted: dict, done: 
         "seconds": round(done["seconds"], 2),
     }
     data.append_records(run.folder / "log.jsonl", [row | noted])
-    if is_told(step, cfg):
+    if is_told(step, cfg) or step + 1 == cfg.steps:
         shown = " | ".join(f"{name} {value:.3f}" for name, value in means.items())
         speed = done["tokens"] / done["seconds"] / 1000
         tqdm.write(f"{cfg.stage} step {step + 1}/{cfg.steps} | {shown} | {speed:.1f}k tok/s")
@@ -309,6 +308,7 @@ def train_stage(run: Run) -> None:
     # Written under another name and renamed: a folder that has an adapter is a finished stage.
     save = getattr(method, "save", save_trained)
     guard.first(lambda: guard.write(run.folder, lambda folder: save(run, folder)))
+    guard.first(lambda: early.discard_weights(run))
 
 
 def save_trained(run: Run, folder: Path) -> None:

@@ -12,7 +12,6 @@ Sources: self-consistency as a preference, arXiv 2411.04109; majority votes as r
 always says the same agrees with itself: see `tell`.
 """
 
-
 from collections import Counter
 
 import judge as judging
@@ -23,7 +22,7 @@ LEAST, MOST = 5, 0.8  # of so many questions of a task, one answer may have such
 
 def question_key(record: dict) -> tuple:
     """What the answers to one question have in common."""
-    return record["instruction"], record["input"]
+    return record["task"], record["id"]
 
 
 class AgreementJudge:
@@ -92,9 +91,9 @@ def tell(run, records: list[dict]) -> None:
     """Say how many questions have a majority, and warn of answers that crowd out the others."""
     groups, shares, answers = {}, [], {}
     for record in records:
-        groups.setdefault((record["task"], *question_key(record)), []).append(record)
+        groups.setdefault(question_key(record), []).append(record)
     # The share that each majority has, and for each task what its majorities say.
-    for (task, *_), group in groups.items():
+    for (task, _), group in groups.items():
         best = Counter()
         for record in group:
             if record["reward"] == 2:
@@ -109,4 +108,4 @@ def tell(run, records: list[dict]) -> None:
         if counts.total() >= LEAST and count >= MOST * counts.total():
             run.say(f"warning: {count} of {counts.total()} majorities of task {task} say {text!r}. "
                     "A model that always says the same agrees with itself: look at these answers, "
-                    "or add --balance.")
+                    "and at those to other wordings.")

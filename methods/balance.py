@@ -9,7 +9,7 @@ from statistics import median
 import judge as judging
 from methods.groups import best_answers
 
-MOST = 2  # times as many questions as of the rarest label, or of the median task
+TIMES = 2  # times as many questions as of the rarest label, or of the median task
 
 
 def balanced_groups(run, groups: list[list[dict]]) -> list[list[dict]]:
@@ -24,15 +24,15 @@ def balanced_groups(run, groups: list[list[dict]]) -> list[list[dict]]:
     # First of each label ...
     by_task = {}
     for (name, label), numbers in by_label.items():
-        sizes = [len(other) for (task, _), other in by_label.items() if task == name]
-        most = MOST * min(sizes)
+        sizes = [len(x) for (task, other), x in by_label.items() if task == name and other]
+        most = TIMES * min(sizes, default=0)
         if not label:
             most = len(numbers)
         elif len(sizes) == 1:
             most = 1
         by_task.setdefault(name, []).extend(numbers[:most])
     # ... then of each task.
-    most = MOST * max(1, int(median(map(len, by_task.values()))))
+    most = TIMES * max(1, int(median(map(len, by_task.values()))))
     for numbers in by_task.values():
         kept += sorted(numbers)[:most]
     run.say(f"{run.cfg.stage}: balanced, {len(kept)} of {len(groups)} questions are kept.")

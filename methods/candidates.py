@@ -50,7 +50,7 @@ class Flags(SampleFlags, JudgeFlags):
     fresh_wordings: int = rare(0, "sample under so many wordings unseen in SFT(IA)", at_least=0)
     max_worse: int = rare(3, "lower-rewarded answers per item", at_least=1)
     probe_inputs: int = rare(5, "unlabelled inputs per task to measure agreement on", at_least=0)
-    patience: int = rare(0, "end after so many measures without more agreement", at_least=0)
+    patience: int = rare(0, "end after so many measurements without more agreement", at_least=0)
     max_passes: float = rare(0.0, "at most so many passes over the items, 0: any", at_least=0)
 
 
@@ -137,7 +137,8 @@ def sampled_wordings(task, cfg) -> list[str]:
             texts = train[cfg.wordings:cfg.wordings + cfg.fresh_wordings]
         if not texts:
             raise ValueError(f"task {task.name} has {len(train)} training wordings, so there are "
-                             "none for --fresh-wordings. Lower --wordings.")
+                             "none for --fresh-wordings. Lower --wordings, or give "
+                             "--fresh-wordings 0.")
     return texts
 
 
@@ -178,18 +179,21 @@ def begin(run) -> None:
 def remark(run, results) -> str:
     """What the model saw of which wordings, below the table."""
     cfg, before = run.cfg, find_method(run.method.needs).title
-    if not cfg.fresh_wordings or before not in results:
+    if not cfg.fresh_wordings or cfg.candidates or before not in results:
         return ""
+    fresh = max(len(sampled_wordings(task, cfg)) for task in run.tasks)
     old, new = (100 * results[title]["cr"]["mean"] for title in (before, run.method.title))
     return (f"{before} saw targets under the instruction and {cfg.wordings} wordings of each task. "
-            f"Then the model's own answers under {cfg.fresh_wordings} others were rewarded by "
+            f"Then the model's own answers under {fresh} others were rewarded by "
             f"--judge {cfg.judge}: CR {new - old:+.1f} points.")
 
 
 # ----- Before a run -----
 def inspect(run) -> None:
-    """Raises ValueError if a round would find no instance to sample for."""
+    """Raises ValueError if a round would find no instance to sample for, or --patience none."""
     cfg = run.cfg
+    if hasattr(cfg, "patience"):
+        probe.check_questions(run, sampled_wordings)
     if run.tasks and not (getattr(cfg, "candidates", "") or getattr(cfg, "records", "")):
         for number in range(cfg.rounds):
             unanswered(replace(run, round=number))

@@ -60,6 +60,8 @@ def saved_settings(folder: Path) -> dict:
     if isinstance(name, str) and name in stages():
         flags = config_class(find_method(name), server="judge_url" in saved)
         check_saved(saved, flags, path)
+    if name in ("rrhf", "pro"):  # which had no such flag until November 2026
+        saved.setdefault("condition", "own")
     if "gae_lam" in saved:  # its name until November 2026
         saved["gae_lambda"] = saved.pop("gae_lam")
     return saved

@@ -133,9 +133,9 @@ def tell(run, found: dict) -> None:
                 "ones.")
         return
     low, high = found["ci95"]
-    run.say(f"self-judge: AUC {found['auc']:.2f} [{low:.2f}, {high:.2f}] {over}; it calls "
-            f"{found['passed_right']} of {right} right and {found['passed_wrong']} of {n - right} "
-            "wrong ones correct.")
+    run.say(f"self-judge: AUC {found['auc']:.2f} [{low:.2f}, {high:.2f}] {over}; it accepts "
+            f"{found['passed_right']} of {right} right answers and {found['passed_wrong']} of "
+            f"{n - right} wrong ones.")
     if found["auc"] < WEAK:
         run.say(f"warning: an AUC of 0.5 is chance, and the self-judge's is {found['auc']:.2f}. "
                 f"{INSTEAD}")

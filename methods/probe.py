@@ -1,7 +1,7 @@
 """What can be known of a run without a target: do answers agree, and have they collapsed?
 
 agreement   CR (arXiv 2403.14221) of greedy answers to inputs that are never sampled for, under the
-            wordings that are. It needs no target. But a model that always says the same agrees
+            same wordings. It needs no target. But a model that always says the same agrees
             with itself, so the commonest answers of each task are looked at, too.
 
 Before the first step and after the last, --probe-inputs of each task are answered; probe.jsonl has
@@ -27,7 +27,8 @@ FILE = "probe.jsonl"
 def probe_questions(run, wordings) -> list[dict]:
     """The questions: of each task the inputs behind those of all rounds, under its wordings.
 
-    wordings(task, cfg): those to sample under.
+    wordings(task, cfg): those to sample under, of which the first --pool-wordings are asked. A task
+    with a single one has no pairs, and is left out.
     """
     cfg, found = run.cfg, []
     start = cfg.rounds * cfg.pool_per_task
@@ -35,6 +36,8 @@ def probe_questions(run, wordings) -> list[dict]:
         return []
     for task in run.tasks:
         texts = wordings(task, cfg)[:max(2, cfg.pool_wordings)]
+        if len(texts) < 2:
+            continue
         for instance in pool_instances(run, task)[start:start + cfg.probe_inputs]:
             found.append({"task": task.name, "id": instance.id, "instruction": task.definition,
                           "input": instance.input, "targets": [], "wordings": texts,
@@ -42,14 +45,24 @@ def probe_questions(run, wordings) -> list[dict]:
     return found
 
 
+def check_questions(run, wordings) -> None:
+    """Raises ValueError if --patience has nothing to measure."""
+    if run.cfg.patience and not probe_questions(run, wordings):
+        raise ValueError("--patience measures agreement on inputs that are not sampled for, and "
+                         "there are none. Give --probe-inputs, two --pool-wordings, and a lower "
+                         "--pool-per-task.")
+
+
 def measure(run, step: int) -> float:
     """The agreement now; appends it, and the commonest answers, to probe.jsonl."""
     from model import Sampling
-    cfg, model = run.cfg, merged_copy(run.model)
+    cfg, model, prefix = run.cfg, merged_copy(run.model), ""
+    if step:  # what the model reacts to once it is trained
+        prefix = run.prefix()
 
     def work(part):
         return answer_questions(model, run.tokenizer, run.template, part,
-                                Sampling(cfg.max_new_tokens), prefix=run.prefix(),
+                                Sampling(cfg.max_new_tokens), prefix=prefix,
                                 batch_size=cfg.eval_batch, max_len=cfg.max_len)
     answered = run.guard.share(run.memory["probe"], work)
     metrics, _ = evaluate_responses(answered, judging.RuleJudge(cfg.rouge_threshold))
@@ -89,7 +102,7 @@ def begin(run, wordings) -> None:
                 f"inputs agree in {100 * memory['best_agreement']:.1f} % of pairs.")
 
 
-def figures(run, step: int, told: bool) -> dict:
+def measure_and_stop(run, step: int, told: bool) -> dict:
     """{"agreement": CR} where it is measured, else {}; may set the run's steps to end it here.
 
     told: whether this step has a line on the screen.
@@ -117,14 +130,14 @@ def finish(run) -> None:
     if cfg.patience:
         kept = memory["best_step"]
         restore_weights(run, kept)
-    measured = {x["step"]: x for x in run.guard.first(lambda: data.read_records(run.folder / FILE))}
+    measured = {record["step"]: record for record in data.read_records(run.folder / FILE)}
     first, last = measured[0], measured[kept]
     run.say(f"{cfg.stage}: answers to {len(memory['probe'])} unlabelled inputs agree in "
             f"{100 * first['agreement']:.1f} % of pairs before, and in "
-            f"{100 * last['agreement']:.1f} % after {kept} steps.")
+            f"{100 * last['agreement']:.1f} % with the weights of step {kept}.")
     for task, (text, share, n) in last["commonest"].items():
         _, before, _ = first["commonest"][task]
         if share >= MOST and n >= LEAST and share > before:
             run.say(f"warning: {100 * share:.0f} % of {n} questions of task {task} now get the "
                     f"answer {text!r}. Agreement also rises where a model always says the same: "
-                    "look at these answers. --balance, fewer steps or --patience may help.")
+                    "look at these answers. Fewer steps or a higher --agreement-share may help.")

@@ -27,7 +27,8 @@ def ranking_items(run) -> list[dict]:
     """
     found = []
     groups = filter(lambda group: spread_answers(run, group), grouped_candidates(run))
-    for group in balanced_groups(run, list(groups)):
+    groups = balanced_groups(run, list(groups))
+    for group in groups:
         for kept in rankings(run, group):
             rewards = [float(x["reward"]) for x in kept]
             better, worse = losses.best_vs_lower_pairs(rewards, rule="all")
@@ -36,7 +37,8 @@ def ranking_items(run) -> list[dict]:
                           "indices": {"better": better, "worse": worse, "best": [0]},
                           "values": {"rewards": rewards, "weights": weights},
                           "name": record_name(kept[0])})
-    run.say(f"{run.cfg.stage}: {len(found)} questions with answers of different reward.")
+    run.say(f"{run.cfg.stage}: {len(found)} rankings of {len(groups)} questions with answers of "
+            "different reward.")
     return found
 
 

@@ -23,15 +23,16 @@ class JudgeFlags:
 
     judge: Literal["self", "agreement", "rule", "http", "reward", "length"] = flag(
         "self", "who rewards answers")
-    agreement_share: float = rare(0.34, "least share of a majority of answers", share=True)
+    agreement_share: float = rare(0.34, "least share of a question's answers that must agree",
+                                  share=True)
     agreement_by: Literal["rule", "self", "http"] = rare("rule", "who says that answers agree")
     reward_model: str = rare("", "run folder of stage reward, for --judge reward", path=True)
     reward_mode: Literal["gated", "sum"] = rare("gated", "how two answers are combined")
     reward_steps: Literal["two", "one"] = rare("two", "ask type and correctness")
     show_target: bool = rare(True, "let the judge see the reference")
     self_questions: int = rare(1, "questions of the self-judge, 1 or 2", at_least=1)
-    self_prior: bool = rare(False, "minus its log-odds for no answer")
-    self_calibrate: bool = rare(False, "fit its threshold")
+    self_prior: bool = rare(False, "subtract the log-odds of empty answers")
+    self_calibrate: bool = rare(False, "fit the self-judge's threshold on train instances")
 
 
 # ----- Judges -----
@@ -85,6 +86,13 @@ def as_fields(verdict: judging.Verdict) -> dict:
 # ----- Before a run -----
 def check_judge(cfg) -> None:
     """Raises ValueError for flags that do not fit together."""
+    if cfg.judge == "agreement" and cfg.samples * cfg.pool_wordings < 2:
+        raise ValueError("--judge agreement needs two answers to a question. Raise --samples or "
+                         "--pool-wordings.")
+    given = cfg.agreement_by, cfg.agreement_share
+    if cfg.judge != "agreement" and given != (JudgeFlags.agreement_by, JudgeFlags.agreement_share):
+        raise ValueError("--agreement-by and --agreement-share are for --judge agreement, not "
+                         f"{cfg.judge}. Add that, or leave them out.")
     if cfg.agreement_by != "rule" and not extra("judges", cfg.plain):
         raise ValueError(f"--agreement-by {cfg.agreement_by} needs extras/judges. Leave out "
                          "--plain, or give --agreement-by rule.")

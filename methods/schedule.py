@@ -97,8 +97,9 @@ def set_steps(run, items: list[dict]) -> None:
         run.guard.first(lambda: save_settings(cfg, run.folder))
     if getattr(cfg, "max_passes", 0):
         most = cfg.max_passes * len(items) / cfg.batch_size
-        steps = max(1, int(most))
-        run.cfg = cfg = replace(cfg, steps=min(cfg.steps, steps))
+        most = int(most + 1e-6)  # 0.29 * 100 is a little less than 29
+        steps = max(1, min(cfg.steps, most))
+        run.cfg = cfg = replace(cfg, steps=steps)
     passes = cfg.steps * cfg.batch_size / len(items)
     run.say(f"{cfg.stage}: {cfg.steps} steps of {cfg.batch_size} are {passes:.3g} passes over "
             f"{len(items)} items.")
@@ -121,7 +122,7 @@ def measured(run, step: int, measure) -> dict:
     last = step + 1 == run.cfg.steps
     if held and (told or last):
         found = validation_means(run, held, step, measure)
-    return found | probe.figures(run, step, told)
+    return found | probe.measure_and_stop(run, step, told)
 
 
 def validation_means(run, held: list[dict], step: int, measure) -> dict:

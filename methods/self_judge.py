@@ -15,7 +15,7 @@ k a question about an answer y to an input x, and yes_k and no_k its two keyword
     content is subtracted: contextual calibration (Zhao et al. 2021, arXiv 2102.09690), as a
     difference of logarithms as in domain-conditional PMI (Holtzman et al. 2021, arXiv 2104.08315).
 --self-calibrate   The threshold with the best balanced accuracy, the mean of the shares of right
-    and of wrong answers that are told, on train instances, whose targets are known.
+    and of wrong answers classified correctly, on train instances, whose targets are known.
 """
 
 from itertools import product

@@ -34,7 +34,8 @@ def parse_config(argv: list[str]):
     out = follows.get("--out") or f"runs/{Path(stage).stem}"
     before = continued_settings(method, stage, Path(out), follows.get("--init", ""))
     # The flags of a server are there if one is asked.
-    server = "http" in (*words, before.get("judge"), before.get("critic"))
+    asked = [before.get(name) for name in ("judge", "critic", "agreement_by")]
+    server = "http" in (*words, *asked)
     flags = config_class(method, plain=plain, server=server)
     title = f"python train.py --stage {stage} [flags]\n\n{method.__doc__.splitlines()[0]}"
     given = parse_flags(flags, words, title, method.DEFAULTS, method.unread) | {"out": out}
@@ -83,9 +84,6 @@ def continued_settings(method, stage: str, out: Path, init: str) -> dict:
     names -= FREE | OWN | {"stage"}
     found = {name: value for name, value in before.items() if name in names}
     return found | {"sft_steps": before["steps"], "sft_lr": before["lr"]}
-
-
-
 
 
 def stage_config(cfg, name: str):

@@ -25,7 +25,7 @@ def read_inputs(run) -> dict[str, list[data.Instance]]:
         name, text = read_input(record, f"{path}, line {number},")
         if name not in tasks:
             raise ValueError(f"{path}, line {number}, names task {name}, which --tasks does not "
-                             f"have. It has {', '.join(sorted(tasks)[:5])} and so on. Fix or "
+                             f"have. Its tasks begin with {', '.join(sorted(tasks)[:5])}. Fix or "
                              "delete that line.")
         if text in tasks[name]:
             left_out += 1
@@ -47,7 +47,7 @@ def read_input(record, where: str) -> tuple[str, str]:
     if isinstance(record, dict):
         found = record.get("task"), record.get("input")
         if all(isinstance(text, str) for text in found):
-            return found
+            return found[0], found[1].strip()
     raise ValueError(f'{where} is no input. Expected {{"task": name, "input": text}}.')
 
 

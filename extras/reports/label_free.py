@@ -4,6 +4,7 @@ from collections import Counter
 
 from extras.reports.tables import table
 from judge import normalize
+from methods.groups import best_answers
 
 SHOWN = 3  # answers of a task
 
@@ -36,7 +37,8 @@ def task_rows(groups: list[list[dict]]) -> dict[str, dict]:
     for group in groups:
         task = group[0]["task"]
         sizes[task] += 1
-        texts = Counter(normalize(x["response"]) for x in group if x["reward"] == 2)
+        top, _ = best_answers(group)
+        texts = Counter(normalize(x["response"]) for x in top)
         if texts:
             best.setdefault(task, Counter())[texts.most_common(1)[0][0]] += 1
     rows = {}

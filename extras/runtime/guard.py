@@ -17,6 +17,7 @@ from extras.runtime import checkpoint, identity, ranks
 from extras.runtime.files import read_keys, write_folder
 from extras.runtime.streams import Disturbed, Watch
 from methods import collate
+from methods.early import BEST
 from methods.finding import stages
 
 FINISHED = ("adapter_config.json", "model")  # what tells that a stage is finished
@@ -219,7 +220,8 @@ def remove_leftovers(out: Path) -> None:
     """Remove what a process that was killed at the end of a stage has left beside its result."""
     for folder in (out, *(out / name for name in stages()), *out.glob("round*")):
         if any((folder / name).exists() for name in FINISHED):
-            shutil.rmtree(folder / checkpoint.FOLDER, ignore_errors=True)
+            for name in (checkpoint.FOLDER, BEST):
+                shutil.rmtree(folder / name, ignore_errors=True)
             remove_half_written(folder)
 
 

@@ -23,7 +23,7 @@ from methods.settings import has_result, saved_settings
 
 FILE, ROOT = "identity.json", Path(__file__).parents[2]
 FLAGS = ("model", "tokenizer", "tasks", "paraphrases", "candidates", "records", "examples",
-         "preferences", "principles", "corpus", "reward_model", "critic")
+         "preferences", "principles", "corpus", "unlabelled", "reward_model", "critic")
 ADAPTERS = ("adapter", "reference", "reward_model", "critic")  # flags that name finished runs
 EARLIER, BESIDE, RESULT = "the earlier stage", "the stage beside it", "its result"
 RUNS = (EARLIER, BESIDE, RESULT, "--adapter", "--reward-model", "--critic")

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -25,8 +26,8 @@ class Table:
 
 def items(*texts, input="x", **more):
     """Answers to one question."""
-    return [{"task": "t", "instruction": "do", "input": input, "response": text, **more}
-            for text in texts]
+    return [{"task": "t", "id": input, "instruction": "do", "input": input, "response": text,
+             **more} for text in texts]
 
 
 def rewarded(answers, share=0.34, similar=None):
@@ -64,9 +65,9 @@ def test_empty_and_cut_answers_are_in_no_cluster():
     assert rewarded(cut + items("a", "a"), 0.4) == [0, 0, 0, 2, 2]
 
 
-def test_questions_are_told_apart_by_instruction_and_input_in_any_order():
+def test_questions_are_told_apart_by_task_and_id_in_any_order():
     answers = items("a", "a", "b") + items("b", "b", "a", input="y")
-    answers += [x | {"instruction": "other"} for x in items("c", "d")]
+    answers += [x | {"task": "other"} for x in items("c", "d")]
     order = list(range(len(answers)))
     random.Random(3).shuffle(order)
     found = rewarded([answers[k] for k in order])
@@ -134,7 +135,7 @@ def test_rewards_need_no_target(run):
 
 def scored(task, number, best, others=1, reward=2):
     """A question whose majority says `best`."""
-    common = {"task": task, "instruction": task, "input": str(number)}
+    common = {"task": task, "id": str(number), "instruction": task, "input": str(number)}
     return [common | {"response": best, "reward": reward}] * 3 + [
         common | {"response": "other", "reward": reward and 0}] * others
 
@@ -153,7 +154,49 @@ def test_what_is_said_of_majorities(run, capsys):
 
 @pytest.mark.parametrize("flags, said", [
     (("--judge", "agreement", "--agreement-share", "1.5"), "--agreement-share is 1.5. Expected a"),
+    (("--judge", "agreement", "--samples", "1", "--pool-wordings", "1"),
+     "--judge agreement needs two answers to a question. Raise --samples or --pool-wordings."),
+    (("--judge", "rule", "--agreement-share", "0.5"),
+     "--agreement-by and --agreement-share are for --judge agreement, not rule. Add that, or leav"),
     (("--judge", "agreement", "--agreement-by", "self"), "--agreement-by self needs extras/judges"),
     (("--pairs", "all"), "--pairs all compares lower answers, too, and --condition worse only t")])
 def test_flags_that_do_not_fit_are_refused(flags, said, refused, scored_stage):
     refused(said, scored_stage, *flags)
+
+
+def test_equal_inputs_with_different_ids_are_different_questions(run):
+    """Whatever else is in a part of the records: a task file may repeat an input."""
+    task = run.tasks[0]
+    twins = [replace(x, id=f"twin-{x.id}") for x in task.instances]
+    run.tasks[0].instances = [x for pair in zip(task.instances, twins, strict=True) for x in pair]
+    run.cfg.eval_batch = 1
+    candidates.collect(run)
+    found = data.read_records(run.folder / "candidates.jsonl")
+    whole = rewards.make_judge(run).judge(rewards.with_labels(run, found))
+    assert [x["reward"] for x in found] == [verdict.reward for verdict in whole]
+
+
+def test_a_model_compares_answers(make_run, scored_stage, monkeypatch):
+    """--agreement-by self, through the chat of extras/judges."""
+    judges = pytest.importorskip("extras.judges.run")
+    run = make_run(scored_stage, "--judge", "agreement", "--agreement-share", "0.1")
+    run.cfg.agreement_by, run.cfg.plain = "self", False
+    seen = []
+
+    def similar_pairs(self, pairs):
+        seen.extend(pairs)
+        return [True] * len(pairs)
+    monkeypatch.setattr(judges.HttpJudge, "similar_pairs", similar_pairs)
+    assert rewards.make_judge(run).judge(items("a", "b", "c"))[2].reward == 2 and len(seen) == 6
+
+
+def test_ppo_answers_whole_questions(ready):
+    pytest.importorskip("methods.ppo")
+    from methods import rollouts
+
+    for judge, size in (("agreement", 8), ("rule", 1)):
+        run = ready("ppo", "--judge", judge, "--no-fit-reward", "--rollouts", "24",
+                    "--batch-size", "8", "--wordings", "3", "--probe-inputs", "0")
+        run.method.begin(run)
+        drawn = Counter(agreement.question_key(x) for x in rollouts.drawn_records(run))
+        assert drawn.total() == 24 and (set(drawn.values()) == {size} or judge == "rule")

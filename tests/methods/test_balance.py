@@ -59,6 +59,6 @@ def test_without_the_flag_and_without_questions_nothing_changes(run):
 
 
 def test_a_question_without_a_best_answer_has_no_label(run):
-    given = groups("mood", "good", "bad")
+    given = groups("mood", *["good", "bad"] * 6)
     given[0][0]["reward"] = 1  # ranked, but not best
-    assert len(balance.balanced_groups(run, given)) == 2
+    assert len(balance.balanced_groups(run, given)) == 12

@@ -53,7 +53,8 @@ def test_fresh_wordings_are_those_beyond_training(collecting):
     run = collecting("--wordings", "1", "--fresh-wordings", "2")
     texts = {x["wording"] for x in candidates.unanswered(run) if x["task"] == "colour"}
     assert texts == {"colour :", "tell the colour"}
-    with pytest.raises(ValueError, match="3 training wordings.*Lower --wordings"):
+    said = "3 training wordings.*Lower --wordings, or give --fresh-wordings 0"
+    with pytest.raises(ValueError, match=said):
         candidates.unanswered(collecting("--wordings", "3", "--fresh-wordings", "2"))
 
 
@@ -168,5 +169,9 @@ def test_the_line_below_the_table(make_run, scored_stage):
         "SFT(IA) saw targets under the instruction and 2 wordings of each task. Then the model's "
         "own answers under 1 others were rewarded by --judge rule: CR +7.5 points.")
     assert candidates.remark(run, {"mine": results["mine"]}) == ""  # nothing to compare with
-    run.cfg.fresh_wordings = 0
+    run.cfg.fresh_wordings = 9  # of which there is one
+    assert "under 1 others" in candidates.remark(run, results)
+    run.cfg.candidates = "given.jsonl"  # nothing was sampled or rewarded
+    assert candidates.remark(run, results) == ""
+    run.cfg.candidates, run.cfg.fresh_wordings = "", 0
     assert candidates.remark(run, results) == ""

@@ -97,8 +97,8 @@ def test_a_good_judge_is_not_warned_about(measured):
     assert found["auc"] == 1 and found["passed_wrong"] == 0 < found["passed_right"]
     assert found["n"] == len(asked) and found["passed_right"] == found["right"]
     assert said == [f"self-judge: AUC 1.00 [1.00, 1.00] over {found['n']} sampled answers "
-                    f"({found['right']} right); it calls {found['right']} of {found['right']} "
-                    f"right and 0 of {found['n'] - found['right']} wrong ones correct."]
+                    f"({found['right']} right); it accepts {found['right']} of {found['right']} "
+                    f"right answers and 0 of {found['n'] - found['right']} wrong ones."]
 
 
 def test_a_judge_that_knows_nothing_is_warned_about(measured):

@@ -7,7 +7,7 @@ import data
 import eval as evaluation
 import lora
 import train
-from methods import candidates, probe, schedule
+from methods import candidates, early, probe, schedule
 from methods.unlabelled import pool_instances
 from model import Sampling
 
@@ -25,13 +25,14 @@ def probed(ready, scored_stage, candidates):
 
 def test_the_questions_are_none_that_are_sampled_for(make_run, scored_stage):
     run = make_run(scored_stage, "--pool-per-task", "2", "--rounds", "2", "--probe-inputs", "3",
-                   "--wordings", "2", "--fresh-wordings", "1", "--pool-wordings", "4")
+                   "--wordings", "1", "--fresh-wordings", "9", "--pool-wordings", "4")
     found = probe.probe_questions(run, candidates.sampled_wordings)
     assert len(found) == 2 * 3
     for task in run.tasks:
         own = [x for x in found if x["task"] == task.name]
         assert [x["input"] for x in own] == [x.input for x in pool_instances(run, task)[4:7]]
-        assert all(x["wordings"] == [task.wordings["train"][2].text] for x in own)
+        texts = [wording.text for wording in task.wordings["train"][1:3]]
+        assert all(x["wordings"] == texts for x in own)
         assert all(x["targets"] == [] for x in own)
     run.cfg.probe_inputs = 0
     assert probe.probe_questions(run, candidates.sampled_wordings) == []
@@ -66,11 +67,12 @@ def test_the_commonest_answer_is_that_of_most_questions():
 
 
 def follow(run, monkeypatch, values):
-    """What `figures` gives in each of ten steps if these are the measured values in turn."""
+    """What `measure_and_stop` gives in each of ten steps if these values are measured in turn."""
     values, found = iter(values), []
     monkeypatch.setattr(probe, "measure", lambda run, step: next(values))
     for step in range(run.cfg.steps):
-        found.append(probe.figures(run, step, schedule.is_told(step, run.cfg)).get("agreement"))
+        told = schedule.is_told(step, run.cfg)
+        found.append(probe.measure_and_stop(run, step, told).get("agreement"))
         if run.cfg.steps == step + 1:
             return found
 
@@ -106,7 +108,9 @@ def test_training_ends_when_agreement_rises_no_more(patience, values, best, prob
     for p, wanted in zip(lora.adapter_weights(run.model).values(), weights[best], strict=True):
         assert torch.equal(p, wanted)
     said = capsys.readouterr().out
-    assert f"after {best} steps.\n" in said and not (run.folder / "best").exists()
+    assert f"with the weights of step {best}.\n" in said and (run.folder / "best").exists()
+    early.discard_weights(run)
+    assert not (run.folder / "best").exists()
     assert (f"{patience} measurements in a row brought no more agreement" in said) == (
         len(values) < 10)
 
@@ -120,7 +124,7 @@ def test_a_collapse_is_named(probed, monkeypatch, capsys):
     monkeypatch.setattr(probe.data, "read_records", lambda path: records)
     probe.finish(run)
     said = capsys.readouterr().out
-    assert "agree in 50.0 % of pairs before, and in 75.0 % after 10 steps." in said
+    assert "agree in 50.0 % of pairs before, and in 75.0 % with the weights of step 10." in said
     assert said.count("warning") == 1
     assert "80 % of 5 questions of task colour now get the answer 'red'. Agreement also" in said
 
@@ -143,3 +147,28 @@ def test_most_passes(make_run, scored_stage, candidates, capsys):
         assert len(schedule.items_to_train(run)) == 10 and run.cfg.steps == steps
     assert train.parse_config(["--stage", scored_stage])[0].max_passes == 0
     assert "10 steps of 4 are 4 passes over 10 items" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [("--wordings", "0"),
+                                   ("--wordings", "2", "--fresh-wordings", "9")])
+def test_a_single_wording_has_no_agreement(flags, make_run, scored_stage):
+    run = make_run(scored_stage, *flags)
+    assert probe.probe_questions(run, candidates.sampled_wordings) == []
+    run.method.begin(run)
+    assert probe.measure_and_stop(run, run.cfg.steps - 1, True) == {}
+    probe.finish(run)
+
+
+@pytest.mark.parametrize("flags", [("--probe-inputs", "0"), ("--pool-per-task", "999"),
+                                   ("--wordings", "0")])
+def test_patience_without_anything_to_measure_is_refused(flags, make_run, scored_stage):
+    run = make_run(scored_stage, "--patience", "2", *flags)
+    with pytest.raises(ValueError, match="--patience measures agreement on inputs that are not"):
+        run.method.inspect(run)
+
+
+def test_passes_are_rounded(make_run, scored_stage, candidates):
+    run = make_run(scored_stage, "--candidates", str(candidates), "--steps", "9", "--batch-size",
+                   "1", "--max-passes", "0.7")
+    schedule.items_to_train(run)
+    assert run.cfg.steps == 7

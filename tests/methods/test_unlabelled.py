@@ -42,15 +42,15 @@ def test_the_questions_of_an_evaluation_are_left_out(unlabelled_run, capsys):
     asked = list(unlabelled.asked_inputs(run.tasks[0]))
     assert data.split_instances(run.tasks[0], "test")[0].input in asked
     pool = [x.input for x in data.split_instances(run.tasks[0], "pool")][:2]
-    run = unlabelled_run(*(line(run.tasks[0].name, text) for text in [*asked, *pool]))
+    run = unlabelled_run(*(line(run.tasks[0].name, f" {text}\n") for text in [*asked, *pool]))
     assert {x["input"] for x in candidates.unanswered(run)} == set(pool) and len(asked) > 5
     assert f"{len(asked)} inputs are asked in an evaluation, and are left out." in (
         capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("record, said", [
-    ({"task": "hat", "input": "x"}, 'line 2, names task hat, which --tasks does not have. It has '
-                                    'colour, person'),
+    ({"task": "hat", "input": "x"}, 'line 2, names task hat, which --tasks does not have. Its '
+                                    'tasks begin with colour, person. Fix'),
     ({"task": "person"}, 'line 2, is no input. Expected {"task": name, "input": text}.'),
     (["person", "x"], "line 2, is no input"), ({"task": "person", "input": 3}, "line 2, is no")])
 def test_a_line_that_is_no_input_is_named(record, said, unlabelled_run):

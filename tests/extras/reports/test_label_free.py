@@ -5,7 +5,8 @@ from extras.reports.label_free import label_free_section
 
 def group(task, *answers):
     """A question's answers, (text, reward) each."""
-    return [{"task": task, "response": text, "reward": reward} for text, reward in answers]
+    return [{"task": task, "response": text, "reward": reward, "how": "majority"}
+            for text, reward in answers]
 
 
 def test_majorities_and_agreement_are_shown():
@@ -22,3 +23,5 @@ def test_majorities_and_agreement_are_shown():
 def test_nothing_is_said_of_nothing():
     assert label_free_section([], []) == ""
     assert "agreement" not in label_free_section([group("t", ("a", 0))], [])
+    good = [{"task": "t", "response": "a", "reward": 1, "how": "label"}]  # best among labels
+    assert "| t | 1 | 1 | a (1) |" in label_free_section([good], [])
