@@ -10,6 +10,7 @@ import torch
 
 import train
 from extras.runtime import checkpoint, guard
+from methods import early, probe
 
 FAULTS = pytest.mark.faults
 
@@ -48,6 +49,29 @@ def test_a_run_stopped_at_each_step_resumes_there(name, steps, command, unstoppe
         if saved:
             assert f"resuming at step {saved[-1]}." in capsys.readouterr().out
         assert runs.read_results(out) == wanted
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_run_that_dies_with_its_best_weights_put_back_goes_on(number, command, unstopped,
+                                                                tmp_path, monkeypatch):
+    """Before the result is saved, and between that and the removal of what was kept."""
+    wanted, _ = unstopped("patience", command("patience", ""), tmp_path / "unstopped")
+    module, name = [(probe, "finish"), (early, "discard_weights")][number]
+    real, argv = getattr(module, name), command("patience", tmp_path / "run")
+
+    def die(run):
+        if run.cfg.stage == "cat":
+            if not number:
+                real(run)
+            raise runs.Died
+        real(run)
+    with monkeypatch.context() as patch, pytest.raises(runs.Died):
+        patch.setattr(module, name, die)
+        train.main(argv)
+    assert (tmp_path / "run" / "best").is_dir()
+    assert train.main(argv) == 0
+    assert runs.read_results(tmp_path / "run") == wanted
+    assert not (tmp_path / "run" / "best").exists()
 
 
 @pytest.mark.parametrize("what", ["weights", "moments", "adam's step", "random state", "beta",
