@@ -22,7 +22,7 @@ from pathlib import Path
 import data
 import judge as judging
 import methods
-from eval import answer_questions, evaluate_responses, extra, fail, pick_device, write_results
+from eval import evaluate_responses, extra, fail, pick_device, write_results
 from methods import Run, collate, early, merged_copy, open_trained, probe, settings, torch
 from methods.finding import find_method
 from methods.schedule import check_items, is_told, items_to_train, measured
@@ -356,7 +356,6 @@ def align(run: Run) -> None:
 
 def report(run: Run, ladder: dict[str, Path | None]) -> None:
     """Evaluate {title: run folder} on the same held-out questions, and write the results."""
-    from model import Sampling
     cfg, results, tables = run.cfg, {}, {}
     if not cfg.evaluate or not run.tasks:
         run.say(f"{cfg.stage}: nothing is evaluated. The adapter is in {cfg.out}.")
@@ -372,12 +371,7 @@ def report(run: Run, ladder: dict[str, Path | None]) -> None:
         model, prefix = merged_copy(model), ""
         if title.startswith(run.method.title):
             prefix = run.prefix()
-
-        def work(part, model=model, prefix=prefix):
-            return answer_questions(model, run.tokenizer, run.template, part,
-                                    Sampling(cfg.max_new_tokens), prefix=prefix,
-                                    batch_size=cfg.eval_batch, max_len=cfg.max_len)
-        answered = run.guard.share(questions, work)
+        answered = run.answers(model, questions, prefix)
         results[title], tables[title] = evaluate_responses(answered, judge, more=more)
     run.guard.first(lambda: write_results(cfg, results, tables))
     if remark := run.method.remark(run, results):

@@ -42,7 +42,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import data
-from eval import extra, open_model, open_tokenizer, pick_device  # noqa: F401
+from eval import (  # noqa: F401
+    answer_questions,
+    extra,
+    open_model,
+    open_tokenizer,
+    pick_device,
+)
 
 
 class Later:
@@ -99,6 +105,16 @@ class Run:
                 parts.append([])
             parts[-1].append(record)
         yield from tqdm(parts, desc=what, unit="chunk", disable=silent)
+
+    def answers(self, model, questions: list[dict], prefix: str = "") -> list[dict]:
+        """The questions with a model's greedy "responses"; each process answers a share."""
+        from model import Sampling
+
+        def work(part):
+            return answer_questions(model, self.tokenizer, self.template, part,
+                                    Sampling(self.cfg.max_new_tokens), prefix=prefix,
+                                    batch_size=self.cfg.eval_batch, max_len=self.cfg.max_len)
+        return self.guard.share(questions, work)
 
     def prefix(self) -> str:
         """Words before every instruction, for methods that train a model to react to them."""

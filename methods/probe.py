@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import data
 import judge as judging
-from eval import answer_questions, evaluate_responses
+from eval import evaluate_responses
 from methods import merged_copy
 from methods.agreement import LEAST, MOST
 from methods.early import keep_weights, restore_weights
@@ -55,17 +55,11 @@ def check_questions(run, wordings) -> None:
 
 def measure(run, step: int) -> float:
     """The agreement now; appends it, and the commonest answers, to probe.jsonl."""
-    from model import Sampling
-    cfg, model, prefix = run.cfg, merged_copy(run.model), ""
+    prefix = ""
     if step:  # what the model reacts to once it is trained
         prefix = run.prefix()
-
-    def work(part):
-        return answer_questions(model, run.tokenizer, run.template, part,
-                                Sampling(cfg.max_new_tokens), prefix=prefix,
-                                batch_size=cfg.eval_batch, max_len=cfg.max_len)
-    answered = run.guard.share(run.memory["probe"], work)
-    metrics, _ = evaluate_responses(answered, judging.RuleJudge(cfg.rouge_threshold))
+    answered = run.answers(merged_copy(run.model), run.memory["probe"], prefix)
+    metrics, _ = evaluate_responses(answered, judging.RuleJudge(run.cfg.rouge_threshold))
     agreement = metrics["cr"]["mean"]
     record = {"step": step, "agreement": agreement, "commonest": commonest(answered)}
     run.guard.first(lambda: data.append_records(run.folder / FILE, [record]))

@@ -6,7 +6,7 @@ import json
 import pytest
 
 import data
-import train
+import methods
 from eval import Completion
 from methods import candidates as candidates_file
 from methods import conditional
@@ -91,16 +91,17 @@ def test_later_rounds_ask_with_the_best_mark(make_run, monkeypatch):
 
 
 def test_the_trained_model_is_asked_with_the_mark_and_no_other(command, candidates, monkeypatch):
-    asked, answer = [], train.answer_questions
+    asked, answer = [], methods.answer_questions
 
     def note(*arguments, prefix="", **options):
         asked.append(prefix)
         return answer(*arguments, prefix=prefix, **options)
-    monkeypatch.setattr(train, "answer_questions", note)
+    monkeypatch.setattr(methods, "answer_questions", note)
     folder = command("conditional", "--candidates", str(candidates), "--compare")
     titles = ["base", "SFT", "SFT(IA)", "SFT(IA)+conditional"]
     assert list(json.loads((folder / "metrics.json").read_text())) == titles
-    assert asked == ["", "", "", "good answer : "]
+    # Agreement before and after training, then the four models of the table.
+    assert asked == ["", "good answer : ", "", "", "", "good answer : "]
 
 
 @pytest.mark.parametrize("kind", ["quantiles", "reward", "best"])

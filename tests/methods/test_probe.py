@@ -6,6 +6,7 @@ import torch
 import data
 import eval as evaluation
 import lora
+import methods
 import train
 from methods import candidates, early, probe, schedule
 from methods.unlabelled import pool_instances
@@ -52,7 +53,7 @@ def test_the_answers_are_those_of_the_trained_model_without_sampling(probed, mon
 
 
 def test_the_agreement_is_cr(probed, monkeypatch):
-    monkeypatch.setattr(probe, "answer_questions", lambda model, tokenizer, template, questions,
+    monkeypatch.setattr(methods, "answer_questions", lambda model, tokenizer, template, questions,
                         sampling, **options: [x | {"responses": ["a", "A.", "b", "c"][:len(
                             x["wordings"])], "unfinished": 0} for x in questions])
     assert probed("--wordings", "1").memory["best_agreement"] == 1  # the pair of a and A.
