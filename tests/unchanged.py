@@ -25,8 +25,8 @@ TASKS = ("purchase_colour", "purchase_who_what", "review_word")
 KEPT = ("adapter_model.safetensors", "value_head.safetensors", "model.safetensors", "log.jsonl",
         "candidates.jsonl", "judged.jsonl", "refined.jsonl", "preferences.jsonl",
         "rollouts.jsonl", "metrics.json", "questions.jsonl", "judge.json", "canaries.json",
-        "mask.json", "rewards.json", "probe.jsonl", "self_judge.json", "best_of.json", "verdicts.jsonl", "demo-base-outputs.json",
-        "base-outputs.json")
+        "mask.json", "rewards.json", "probe.jsonl", "self_judge.json", "best_of.json",
+        "verdicts.jsonl", "demo-base-outputs.json", "base-outputs.json")
 CLOCK = ("seconds",)  # what a log may differ in
 MEASURED = ("metrics.json", "questions.jsonl", "verdicts.jsonl", "best_of.json")
 

@@ -97,7 +97,8 @@ def test_the_trained_model_is_asked_with_the_mark_and_no_other(command, candidat
         asked.append(prefix)
         return answer(*arguments, prefix=prefix, **options)
     monkeypatch.setattr(methods, "answer_questions", note)
-    folder = command("conditional", "--candidates", str(candidates), "--compare")
+    folder = command("conditional", "--candidates", str(candidates), "--compare",
+                     "--pool-per-task", "5", "--probe-inputs", "1")
     titles = ["base", "SFT", "SFT(IA)", "SFT(IA)+conditional"]
     assert list(json.loads((folder / "metrics.json").read_text())) == titles
     # Agreement before and after training, then the four models of the table.
