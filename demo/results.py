@@ -141,7 +141,7 @@ class Seed:
 def without_targets(runs):
     """Wordings without targets, against SFT(IA) with targets for all of them."""
     start, found = runs.first("few", FEW)
-    rows = {IA: found} | runs.arms("few-", start, FRESH, ARMS)
+    rows = {IA: found} | runs.arms("few-", start, FRESH, ARMS | LARGE)
     return rows | {"SFT(IA) on all 14 wordings, with targets": runs.first("all", ALL)[1]}
 
 
