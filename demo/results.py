@@ -44,8 +44,7 @@ ARMS = {
 POOL = "--pool-per-task 60 --unlabelled {inputs}"
 LARGE = {
     "agreement, three times the inputs": f"{AGREE} {POOL}",
-    "the same, 250 steps": f"{AGREE} {POOL} --steps 250",
-    "the same, 250 steps, --patience 2": f"{AGREE} {POOL} --steps 250 --patience 2",
+    "the same, up to 250 steps, --patience 2": f"{AGREE} {POOL} --steps 250 --patience 2",
 }
 METHODS = {"CAT": ("cat", ""), "imitation alone": ("cat", "--no-ranking"), "DPO": ("dpo", ""),
            "RRHF": ("rrhf", "")}
