@@ -1,6 +1,8 @@
 """Every table and figure of docs/family.md: all methods on the same candidates, several seeds.
 
     python demo/family.py --split test --seeds 1 2 3
+    python demo/family.py --split test --seeds 1 2 3 --setting fresh --judges agreement
+        --out runs/family-fresh
 
 Per seed: SFT(IA), its sampled answers, and their rewards by the model itself and by exact rules;
 then each method on either. PPO samples its own answers. They are rewarded by the rules, or by a
@@ -32,7 +34,11 @@ VARIANTS = {  # with --variants
     "RSO, sigmoid": ("rso", "--preference sigmoid"),
     "best quantile": ("conditional", "--conditional best"),
 }
+# SFT(IA) sees all wordings with their targets, or 5 of them, and the methods learn from 9 others.
+SETTINGS = {"seen": "--wordings 14 --fresh-wordings 0", "fresh": ""}
+COMPARING = ("cat", "dpo", "slic", "rrhf", "pro")  # which read --condition
 CHOICES = {"self": "rewards by the model itself", "rule": "rewards by exact rules",
+           "agreement": "rewards by agreement",
            "length": "rewards by length alone (control)"}
 PPO_PANELS = {"score": "reward of sampled answers", "kl": "KL to SFT(IA), nats per answer"}
 
@@ -43,16 +49,18 @@ def runs_of_seed(args, seed):
     methods = METHODS | (VARIANTS if args.variants else {})
     for judge in args.judges:
         cat, folders = args.out / f"seed{seed}-{judge}", {}
-        common = ["--seed", str(seed), "--no-evaluate", "--no-compare", "--judge", judge]
+        common = ["--seed", str(seed), "--no-evaluate", "--no-compare", "--judge", judge,
+                  *SETTINGS[args.setting].split()]
         init = ["--init", str(main)] if main.exists() else []
         # CAT collects the candidates. The first judge's run trains SFT(IA) on the way.
-        trials.train("cat", cat, *common, *init, makes="adapter_config.json")
+        own = ["--condition", "own"] if args.setting == "seen" else []
+        trials.train("cat", cat, *common, *own, *init, makes="adapter_config.json")
         if not main.exists():
             (cat / "sft-ia").rename(main)
         common += ["--init", str(main), "--candidates", str(cat / "candidates.jsonl")]
         for number, (title, (stage, flags)) in enumerate(methods.items()):
             folders[title] = f"{cat}-{number}" if number else str(cat)
-            words = flags.split()
+            words = flags.split() + own * (stage in COMPARING)
             if stage == "ppo" and judge == "rule":  # rules can be asked as often as one likes
                 words.append("--no-fit-reward")
             trials.train(stage, folders[title], *common, *words, makes="adapter_config.json")
@@ -132,6 +140,8 @@ def main(argv=None):
     parser = trials.make_parser(__doc__, "runs/family", 3)
     parser.add_argument("--per-task", type=int, default=10, help="held-out inputs per task")
     parser.add_argument("--judges", nargs="+", choices=CHOICES, default=["self", "rule"])
+    parser.add_argument("--setting", choices=SETTINGS, default="seen",
+                        help="wordings with targets, or without (5 for SFT(IA), 9 others)")
     parser.add_argument("--variants", action="store_true",
                         help="cDPO, robust DPO, RSO with the sigmoid, the best quantile")
     args = parser.parse_args(argv)
