@@ -66,9 +66,9 @@ def documents_per_item(cfg) -> int:
     if cfg.stage in known:
         return known[cfg.stage]
     worse = getattr(cfg, "max_worse", 0)
-    if getattr(cfg, "condition", "") == "worse":
-        return 2 * worse
     gold = cfg.stage == "slic" and cfg.ce_target == "gold"
+    if getattr(cfg, "condition", "") == "worse" and hasattr(cfg, "pairs"):
+        return 2 * worse + gold  # the best answer under the wording of each other
     return getattr(cfg, "rso_keep", 1 + worse + getattr(cfg, "use_l1", False) + gold)
 
 

@@ -176,7 +176,7 @@ def test_an_adapter_that_differs_from_module_to_module_becomes_one(trials, llama
                       open_adapter(llama(), again)(IDS)):
             # An alpha of 30 over rank 1 moves logits by 4: float32's rounding grows with it.
             assert (found - wanted).abs().max() < 1e-5 * max(1, 2 * effect), options
-    assert different > trials // 4  # the control: peft took the patterns
+    assert different > trials // 10  # the control: peft took the patterns
 
 
 def test_what_is_added_to_a_rank_stays_zero_in_training(llama, tmp_path):

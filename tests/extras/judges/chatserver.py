@@ -186,3 +186,11 @@ class Says:
 def item(response, **more):
     """An item to judge."""
     return ITEM | {"response": response} | more
+
+
+def answered(server: ChatServer, n: int) -> bool:
+    """Whether it has sent n whole answers; its threads note the last ones a moment after."""
+    until = time.monotonic() + 5
+    while len(server.sent) < n and time.monotonic() < until:
+        time.sleep(0.01)
+    return len(server.sent) == n

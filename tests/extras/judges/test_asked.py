@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from chatserver import ChatServer, completion, lines
+from chatserver import ChatServer, answered, completion, lines
 
 import data
 import eval as evaluation
@@ -38,9 +38,9 @@ def server_flags(server, model="m"):
 def test_a_server_is_asked_every_wording_and_nothing_else(run, tmp_path):
     with ChatServer(colour_of) as server:
         status, results, rows = run(*server_flags(server))
-        assert status == 0 and len(server.sent) == 12
+        assert status == 0 and answered(server, 12)
         again = run(*server_flags(server))
-        assert again[2] == rows and len(server.sent) == 12  # all of it is in answers.jsonl
+        assert again[2] == rows and answered(server, 12)  # all of it is in answers.jsonl
     assert len(lines(tmp_path / "out/answers.jsonl")) == 12
     assert set(results) == {"m"} and len(rows) == 6
     by_task = {task: [row["cr"] for row in rows if row["task"] == task]
@@ -65,7 +65,7 @@ def test_samples_are_asked_apart_and_compared_within_their_wording(run, capsys):
     with ChatServer(decide) as server:
         flags = [*server_flags(server), "--samples", "3", "--temperature", "0.7"]
         _, results, rows = run(*flags)
-        assert len(server.sent) == 36 and {x["temperature"] for x in server.sent} == {0.7}
+        assert answered(server, 36) and {x["temperature"] for x in server.sent} == {0.7}
         assert {request["seed"] for request in server.sent} == {0, 1, 2}
         run(*flags, "--seed", "1")
         assert {request["seed"] for request in server.sent[36:]} == {1000, 1001, 1002}
@@ -122,7 +122,7 @@ def test_requests_that_failed_are_asked_again(run, capsys):
         assert run(*server_flags(server))[0] == 1
         said = capsys.readouterr().err
         server.decide = colour_of
-        assert run(*server_flags(server))[0] == 0 and len(server.sent) == 12
+        assert run(*server_flags(server))[0] == 0 and answered(server, 12)
     assert "(3 http 400" in said and (
         "Run the same command again to ask these anew; --max-unparsed allows more.") in said
 
