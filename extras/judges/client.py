@@ -6,13 +6,11 @@ that fail are tried again within limits; --max-requests and --budget hold for al
 together.
 """
 
-import contextlib
 import math
-import queue
 import random
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,7 +83,7 @@ class ChatClient:
         """
         if self.flags.verdict == "keyword":
             questions = [prompts.ask_for_keyword(question) for question in questions]
-        replies, done = {}, queue.SimpleQueue()
+        replies, done = {}, deque()
         keys = [self.request(question, temperature, sample)[0] for question in questions]
         wanted = dict(zip(keys, questions, strict=True))
         with self.answers.locked():
@@ -104,8 +102,7 @@ class ChatClient:
         try:
             for worker in workers:
                 worker.start()
-            for _ in todo:
-                key, reply = self._next(done)
+            for key, reply in self._watch(workers, done):
                 if isinstance(reply, BaseException):
                     raise reply
                 replies[key] = reply
@@ -122,15 +119,20 @@ class ChatClient:
         return [prompts.read_keyword(question, replies[key])
                 for question, key in zip(questions, keys, strict=True)]
 
-    def _next(self, done: queue.SimpleQueue) -> tuple:
-        """The next result of a worker. The deadlines of all of them are kept meanwhile."""
-        while True:
+    def _watch(self, workers: list[threading.Thread], done: deque) -> Iterator[tuple]:
+        """The workers' results, a few times a second: to be woken for each would cost them time.
+
+        The deadlines of all of them are kept meanwhile.
+        """
+        while workers:
+            workers[0].join(WATCH_SECONDS)
+            workers = [worker for worker in workers if worker.is_alive()]
             self.server.end_late()
             self.progress.look()
-            with contextlib.suppress(queue.Empty):
-                return done.get(timeout=WATCH_SECONDS)
+            while done:
+                yield done.popleft()
 
-    def _work(self, work: Iterator[tuple], done: queue.SimpleQueue) -> None:
+    def _work(self, work: Iterator[tuple], done: deque) -> None:
         """Answer requests until there are none left. After an error, none is sent any more."""
         for key, *asked in work:
             reply = self.stopped
@@ -140,7 +142,7 @@ class ChatClient:
                 except BaseException as error:
                     self._halt(error)
                     reply = error
-            done.put((key, reply))
+            done.append((key, reply))
 
     def _finish(self, workers: list[threading.Thread], error: BaseException) -> None:
         """Let workers finish what is under way, which may be paid for, and begin nothing."""

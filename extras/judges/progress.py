@@ -73,8 +73,9 @@ class Progress:
         return f"{self.name}: {', '.join(parts)}."
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Draw the bar as it is now, and take it away."""
         with contextlib.suppress(OSError, ValueError):
             if self.bar is not None:
+                self.bar.refresh()
                 self.bar.close()
         self.bar = None
