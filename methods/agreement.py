@@ -17,7 +17,8 @@ from collections import Counter
 import judge as judging
 from eval import ask_pairs, clusters, extra, similarity
 
-LEAST, MOST = 5, 0.8  # of so many questions of a task, one answer may have such a share
+# One answer to nearly all questions of a task is warned about: to such a share of so many.
+CROWDED, LEAST_QUESTIONS = 0.8, 5
 
 
 def question_key(record: dict) -> tuple:
@@ -74,7 +75,7 @@ class AgreementJudge:
 
 
 def is_whole(item: dict) -> bool:
-    """Whether an answer can be in a majority: not if it is empty, or cut at the length limit."""
+    """Whether an answer can be in a majority: not if it is empty or truncated."""
     return bool(item["response"].strip()) and item.get("finished", True)
 
 
@@ -105,7 +106,7 @@ def tell(run, records: list[dict]) -> None:
             f"{100 * sum(shares) / max(1, len(shares)):.0f} % of their answers in the mean.")
     for task, counts in answers.items():
         (text, count), = counts.most_common(1)
-        if counts.total() >= LEAST and count >= MOST * counts.total():
+        if counts.total() >= LEAST_QUESTIONS and count >= CROWDED * counts.total():
             run.say(f"warning: {count} of {counts.total()} majorities of task {task} say {text!r}. "
                     "A model that always says the same agrees with itself: look at these answers, "
                     "and at those to other wordings.")

@@ -65,12 +65,9 @@ def collect(run, *, judged=True) -> None:
     cfg, path = run.cfg, run.folder / "candidates.jsonl"
     if cfg.candidates or getattr(cfg, "preferences", ""):  # a file has them
         return
-    # A judge of agreement looks at all answers to a question, so if one of them is missing, all
-    # are sampled again, from the same seeds.
     todo = unanswered(run)
     missing = {candidate_key(record) for record in not_kept(run, path, todo)}
-    cut = {question_key(record) for record in todo if candidate_key(record) in missing}
-    todo = [record for record in todo if question_key(record) in cut]
+    todo = whole_questions(todo, missing)
     run = replace(run, model=merged_copy(run.model))
     judge = make_judge(run) if judged else None
     if judged and cfg.judge == "self":
@@ -85,6 +82,19 @@ def collect(run, *, judged=True) -> None:
     judges = extra("judges", cfg.plain)
     if judges and judged:
         judges.after_collecting(run, judge, unanswered)
+
+
+def whole_questions(records: list[dict], missing: set[tuple]) -> list[dict]:
+    """The records of all questions that lack an answer; missing: keys of candidates.
+
+    A judge of agreement looks at all answers to a question. So if one of them is missing, all are
+    sampled again, from the same seeds.
+    """
+    unfinished = set()
+    for record in records:
+        if candidate_key(record) in missing:
+            unfinished.add(question_key(record))
+    return [record for record in records if question_key(record) in unfinished]
 
 
 def candidate_key(record: dict) -> tuple:

@@ -16,7 +16,7 @@ import data
 import judge as judging
 from eval import evaluate_responses
 from methods import merged_copy
-from methods.agreement import LEAST, MOST
+from methods.agreement import CROWDED, LEAST_QUESTIONS
 from methods.early import keep_weights, restore_weights
 from methods.unlabelled import pool_instances
 
@@ -131,7 +131,7 @@ def finish(run) -> None:
             f"{100 * last['agreement']:.1f} % with the weights of step {kept}.")
     for task, (text, share, n) in last["commonest"].items():
         _, before, _ = first["commonest"][task]
-        if share >= MOST and n >= LEAST and share > before:
+        if share >= CROWDED and n >= LEAST_QUESTIONS and share > before:
             run.say(f"warning: {100 * share:.0f} % of {n} questions of task {task} now get the "
                     f"answer {text!r}. Agreement also rises where a model always says the same: "
                     "look at these answers. Fewer steps or a higher --agreement-share may help.")
