@@ -155,7 +155,9 @@ def random_options(rng):
 def test_an_adapter_that_differs_from_module_to_module_becomes_one(trials, llama, tmp_path):
     """Ranks, scalings, layers and exceptions: read, merged, saved by us, and read by peft again."""
     peft, rng, different = pytest.importorskip("peft"), random.Random(), 0
-    for trial in range(trials):
+    for trial in range(4 * trials):  # until the control below holds, too
+        if trial >= trials and different > trials // 4:
+            break
         options, path, again = random_options(rng), tmp_path / f"{trial}", tmp_path / f"{trial}b"
         try:
             theirs = their_adapter(twin_of(llama(), tmp_path), path, **options)
@@ -176,7 +178,7 @@ def test_an_adapter_that_differs_from_module_to_module_becomes_one(trials, llama
                       open_adapter(llama(), again)(IDS)):
             # An alpha of 30 over rank 1 moves logits by 4: float32's rounding grows with it.
             assert (found - wanted).abs().max() < 1e-5 * max(1, 2 * effect), options
-    assert different > trials // 10  # the control: peft took the patterns
+    assert different > trials // 4  # the control: peft took the patterns
 
 
 def test_what_is_added_to_a_rank_stays_zero_in_training(llama, tmp_path):
