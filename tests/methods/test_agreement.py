@@ -8,6 +8,7 @@ import pytest
 
 import data
 import judge as judging
+from eval import Completion
 from methods import agreement, candidates, rewards
 
 
@@ -101,8 +102,11 @@ def test_random_groups_against_counting():
 
 # ----- In a run -----
 @pytest.fixture
-def run(make_run, scored_stage):
-    """A run that is rewarded by agreement."""
+def run(make_run, scored_stage, monkeypatch):
+    """A run that is rewarded by agreement; its model says one of three words, by the seed."""
+    def complete(model, tokenizer, prompts, sampling, *, seeds, **options):
+        return [Completion(("red", "blue", "green")[seed % 3], [5], True) for seed in seeds]
+    monkeypatch.setattr(candidates, "complete", complete)
     return make_run(scored_stage, "--judge", "agreement", "--pool-per-task", "4", "--wordings", "3",
                     "--agreement-share", "0.2", "--eval-batch", "3")
 
@@ -113,6 +117,7 @@ def test_all_answers_to_a_question_are_rewarded_together_whatever_the_chunks(run
     whole = rewards.make_judge(run).judge(rewards.with_labels(run, records))
     assert [x["reward"] for x in records] == [verdict.reward for verdict in whole]
     assert {x["how"] for x in records} == {"majority"} and len(records) == 2 * 4 * 4 * 2
+    assert {x["reward"] for x in records} == {0, 2, None}
 
 
 def test_a_question_that_was_cut_off_gets_the_rewards_of_the_whole(run):
@@ -174,6 +179,7 @@ def test_equal_inputs_with_different_ids_are_different_questions(run):
     found = data.read_records(run.folder / "candidates.jsonl")
     whole = rewards.make_judge(run).judge(rewards.with_labels(run, found))
     assert [x["reward"] for x in found] == [verdict.reward for verdict in whole]
+    assert {x["reward"] for x in found} == {0, 2, None}
 
 
 def test_a_model_compares_answers(make_run, scored_stage, monkeypatch):

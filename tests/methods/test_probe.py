@@ -173,3 +173,12 @@ def test_passes_are_rounded(make_run, scored_stage, candidates):
                    "1", "--max-passes", "0.7")
     schedule.items_to_train(run)
     assert run.cfg.steps == 7
+
+
+def test_after_a_measurement_the_model_trains_on(ready, scored_stage, candidates):
+    """A model without an adapter is not copied, and answers in eval mode itself."""
+    run = ready(scored_stage, "--candidates", str(candidates), "--pool-per-task", "3", "--full",
+                "--wordings", "3", "--steps", "10")
+    run.method.begin(run)
+    run.model.train()
+    assert probe.measure_and_stop(run, 9, True) and run.model.training
