@@ -237,6 +237,8 @@ def test_the_reward_rises_and_the_books_are_kept(command):
         assert len(rows) == 64 * len(phases)
         assert all(row["kl"] == pytest.approx(0, abs=1e-4) for row in rows if row["phase"] == 0)
         assert log[0]["clipped"] == 0 and len(log) == steps
+        measured = data.read_records(folder / "probe.jsonl")  # agreement, before and after
+        assert [x["step"] for x in measured] == [0, steps]
         scores[lr] = [sum(x["score"] for x in rows if x["phase"] == phase) / 64 for phase in phases]
     assert sum(scores["1e-3"][-3:]) / 3 > sum(scores["1e-12"]) / 3 + 0.25
 

@@ -298,3 +298,22 @@ def test_a_command_may_leave_out_its_stage():
     if "cat" not in finding.stages():
         pytest.skip("the method cat was deleted")
     assert train.parse_config(["--plain"])[0].stage == "cat"
+
+
+@pytest.mark.parametrize("stage", ["rrhf", "pro"])
+def test_a_ranking_of_an_earlier_version_stood_under_its_own_wordings(stage, tmp_path):
+    pytest.importorskip(f"methods.{stage}")
+    (tmp_path / "config.json").write_text(json.dumps({"stage": stage, "lr": 0.5}))
+    cfg = parse_config(["--stage", stage, "--plain", "--out", str(tmp_path)])[0]
+    assert (cfg.condition, cfg.lr) == ("own", 0.5)
+    assert parse_config(["--stage", stage, "--plain"])[0].condition == "worse"
+
+
+def test_the_server_of_agreement_is_remembered(tmp_path):
+    pytest.importorskip("extras.judges")
+    cat = pytest.importorskip("methods.cat")
+    settings = {"stage": "cat", "judge": "agreement", "agreement_by": "http",
+                "judge_url": "http://127.0.0.1:9/v1", "judge_model": "m"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    cfg, method = parse_config(["--stage", "cat", "--out", str(tmp_path)])
+    assert method is cat and (cfg.judge_url, cfg.judge_model) == ("http://127.0.0.1:9/v1", "m")
