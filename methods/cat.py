@@ -5,7 +5,8 @@
     L_ce   = likelihood of the best answers
 
 Answers to one question under several wordings are rewarded 0, 1 or 2 (methods/candidates.py). A
-best one, reward 2, is ranked above the others, and imitated.
+best one, reward 2, is ranked above the others, and imitated. It stands under the wording of each
+that it is ranked above, so that a pair answers one prompt (--condition).
 
 DEVIATION: the others are taken --max-worse at a time, each time with a best answer drawn at random;
 --pairs all adds the pairs among those.
