@@ -7,6 +7,7 @@
 --part without    wordings without targets: SFT(IA) sees 5 wordings, CAT the 9 others
        with       SFT(IA) sees all 14 wordings with their targets
        unseen     whole tasks held out: trained on 26 tasks, asked about the 8 others
+       unseen-real   the same on demo/real with --model DIR: 8 tasks, 3 others
        precision  exact rewards of which a share is turned round, for four methods
        ranking    what the ranking term adds to imitation, setting by setting
        real       a pretrained model, --model DIR, on the tasks of demo/real
@@ -62,8 +63,9 @@ RANKING = {
     "rate 1e-3": "--lr 1e-3",
     "not normalised by length": "--no-length-normalize",
 }
-REAL = ("--model {model} --tasks demo/real/tasks --paraphrases demo/real/paraphrases.json "
-        "--dtype bfloat16 --per-task 24 --max-new-tokens 12")
+REAL_WORLD = "--model {model} --dtype bfloat16 --max-new-tokens 12"
+REAL = (f"{REAL_WORLD} --tasks demo/real/tasks --paraphrases demo/real/paraphrases.json "
+        "--per-task 24")
 REAL_SFT = "--steps 45 --batch-size 24 --lr 5e-4"
 REAL_CAT = "--steps 30 --batch-size 8 --lr 1e-4 --pool-per-task 20"
 REAL_ARMS = {
@@ -73,11 +75,20 @@ REAL_ARMS = {
     "CAT, exact rules": "--judge rule",
     "gold targets on the same items": f"{SAME} --no-ranking --ce-target gold",
 }
+# Tasks held out by the parts unseen and unseen-real, two or one of each kind.
+HELD_OUT = {
+    "demo": ("purchase_country", "purchase_no_colour", "words_first", "words_fruit",
+             "review_venue", "review_recommend", "meeting_hour", "meeting_decline"),
+    "demo/real": ("comparative", "kind", "sum"),
+}
+UNSEEN_ARMS = {
+    "CAT, self-judge": "--judge self",
+    "agreement": AGREE,
+    "CAT, exact rules": "--judge rule",
+}
 # What demo/settings.json says of the demo's tasks, for other folders of tasks.
-TASKS = ("--paraphrases demo/paraphrases.json --per-task 24 --augment product --judge-share 0.5 "
-         "--max-new-tokens 24 --rouge-threshold 0.95")
-HELD_OUT = ("purchase_country", "purchase_no_colour", "words_first", "words_fruit",
-            "review_venue", "review_recommend", "meeting_hour", "meeting_decline")
+DEMO_WORLD = "--max-new-tokens 24 --rouge-threshold 0.95"
+DEMO_SFT = "--per-task 24 --augment product --judge-share 0.5"
 
 
 # ----- Running -----
@@ -226,30 +237,58 @@ def write_gold(source, target):
 
 def unseen(runs):
     """Whole tasks are held out: does consistency that is learnt on others carry over?"""
-    args, folder = runs.args, runs.args.out / "tasks"
-    held, few = f"--tasks {folder / 'held'}", f"--tasks {folder / 'seen'} {TASKS}"
-    paths, rows = {}, {}
-    paths[IA] = runs.first("seen", f"{FEW} {few}")[0]
-    arms = {"CAT, self-judge": "--judge self", "agreement": AGREE,
-            "CAT, exact rules": "--judge rule"}
-    for number, (title, flags) in enumerate(arms.items()):
-        paths[title], _ = runs.run("cat", f"seen-{number}", paths[IA], f"{FRESH} {flags}")
-    paths["SFT(IA) on all 14 wordings, with targets"] = runs.first("seen14", f"{ALL} {few}")[0]
-    found = trials.evaluate(f"{runs.out}-unseen", "--split", args.split, *held.split(),
-                            "--paraphrases", "demo/paraphrases.json",
-                            "--max-new-tokens", "24", "--rouge-threshold", "0.95", "--per-task",
+    return on_unseen_tasks(runs, "demo", DEMO_WORLD, DEMO_SFT, "")
+
+
+def unseen_real(runs):
+    """The same for a pretrained model and the tasks of demo/real."""
+    world = REAL_WORLD.format(model=runs.args.model)
+    return on_unseen_tasks(runs, "demo/real", world, f"--per-task 24 {REAL_SFT}", REAL_CAT)
+
+
+def on_unseen_tasks(runs, source, world, sft_flags, cat_flags):
+    """Stages trained on the tasks of `source` that are not held out, asked about those that are."""
+    args, name = runs.args, f"{runs.out}-{Path(source).name}"
+    seen, held = (f"{world} {flags}" for flags in hold_out(source, args.out / source))
+    paths, common = {}, ["--seed", str(runs.seed), "--no-compare", "--no-evaluate"]
+
+    def run(title, stage, flags):
+        paths[title] = f"{name}-{len(paths)}"
+        trials.train(stage, paths[title], *common, *flags.split(), makes="adapter_config.json")
+
+    run(IA, "sft-ia", f"{seen} {sft_flags} {FEW}")
+    for title, flags in UNSEEN_ARMS.items():
+        run(title, "cat", f"--init {paths[IA]} {FRESH} {cat_flags} {flags}")
+    run("SFT(IA) on all 14 wordings, with targets", "sft-ia", f"{seen} {sft_flags} {ALL}")
+    found = trials.evaluate(f"{name}-unseen", "--split", args.split, *held.split(), "--per-task",
                             str(args.per_task), "--adapter", *paths.values())
+    rows = {"base": found["base"] | describe_run(f"{name}-unseen", "base") | {"cost": None}}
     for title, path in paths.items():
-        rows[title] = found[path] | describe_run(f"{runs.out}-unseen", path)
+        rows[title] = found[path] | describe_run(f"{name}-unseen", path)
+        rows[title]["cost"] = read_json(f"{path}/summary.json")  # without the evaluation
     return rows
 
 
+def hold_out(source, folder):
+    """The flags of the tasks that are seen, and of those that are not; copies both to `folder`."""
+    phrases, flags = read_json(f"{source}/paraphrases.json"), []
+    for half in ("seen", "held"):
+        tasks, words = folder / half, folder / f"{half}.json"
+        tasks.mkdir(parents=True, exist_ok=True)
+        names = [name for name in phrases if (name in HELD_OUT[source]) == (half == "held")]
+        for name in names:
+            shutil.copy(f"{source}/tasks/{name}.json", tasks)
+        words.write_text(json.dumps({name: phrases[name] for name in names}))
+        flags.append(f"--tasks {tasks} --paraphrases {words}")
+    return flags
+
+
 PARTS = {"without": without_targets, "with": with_targets, "unseen": unseen,
-         "precision": precision, "ranking": ranking, "real": real}
+         "unseen-real": unseen_real, "precision": precision, "ranking": ranking, "real": real}
 
 
 def prepare(args):
-    """Inputs without targets, and the two halves of the tasks, as files in --out."""
+    """Inputs without targets, as a file in --out."""
     import world
 
     args.out.mkdir(parents=True, exist_ok=True)
@@ -257,10 +296,6 @@ def prepare(args):
         lines = [json.dumps({"task": task, "input": text}) + "\n"
                  for task in world.load_phrases() for text in world.fresh_inputs(task)]
         (args.out / "inputs.jsonl").write_text("".join(lines))
-    for file in (trials.HERE / "tasks").glob("*.json"):
-        part = args.out / "tasks" / ("held" if file.stem in HELD_OUT else "seen")
-        part.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, part)
 
 
 # ----- Tables and figures -----
