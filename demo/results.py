@@ -21,12 +21,19 @@ import random
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import trials
 
+import data
+from judge import RuleJudge, normalize
+from methods import rewards
+from methods.agreement import AgreementJudge
+
 METRICS = {"cr": "CR", "mcr": "MCR", "rougeL": "ROUGE-L", "exact_match": "EM",
            "consistent_and_correct": "consistent and correct", "label": "commonest label"}
+TASK_METRICS = ("cr", "exact_match", "consistent_and_correct")  # of single tasks
 IA = "SFT(IA)"
 FEW, ALL = "--wordings 5", "--wordings 14"  # what SFT(IA) sees
 FRESH, SEEN = "--wordings 5 --fresh-wordings 9", "--wordings 14 --fresh-wordings 0"  # and CAT
@@ -68,12 +75,14 @@ REAL = (f"{REAL_WORLD} --tasks demo/real/tasks --paraphrases demo/real/paraphras
         "--per-task 24")
 REAL_SFT = "--steps 45 --batch-size 24 --lr 5e-4"
 REAL_CAT = "--steps 30 --batch-size 8 --lr 1e-4 --pool-per-task 20"
+# {title: (stage, which rewards of the sampled answers, flags)}
 REAL_ARMS = {
-    "CAT, self-judge": "--judge self",
-    "agreement": AGREE,
-    "agreement, balanced": f"{SAME} --balance",
-    "CAT, exact rules": "--judge rule",
-    "gold targets on the same items": f"{SAME} --no-ranking --ce-target gold",
+    "CAT, self-judge": ("cat", "self", ""),
+    "agreement": ("cat", "agreement", ""),
+    "agreement, --balance": ("cat", "agreement", "--balance"),
+    "CAT, exact rules": ("cat", "rule", ""),
+    "gold targets on the same items": ("cat", "agreement", "--no-ranking --ce-target gold"),
+    "gold targets on all inputs, as many tokens": ("expert", "gold", "--batch-size 24"),
 }
 # Tasks held out by the parts unseen and unseen-real, two or one of each kind.
 HELD_OUT = {
@@ -97,21 +106,28 @@ def read_json(path):
     return json.loads(Path(path).read_text())
 
 
-def describe_run(folder, title):
-    """What a run cost, its CR task by task, and the share of its commonest label.
+def describe_answers(folder, title):
+    """A model's metrics task by task, and the mean share of its commonest label.
 
-    The last is the mean over the tasks with few labels: 1 if a model always says the same.
+    The share is that of the tasks with few labels: 1 if a model always says the same. Returns
+    {"label": {"mean": share}, "tasks": {task: {metric: mean}}}.
     """
-    tasks, answers = {}, {}
-    for line in Path(folder, "questions.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    questions, tasks, tops = {}, {}, []
+    for row in data.read_records(f"{folder}/questions.jsonl"):
         if row["model"] == title:
-            tasks.setdefault(row["task"], []).append(row["cr"])
-            if row["labels"]:
-                answers.setdefault(row["task"], Counter()).update(row["responses"])
-    tops = [counts.most_common(1)[0][1] / counts.total() for counts in answers.values()]
-    return {"cost": read_json(f"{folder}/summary.json"), "label": {"mean": np.mean(tops)},
-            "tasks": {task: float(np.mean(values)) for task, values in tasks.items()}}
+            questions.setdefault(row["task"], []).append(row)
+    for task, rows in questions.items():
+        tasks[task] = {name: np.mean([row[name] for row in rows]) for name in TASK_METRICS}
+        if rows[0]["labels"]:
+            said = Counter(normalize(text) for row in rows for text in row["responses"])
+            tasks[task]["label"] = said.most_common(1)[0][1] / said.total()
+            tops.append(tasks[task]["label"])
+    return {"label": {"mean": np.mean(tops)}, "tasks": tasks}
+
+
+def describe_run(folder, title):
+    """`describe_answers` and what the run cost."""
+    return describe_answers(folder, title) | {"cost": read_json(f"{folder}/summary.json")}
 
 
 class Seed:
@@ -216,23 +232,40 @@ def real(runs):
     """A pretrained model on tasks of our own: wordings without targets, and two gold controls."""
     found = {"SFT": runs.first("real-sft", f"{REAL} {REAL_SFT}", "sft")[1]}
     start, found[IA] = runs.first("real-ia", f"{REAL} {REAL_SFT} {FEW}")
-    found |= runs.arms("real-", start, f"{FRESH} {REAL_CAT}", REAL_ARMS)
-    folder = f"{runs.out}-real-{list(REAL_ARMS).index('agreement')}"
-    path = Path(f"{runs.out}-real-gold.jsonl")
-    write_gold(Path(folder, "candidates.jsonl"), path)
-    flags = f"{FRESH} {REAL_CAT} --candidates {path}"
-    found["gold targets on all inputs"] = runs.run("expert", "real-gold", start, flags)[1]
+    # The first arm samples and judges; the others get the same answers with other rewards.
+    folder = f"{runs.out}-real-0"
+    for number, (title, (stage, judge, flags)) in enumerate(REAL_ARMS.items()):
+        words = f"{FRESH} {REAL_CAT} {flags}"
+        if number:
+            words += f" --candidates {write_judged(folder, judge)}"
+        _, found[title] = runs.run(stage, f"real-{number}", start, words)
     return found
 
 
-def write_gold(source, target):
-    """The reference output under each wording of each question, whatever the model answered."""
-    lines = {}
-    for line in source.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        key = record["task"], record["id"], record["wording"]
-        lines[key] = json.dumps(record | {"response": record["target"], "reward": 2}) + "\n"
-    target.write_text("".join(lines.values()), encoding="utf-8")
+def write_judged(folder, name):
+    """The path of a run's sampled answers with other rewards; the run's own with name "self".
+
+    agreement, rule: what a run with --judge NAME samples, since the model and the seeds are the
+    same. gold: the reference output under each wording of each question, whatever was answered.
+    """
+    source = Path(folder, "candidates.jsonl")
+    target = Path(f"{folder}-{name}.jsonl")
+    if name == "self":
+        return source
+    judge = RuleJudge()
+    if name == "agreement":
+        judge = AgreementJudge(judge, rewards.JudgeFlags.agreement_share)
+    tasks = data.read_tasks(read_json(f"{folder}/config.json")["tasks"])
+    records = data.read_records(source)
+    if name == "gold":
+        answers = {}
+        for x in records:  # stage expert learns one answer an id, so each wording has its own
+            name = f"{x['id']} {x['wording']}"
+            answers[x["task"], name] = x | {"id": name, "response": x["target"]}
+        records = list(answers.values())
+    judged = rewards.rewarded(SimpleNamespace(tasks=tasks), records, judge)
+    target.write_text("".join(json.dumps(record) + "\n" for record in judged), encoding="utf-8")
+    return target
 
 
 def unseen(runs):
@@ -262,10 +295,10 @@ def on_unseen_tasks(runs, source, world, sft_flags, cat_flags):
     run("SFT(IA) on all 14 wordings, with targets", "sft-ia", f"{seen} {sft_flags} {ALL}")
     found = trials.evaluate(f"{name}-unseen", "--split", args.split, *held.split(), "--per-task",
                             str(args.per_task), "--adapter", *paths.values())
-    rows = {"base": found["base"] | describe_run(f"{name}-unseen", "base") | {"cost": None}}
+    rows = {"base": found["base"] | describe_answers(f"{name}-unseen", "base")}
     for title, path in paths.items():
-        rows[title] = found[path] | describe_run(f"{name}-unseen", path)
-        rows[title]["cost"] = read_json(f"{path}/summary.json")  # without the evaluation
+        cost = read_json(f"{path}/summary.json")  # without the evaluation
+        rows[title] = found[path] | describe_answers(f"{name}-unseen", path) | {"cost": cost}
     return rows
 
 
@@ -314,6 +347,32 @@ def tables(seeds, first=IA):
     return [trials.table(header, rows), about, trials.table(["arm", *METRICS.values()], deltas)]
 
 
+def task_tables(seeds):
+    """Markdown: differences to SFT(IA) as means over tasks, and two arms task by task."""
+    names, deltas, rows = list(seeds[0][IA]["tasks"]), [], []
+
+    def mean(title, task, metric):  # over the seeds; None if the task has no such metric
+        values = [found[title]["tasks"][task].get(metric) for found in seeds]
+        return None if None in values else np.mean(values)
+
+    for title in seeds[0]:
+        if title not in (IA, "SFT", "base"):
+            cells = [trials.interval([mean(title, task, metric) - mean(IA, task, metric)
+                                      for task in names]) for metric in TASK_METRICS]
+            deltas.append([title, *cells])
+    for task in names:
+        rows.append([task])
+        for metric in (*TASK_METRICS, "label"):
+            before, after = mean(IA, task, metric), mean("agreement", task, metric)
+            rows[-1].append("" if before is None else f"{100 * before:.0f} to {100 * after:.0f}")
+    titles = [METRICS[name] for name in TASK_METRICS]
+    about = (f"Paired differences to {IA} by task, each the mean over the seeds: mean "
+             f"[95 % t interval over the {len(names)} tasks], and in how many it is positive.")
+    by_task = f"Task by task: {IA} to agreement, means over the seeds."
+    return [about, trials.table(["arm", *titles], deltas), by_task,
+            trials.table(["task", *titles, METRICS["label"]], rows)]
+
+
 def cost_of(seeds, title):
     """Minutes and peak memory of a run, means over the seeds; "" where it was not run alone."""
     costs = [rows[title].get("cost") for rows in seeds]
@@ -360,7 +419,10 @@ def main(argv=None):
         numbers = ", ".join(map(str, args.seeds))
         about = (f"Part {part}, split {args.split}, seeds {numbers}; mean ± standard deviation "
                  "over seeds, percent.")
-        trials.write_results(out, [about, *tables(seeds)])
+        parts = [about, *tables(seeds)]
+        if part in ("real", "unseen", "unseen-real"):
+            parts += task_tables(seeds)
+        trials.write_results(out, parts)
         if part == "precision":
             from extras.reports.plots import save_plots
 

@@ -18,7 +18,8 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # the scripts import the course and extras/, too
 # Two-sided 95 % quantiles of Student's t, for the mean of so many values.
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262,
+       11: 2.228, 12: 2.201}
 METRICS = {"cr": "CR", "mcr": "MCR", "rougeL": "ROUGE-L", "exact_match": "EM"}
 
 
@@ -89,7 +90,12 @@ def half_interval(values):
 
 def difference(seeds, before, after, metric):
     """Mean paired difference with its 95 % t interval, and in how many seeds it is positive."""
-    delta = 100 * (means(seeds, after, metric) - means(seeds, before, metric))  # (seeds,)
+    return interval(means(seeds, after, metric) - means(seeds, before, metric))
+
+
+def interval(delta):
+    """The mean of differences (n,) with its 95 % t interval, in percent; how many are positive."""
+    delta = 100 * np.array(delta)
     mean, half = delta.mean(), half_interval(delta)
     bounds = f"[{mean - half:+.1f}, {mean + half:+.1f}]"
     return f"{mean:+.1f} {bounds} {(delta > 0).sum()}/{len(delta)}"

@@ -49,13 +49,36 @@ def test_a_share_of_the_rewards_is_turned_round(candidates, tmp_path):
     assert rows(tmp_path / "c.jsonl") != after
 
 
-def test_gold_is_the_reference_under_each_wording_of_each_question(candidates, tmp_path):
-    results.write_gold(candidates, tmp_path / "b.jsonl")
-    found = rows(tmp_path / "b.jsonl")
-    assert {(x["id"], x["wording"]) for x in found} == {(str(n), w) for n in range(200)
-                                                       for w in ("w0", "w1")}
+@pytest.fixture
+def folder(candidates):
+    """The folder of a run that sampled those candidates for a task file."""
+    instances = [{"id": str(number), "input": str(number), "output": ["x0"]}
+                 for number in range(200)]
+    task = {"Definition": ["say x0"], "Instances": instances}
+    path = candidates.parent / "a.json"
+    path.write_text(json.dumps(task))
+    (candidates.parent / "config.json").write_text(json.dumps({"tasks": str(path)}))
+    return candidates.parent
+
+
+def test_gold_is_the_reference_under_each_wording_of_each_question(folder):
+    found = rows(results.write_judged(folder, "gold"))
+    assert {x["id"] for x in found} == {f"{n} {w}" for n in range(200) for w in ("w0", "w1")}
     assert len(found) == 400
     assert {(x["response"], x["reward"]) for x in found} == {("x0", 2)}
+
+
+def test_the_same_answers_get_the_rewards_of_another_judge(folder, candidates):
+    assert results.write_judged(folder, "self") == candidates
+    by_rule = rows(results.write_judged(folder, "rule"))
+    assert [x["response"] for x in by_rule] == [x["response"] for x in rows(candidates)]
+    assert {(x["response"], x["reward"]) for x in by_rule} == {("x0", 2), ("x1", 0), ("x2", 0)}
+    # No two of three answers agree, so no question has a majority.
+    assert {x["reward"] for x in rows(results.write_judged(folder, "agreement"))} == {None}
+    same = [x | {"response": "x1"} if x["sample"] else x for x in rows(candidates)]
+    candidates.write_text("".join(json.dumps(x) + "\n" for x in same))
+    agreed = rows(results.write_judged(folder, "agreement"))
+    assert {(x["response"], x["reward"]) for x in agreed} == {("x0", 0), ("x1", 2)}
 
 
 @pytest.mark.parametrize("source", ["demo", "demo/real"])
