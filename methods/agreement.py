@@ -90,23 +90,32 @@ def make_judge(run) -> AgreementJudge:
 # ----- What there is to say without a target -----
 def tell(run, records: list[dict]) -> None:
     """Say how many questions have a majority, and warn of answers that crowd out the others."""
-    groups, shares, answers = {}, [], {}
+    groups, shares, majorities = {}, [], []
     for record in records:
         groups.setdefault(question_key(record), []).append(record)
-    # The share that each majority has, and for each task what its majorities say.
     for (task, _), group in groups.items():
-        best = Counter()
-        for record in group:
-            if record["reward"] == 2:
-                best[judging.normalize(record["response"])] += 1
+        best = [record["response"] for record in group if record["reward"] == 2]
         if best:
-            shares.append(best.total() / len(group))
-            answers.setdefault(task, Counter())[best.most_common(1)[0][0]] += 1
+            shares.append(len(best) / len(group))
+            majorities.append((task, best))
     run.say(f"agreement: {len(shares)} of {len(groups)} questions have a majority, which has "
             f"{100 * sum(shares) / max(1, len(shares)):.0f} % of their answers in the mean.")
-    for task, counts in answers.items():
+    for task, counts in commonest_answers(majorities).items():
         (text, count), = counts.most_common(1)
         if counts.total() >= LEAST_QUESTIONS and count >= CROWDED * counts.total():
             run.say(f"warning: {count} of {counts.total()} majorities of task {task} say {text!r}. "
                     "A model that always says the same agrees with itself: look at these answers, "
                     "and at those to other wordings.")
+
+
+def commonest_answers(questions: list[tuple]) -> dict[str, Counter]:
+    """{task: how many of its questions have each answer}, from [(task, responses), ...].
+
+    The answer to a question is what most of its responses say; a question without any is left out.
+    """
+    found = {}
+    for task, responses in questions:
+        texts = Counter(map(judging.normalize, responses))
+        for text, _ in texts.most_common(1):
+            found.setdefault(task, Counter())[text] += 1
+    return found

@@ -9,14 +9,13 @@ a record of each time. With --patience K they are answered at every line on the 
 ends when K times in a row brought no more agreement, and the best weights are kept.
 """
 
-from collections import Counter
 from dataclasses import replace
 
 import data
 import judge as judging
 from eval import evaluate_responses
 from methods import merged_copy
-from methods.agreement import CROWDED, LEAST_QUESTIONS
+from methods.agreement import CROWDED, LEAST_QUESTIONS, commonest_answers
 from methods.early import keep_weights, restore_weights
 from methods.unlabelled import pool_instances
 
@@ -67,17 +66,9 @@ def measure(run, step: int) -> float:
 
 
 def commonest(answered: list[dict]) -> dict:
-    """{task: [its commonest answer, the share of questions that have it, their number]}.
-
-    The answer to a question is the one that most of its wordings get.
-    """
-    answers = {}
-    for question in answered:
-        texts = Counter(map(judging.normalize, question["responses"]))
-        (text, _), = texts.most_common(1)
-        answers.setdefault(question["task"], Counter())[text] += 1
-    found = {}
-    for task, counts in answers.items():
+    """{task: [its commonest answer, the share of questions that have it, their number]}."""
+    found, said = {}, [(question["task"], question["responses"]) for question in answered]
+    for task, counts in commonest_answers(said).items():
         n = counts.total()
         (text, count), = counts.most_common(1)
         found[task] = [text, count / n, n]

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from extras.reports.tables import table
-from judge import normalize
+from methods.agreement import commonest_answers
 from methods.groups import best_answers
 
 SHOWN = 3  # answers of a task
@@ -33,17 +33,13 @@ def label_free_section(groups: list[list[dict]], measured: list[dict]) -> str:
 
 def task_rows(groups: list[list[dict]]) -> dict[str, dict]:
     """{task: {"questions", "with a best answer", "best answers"}}."""
-    sizes, best = Counter(), {}
+    rows, said = {}, []
     for group in groups:
-        task = group[0]["task"]
-        sizes[task] += 1
-        top, _ = best_answers(group)
-        texts = Counter(normalize(x["response"]) for x in top)
-        if texts:
-            best.setdefault(task, Counter())[texts.most_common(1)[0][0]] += 1
-    rows = {}
-    for task, n in sizes.items():
-        counts = best.get(task, Counter())
+        best, _ = best_answers(group)
+        said.append((group[0]["task"], [x["response"] for x in best]))
+    answers = commonest_answers(said)
+    for task, n in Counter(task for task, _ in said).items():
+        counts = answers.get(task, Counter())
         shown = [f"{text[:40]} ({count})" for text, count in counts.most_common(SHOWN)]
         rows[task] = {"questions": n, "with a best answer": counts.total(),
                       "best answers": ", ".join(shown)}
