@@ -1,8 +1,9 @@
 """What can be known of a run without a target: do answers agree, and have they collapsed?
 
-agreement   CR (arXiv 2403.14221) of greedy answers to inputs that are never sampled for, under the
-            same wordings. It needs no target. But a model that always says the same agrees
-            with itself, so the commonest answers of each task are looked at, too.
+agreement   CR (arXiv 2403.14221) of greedy answers to inputs that are never sampled for, under
+            wordings that no stage learns from, if two are left. It needs no target. But a model
+            that always says the same agrees with itself, so the commonest answers of each task are
+            looked at, too.
 
 Before the first step and after the last, --probe-inputs of each task are answered; probe.jsonl has
 a record of each time. With --patience K they are answered at every line on the screen: training
@@ -23,18 +24,18 @@ FILE = "probe.jsonl"
 
 
 # ----- Measuring -----
-def probe_questions(run, wordings) -> list[dict]:
-    """The questions: of each task the inputs behind those of all rounds, under its wordings.
+def probe_questions(run, sampled) -> list[dict]:
+    """The questions: of each task the inputs behind those of all rounds, under some wordings.
 
-    wordings(task, cfg): those to sample under, of which the first --pool-wordings are asked. A task
-    with a single one has no pairs, and is left out.
+    sampled(task, cfg): the wordings that a run samples under. A task with a single wording has no
+    pairs, and is left out.
     """
     cfg, found = run.cfg, []
     start = cfg.rounds * cfg.pool_per_task
     if not cfg.probe_inputs:
         return []
     for task in run.tasks:
-        texts = wordings(task, cfg)[:max(2, cfg.pool_wordings)]
+        texts = probe_wordings(task, cfg, sampled)
         if len(texts) < 2:
             continue
         for instance in pool_instances(run, task)[start:start + cfg.probe_inputs]:
@@ -44,9 +45,21 @@ def probe_questions(run, wordings) -> list[dict]:
     return found
 
 
-def check_questions(run, wordings) -> None:
+def probe_wordings(task, cfg, sampled) -> list[str]:
+    """Training wordings that no stage sees; if they are no pair, those that are sampled under.
+
+    At most --pool-wordings of them.
+    """
+    train = [wording.text for wording in task.wordings.get("train", [])]
+    apart = train[cfg.wordings + cfg.fresh_wordings:]
+    if len(apart) < 2:
+        apart = sampled(task, cfg)
+    return apart[:max(2, cfg.pool_wordings)]
+
+
+def check_questions(run, sampled) -> None:
     """Raises ValueError if --patience has nothing to measure."""
-    if run.cfg.patience and not probe_questions(run, wordings):
+    if run.cfg.patience and not probe_questions(run, sampled):
         raise ValueError("--patience measures agreement on inputs that are not sampled for, and "
                          "there are none. Give --probe-inputs, two --pool-wordings, and a lower "
                          "--pool-per-task.")
@@ -76,10 +89,10 @@ def commonest(answered: list[dict]) -> dict:
 
 
 # ----- In a run -----
-def begin(run, wordings) -> None:
-    """Measure before the first step; wordings(task, cfg) are those that a run samples under."""
+def begin(run, sampled) -> None:
+    """Measure before the first step; sampled(task, cfg): the wordings that a run samples under."""
     memory, stage = run.memory, run.cfg.stage
-    memory["probe"] = probe_questions(run, wordings)
+    memory["probe"] = probe_questions(run, sampled)
     if memory["probe"]:
         memory.update(best_agreement=measure(run, 0), best_step=0)
         keep_weights(run, 0)

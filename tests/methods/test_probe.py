@@ -39,6 +39,25 @@ def test_the_questions_are_none_that_are_sampled_for(make_run, scored_stage):
     assert probe.probe_questions(run, candidates.sampled_wordings) == []
 
 
+@pytest.mark.parametrize("wordings, fresh, most, asked", [
+    (1, 0, 6, [1, 2]),  # two are left that no stage sees
+    (0, 1, 6, [1, 2]),
+    (0, 0, 6, [0, 1, 2]),
+    (0, 0, 1, [0, 1]),  # a pair at least
+    (2, 0, 6, [None, 0, 1]),  # one is left, which is no pair; None is the instruction
+    (1, 1, 6, [1]),
+    (3, 0, 3, [None, 0, 1])])
+def test_the_wordings_are_none_that_a_stage_sees(wordings, fresh, most, asked, make_run,
+                                                 scored_stage):
+    run = make_run(scored_stage, "--wordings", str(wordings), "--fresh-wordings", str(fresh),
+                   "--pool-wordings", str(most))
+    for task in run.tasks:
+        train = [wording.text for wording in task.wordings["train"]]
+        assert len(train) == 3
+        assert probe.probe_wordings(task, run.cfg, candidates.sampled_wordings) == [
+            task.definition if number is None else train[number] for number in asked]
+
+
 def test_the_answers_are_those_of_the_trained_model_without_sampling(probed, monkeypatch):
     seen = []
     monkeypatch.setattr(probe, "evaluate_responses", lambda answered, judge: (
@@ -150,10 +169,8 @@ def test_most_passes(make_run, scored_stage, candidates, capsys):
     assert "10 steps of 4 are 4 passes over 10 items" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [("--wordings", "0"),
-                                   ("--wordings", "2", "--fresh-wordings", "9")])
-def test_a_single_wording_has_no_agreement(flags, make_run, scored_stage):
-    run = make_run(scored_stage, *flags)
+def test_a_single_wording_has_no_agreement(make_run, scored_stage):
+    run = make_run(scored_stage, "--wordings", "2", "--fresh-wordings", "9")
     assert probe.probe_questions(run, candidates.sampled_wordings) == []
     run.method.begin(run)
     assert probe.measure_and_stop(run, run.cfg.steps - 1, True) == {}
@@ -161,7 +178,7 @@ def test_a_single_wording_has_no_agreement(flags, make_run, scored_stage):
 
 
 @pytest.mark.parametrize("flags", [("--probe-inputs", "0"), ("--pool-per-task", "999"),
-                                   ("--wordings", "0")])
+                                   ("--wordings", "2", "--fresh-wordings", "1")])
 def test_patience_without_anything_to_measure_is_refused(flags, make_run, scored_stage):
     run = make_run(scored_stage, "--patience", "2", *flags)
     with pytest.raises(ValueError, match="--patience measures agreement on inputs that are not"):
