@@ -15,8 +15,9 @@ TIMES = 2  # times as many questions as of the rarest label, or of the median ta
 def balanced_groups(run, groups: list[list[dict]]) -> list[list[dict]]:
     """The groups that --balance keeps, in their order; each is the answers to one question.
 
-    A label is that of the best answer. At most twice as many questions are kept as of the task's
-    rarest label (one question where only one label occurs), and of the median task.
+    A label is the best answer, if it is a label of its task. At most twice as many questions are
+    kept as of the task's rarest label among these (one question where only one occurs), and of the
+    median task.
     """
     if not run.cfg.balance or not groups:
         return groups
@@ -40,14 +41,16 @@ def balanced_groups(run, groups: list[list[dict]]) -> list[list[dict]]:
 
 
 def label_numbers(run, groups: list[list[dict]]) -> dict[tuple, list[int]]:
-    """{(task, label): the numbers of its groups}; the label is "" in tasks of free text."""
-    closed, found = {}, {}
+    """{(task, label): the numbers of its groups}; "" for an answer that is no label of its task."""
+    labels, found = {}, {}
     for task in run.tasks:
-        closed[task.name] = bool(task.labels)
+        labels[task.name] = set(map(judging.normalize, task.labels or ()))
     for number, group in enumerate(groups):
         name, label = group[0]["task"], ""
         best, _ = best_answers(group)
-        if best and closed.get(name):
+        if best:
             label = judging.normalize(best[0]["response"])
+        if label not in labels.get(name, ()):
+            label = ""
         found.setdefault((name, label), []).append(number)
     return found

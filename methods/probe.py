@@ -18,6 +18,7 @@ from eval import evaluate_responses
 from methods import merged_copy
 from methods.agreement import CROWDED, LEAST_QUESTIONS, commonest_answers
 from methods.early import keep_weights, restore_weights
+from methods.groups import grouped_candidates
 from methods.unlabelled import pool_instances
 
 FILE = "probe.jsonl"
@@ -34,27 +35,35 @@ def probe_questions(run, sampled) -> list[dict]:
     start = cfg.rounds * cfg.pool_per_task
     if not cfg.probe_inputs:
         return []
+    inputs, wordings = given_texts(run)
     for task in run.tasks:
-        texts = probe_wordings(task, cfg, sampled)
+        apart = unseen_wordings(task, cfg, wordings)
+        texts = apart if len(apart) > 1 else sampled(task, cfg)
         if len(texts) < 2:
             continue
-        for instance in pool_instances(run, task)[start:start + cfg.probe_inputs]:
+        left = [x for x in pool_instances(run, task)[start:] if (task.name, x.input) not in inputs]
+        for instance in left[:cfg.probe_inputs]:
             found.append({"task": task.name, "id": instance.id, "instruction": task.definition,
-                          "input": instance.input, "targets": [], "wordings": texts,
-                          "labels": task.labels})
+                          "input": instance.input, "targets": [], "labels": task.labels,
+                          "wordings": texts[:max(2, cfg.pool_wordings)], "unseen": texts is apart})
     return found
 
 
-def probe_wordings(task, cfg, sampled) -> list[str]:
-    """Training wordings that no stage sees; if they are no pair, those that are sampled under.
-
-    At most --pool-wordings of them.
-    """
+def unseen_wordings(task, cfg, given: set[str]) -> list[str]:
+    """The training wordings of a task that no stage sees; given: those of --candidates."""
     train = [wording.text for wording in task.wordings.get("train", [])]
-    apart = train[cfg.wordings + cfg.fresh_wordings:]
-    if len(apart) < 2:
-        apart = sampled(task, cfg)
-    return apart[:max(2, cfg.pool_wordings)]
+    return [text for text in train[cfg.wordings + cfg.fresh_wordings:] if text not in given]
+
+
+def given_texts(run) -> tuple[set, set]:
+    """{(task, input)} and the wordings of --candidates, which may be others than the flags name."""
+    inputs, wordings = set(), set()
+    if run.cfg.candidates:
+        for group in grouped_candidates(run):
+            for record in group:
+                inputs.add((record["task"], record["input"]))
+                wordings.add(record["wording"])
+    return inputs, wordings
 
 
 def check_questions(run, sampled) -> None:
@@ -96,8 +105,16 @@ def begin(run, sampled) -> None:
     if memory["probe"]:
         memory.update(best_agreement=measure(run, 0), best_step=0)
         keep_weights(run, 0)
-        run.say(f"{stage}: before the first step, answers to {len(memory['probe'])} unlabelled "
-                f"inputs agree in {100 * memory['best_agreement']:.1f} % of pairs.")
+        run.say(f"{stage}: before the first step, answers to {describe(run)} agree in "
+                f"{100 * memory['best_agreement']:.1f} % of pairs.")
+
+
+def describe(run) -> str:
+    """What is asked, in words."""
+    which = "that no stage sees"
+    if not all(question["unseen"] for question in run.memory["probe"]):
+        which = "that are sampled under"
+    return f"{len(run.memory['probe'])} inputs that are not sampled for, under wordings {which},"
 
 
 def measure_and_stop(run, step: int, told: bool) -> dict:
@@ -130,7 +147,7 @@ def finish(run) -> None:
         restore_weights(run, kept)
     measured = {record["step"]: record for record in data.read_records(run.folder / FILE)}
     first, last = measured[0], measured[kept]
-    run.say(f"{cfg.stage}: answers to {len(memory['probe'])} unlabelled inputs agree in "
+    run.say(f"{cfg.stage}: answers to {describe(run)} agree in "
             f"{100 * first['agreement']:.1f} % of pairs before, and in "
             f"{100 * last['agreement']:.1f} % with the weights of step {kept}.")
     for task, (text, share, n) in last["commonest"].items():

@@ -48,7 +48,8 @@ def make_judge(run, config: judging.JudgeConfig | None = None):
 
         return heads.score_judge(run, cfg.reward_model)
     if config is None:
-        config = judging.JudgeConfig(cfg.reward_mode, cfg.reward_steps, cfg.show_target)
+        shown = cfg.show_target and not getattr(cfg, "unlabelled", "")  # else there is none
+        config = judging.JudgeConfig(cfg.reward_mode, cfg.reward_steps, shown)
     if cfg.judge == "self":
         from methods import self_judge
 

@@ -39,6 +39,11 @@ def test_a_label_has_at_most_twice_as_many_questions_as_the_rarest(run):
     assert run.said == ["cat: balanced, 3 of 6 questions are kept."]
 
 
+def test_an_answer_that_is_no_label_of_its_task_is_not_the_rarest_one(run):
+    given = groups("mood", "good", "good", "bad", "the food", "good")
+    assert ids(balance.balanced_groups(run, given)) == [("mood", k) for k in "0123"]
+
+
 def test_of_a_single_label_one_question_stays(run):
     assert ids(balance.balanced_groups(run, groups("mood", "good", "good", "good"))) == [
         ("mood", "0")]

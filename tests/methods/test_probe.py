@@ -1,5 +1,7 @@
 """probe.py: agreement without targets, before and after, and training that ends by it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,7 +10,8 @@ import eval as evaluation
 import lora
 import methods
 import train
-from methods import candidates, early, probe, schedule
+from methods import candidates as candidates_file
+from methods import early, probe, schedule
 from methods.unlabelled import pool_instances
 from model import Sampling
 
@@ -24,38 +27,69 @@ def probed(ready, scored_stage, candidates):
     return make
 
 
-def test_the_questions_are_none_that_are_sampled_for(make_run, scored_stage):
-    run = make_run(scored_stage, "--pool-per-task", "2", "--rounds", "2", "--probe-inputs", "3",
-                   "--wordings", "1", "--fresh-wordings", "9", "--pool-wordings", "4")
-    found = probe.probe_questions(run, candidates.sampled_wordings)
-    assert len(found) == 2 * 3
+def asked(run):
+    """The questions that a run measures agreement on."""
+    return probe.probe_questions(run, candidates_file.sampled_wordings)
+
+
+@pytest.mark.parametrize("source", ["pool", "unlabelled"])
+def test_the_questions_are_none_that_are_sampled_for(source, make_run, scored_stage, tmp_path):
+    flags = ["--pool-per-task", "2", "--rounds", "2", "--probe-inputs", "3", "--wordings", "1",
+             "--fresh-wordings", "9", "--pool-wordings", "4"]
+    if source == "unlabelled":
+        rows = [{"task": task, "input": f"input {k % 9}"} for task in ("colour", "person")
+                for k in range(12)]  # some are there twice
+        data.append_records(tmp_path / "inputs.jsonl", rows)
+        flags += ["--unlabelled", str(tmp_path / "inputs.jsonl"), "--judge", "agreement"]
+    run = make_run(scored_stage, *flags)
+    found = asked(run)
+    assert len(found) == 2 * 3 == len({(x["task"], x["input"]) for x in found})
+    sampled = {(x["task"], x["input"]) for k in range(2)
+               for x in candidates_file.unanswered(replace(run, round=k))}
+    assert len(sampled) == 2 * 2 * 2 and not sampled & {(x["task"], x["input"]) for x in found}
     for task in run.tasks:
         own = [x for x in found if x["task"] == task.name]
-        assert [x["input"] for x in own] == [x.input for x in pool_instances(run, task)[4:7]]
         texts = [wording.text for wording in task.wordings["train"][1:3]]
-        assert all(x["wordings"] == texts for x in own)
+        assert all(x["wordings"] == texts and not x["unseen"] for x in own)
         assert all(x["targets"] == [] for x in own)
     run.cfg.probe_inputs = 0
-    assert probe.probe_questions(run, candidates.sampled_wordings) == []
+    assert asked(run) == []
 
 
-@pytest.mark.parametrize("wordings, fresh, most, asked", [
+def test_the_texts_of_a_file_of_candidates_are_not_asked(make_run, scored_stage, candidates):
+    flags = ("--wordings", "0", "--pool-per-task", "1", "--probe-inputs", "99")
+    run = make_run(scored_stage, *flags, "--candidates", str(candidates))
+    given = {(x["task"], x["input"]) for x in data.read_records(candidates)}  # five of each task
+    found = {(x["task"], x["input"]) for x in asked(run)}
+    assert found and not found & given
+    assert len(found) + len(given) == sum(len(pool_instances(run, task)) for task in run.tasks)
+    # Of three wordings that no flag names, the file has one.
+    records = data.read_records(candidates)
+    first = run.tasks[0].wordings["train"][0].text
+    candidates.unlink()
+    data.append_records(candidates, [x | {"wording": first} for x in records])
+    (found, *_) = asked(make_run(scored_stage, *flags, "--candidates", str(candidates)))
+    assert found["task"] == run.tasks[0].name and found["unseen"]
+    assert found["wordings"] == [x.text for x in run.tasks[0].wordings["train"][1:]]
+
+
+@pytest.mark.parametrize("wordings, fresh, most, numbers", [
     (1, 0, 6, [1, 2]),  # two are left that no stage sees
     (0, 1, 6, [1, 2]),
     (0, 0, 6, [0, 1, 2]),
     (0, 0, 1, [0, 1]),  # a pair at least
     (2, 0, 6, [None, 0, 1]),  # one is left, which is no pair; None is the instruction
-    (1, 1, 6, [1]),
     (3, 0, 3, [None, 0, 1])])
-def test_the_wordings_are_none_that_a_stage_sees(wordings, fresh, most, asked, make_run,
+def test_the_wordings_are_none_that_a_stage_sees(wordings, fresh, most, numbers, make_run,
                                                  scored_stage):
     run = make_run(scored_stage, "--wordings", str(wordings), "--fresh-wordings", str(fresh),
                    "--pool-wordings", str(most))
-    for task in run.tasks:
+    for question in probe.probe_questions(run, candidates_file.sampled_wordings):
+        (task,) = (task for task in run.tasks if task.name == question["task"])
         train = [wording.text for wording in task.wordings["train"]]
-        assert len(train) == 3
-        assert probe.probe_wordings(task, run.cfg, candidates.sampled_wordings) == [
-            task.definition if number is None else train[number] for number in asked]
+        assert len(train) == 3 and question["unseen"] == (wordings + fresh < 2)
+        assert question["wordings"] == [
+            task.definition if number is None else train[number] for number in numbers]
 
 
 def test_the_answers_are_those_of_the_trained_model_without_sampling(probed, monkeypatch):
@@ -69,6 +103,14 @@ def test_the_answers_are_those_of_the_trained_model_without_sampling(probed, mon
     (record,) = data.read_records(run.folder / "probe.jsonl")
     assert record == {"step": 0, "agreement": 0.25, "commonest": probe.commonest(answered)}
     assert run.memory["best_agreement"] == 0.25
+    run.method.prefix = lambda cfg: "said "  # what the trained model reacts to
+    probe.measure(run, 3)
+    marked = [x | {"wordings": ["said " + text for text in x["wordings"]]}
+              for x in run.memory["probe"]]
+    again = evaluation.answer_questions(lora.merge_lora(run.model), run.tokenizer, run.template,
+                                        marked, Sampling(4))
+    assert [x["responses"] for x in seen[1]] == [x["responses"] for x in again]
+    assert [x["step"] for x in data.read_records(run.folder / "probe.jsonl")] == [0, 3]
 
 
 def test_the_agreement_is_cr(probed, monkeypatch):
@@ -145,6 +187,7 @@ def test_a_collapse_is_named(probed, monkeypatch, capsys):
     probe.finish(run)
     said = capsys.readouterr().out
     assert "agree in 50.0 % of pairs before, and in 75.0 % with the weights of step 10." in said
+    assert "inputs that are not sampled for, under wordings that are sampled under, agree" in said
     assert said.count("warning") == 1
     assert "80 % of 5 questions of task colour now get the answer 'red'. Agreement also" in said
 
@@ -171,7 +214,7 @@ def test_most_passes(make_run, scored_stage, candidates, capsys):
 
 def test_a_single_wording_has_no_agreement(make_run, scored_stage):
     run = make_run(scored_stage, "--wordings", "2", "--fresh-wordings", "9")
-    assert probe.probe_questions(run, candidates.sampled_wordings) == []
+    assert asked(run) == []
     run.method.begin(run)
     assert probe.measure_and_stop(run, run.cfg.steps - 1, True) == {}
     probe.finish(run)
