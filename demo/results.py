@@ -82,8 +82,18 @@ REAL_ARMS = {
     "agreement, --balance": ("cat", "agreement", "--balance"),
     "CAT, exact rules": ("cat", "rule", ""),
     "gold targets on the same items": ("cat", "agreement", "--no-ranking --ce-target gold"),
+    # An item of CAT reads three documents' worth of tokens and more, see the table's last column.
     "gold targets on all inputs, as many tokens": ("expert", "gold", "--batch-size 24"),
 }
+# Arms that are compared with each other, too: the second minus the first.
+BETWEEN = (
+    ("CAT as it was: each answer under its own wording", "CAT, self-judge"),
+    ("CAT, self-judge", "agreement"),
+    ("imitation of the same items", "agreement"),
+    ("gold targets on the same items", "agreement"),
+    ("gold targets on all inputs, as many tokens", "agreement"),
+    ("agreement, --balance", "agreement"),
+)
 # Tasks held out by the parts unseen and unseen-real, two or one of each kind.
 HELD_OUT = {
     "demo": ("purchase_country", "purchase_no_colour", "words_first", "words_fruit",
@@ -107,22 +117,30 @@ def read_json(path):
 
 
 def describe_answers(folder, title):
-    """A model's metrics task by task, and the mean share of its commonest label.
+    """A model's metrics task by task, and the share of its commonest label.
 
-    The share is that of the tasks with few labels: 1 if a model always says the same. Returns
-    {"label": {"mean": share}, "tasks": {task: {metric: mean}}}.
+    The share is a mean over the tasks with a closed set of labels; 1 if a model always says the
+    same. Returns {"label": {"mean": share}, "tasks": {task: {metric: mean}}, "reference": the share
+    that the reference outputs have}.
     """
-    questions, tasks, tops = {}, {}, []
+    questions, tasks, tops = {}, {}, {"said": [], "wanted": []}
     for row in data.read_records(f"{folder}/questions.jsonl"):
         if row["model"] == title:
             questions.setdefault(row["task"], []).append(row)
     for task, rows in questions.items():
         tasks[task] = {name: np.mean([row[name] for row in rows]) for name in TASK_METRICS}
         if rows[0]["labels"]:
-            said = Counter(normalize(text) for row in rows for text in row["responses"])
-            tasks[task]["label"] = said.most_common(1)[0][1] / said.total()
-            tops.append(tasks[task]["label"])
-    return {"label": {"mean": np.mean(tops)}, "tasks": tasks}
+            tasks[task]["label"] = commonest_share(x for row in rows for x in row["responses"])
+            tops["said"].append(tasks[task]["label"])
+            tops["wanted"].append(commonest_share(row["targets"][0] for row in rows))
+    said, wanted = map(np.mean, tops.values())
+    return {"label": {"mean": said}, "tasks": tasks, "reference": wanted}
+
+
+def commonest_share(texts):
+    """The share of the commonest of some texts."""
+    counts = Counter(map(normalize, texts))
+    return counts.most_common(1)[0][1] / counts.total()
 
 
 def describe_run(folder, title):
@@ -178,7 +196,7 @@ def with_targets(runs):
 
 
 def precision(runs):
-    """Methods under exact rewards of which a share is turned round; "precision" of reward 2."""
+    """Methods under exact rewards of which a share is turned round; the "precision" of the rest."""
     start, found = runs.first("few", FEW)
     folder, _ = runs.run("cat", "exact", start, f"{FRESH} --judge rule")
     rows = {IA: found}
@@ -195,20 +213,22 @@ def precision(runs):
 def write_flipped(source, target, share, seed):
     """Candidates of which a share of the different answers has the opposite reward: 2 or 0.
 
-    Which ones follows from the seed and the answer. Returns the share of right ones of reward 2.
+    Which ones follows from the seed and the answer. Returns the precision: the share of right
+    answers among those of reward 2, in the questions that are learnt from: a lower one is there.
     """
-    best, lines = [], []
-    for line in source.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        right = record["reward"] == 2
+    groups, lines, learnt = {}, [], []
+    for record in data.read_records(source):
+        right, question = record["reward"] == 2, (record["task"], record["id"])
         key = f"{seed}/{record['task']}/{record['id']}/{record['response']}"
         if random.Random(key).random() < share:
             record["reward"] = 0 if right else 2
-        if record["reward"] == 2:
-            best.append(right)
+        groups.setdefault(question, []).append((record["reward"], right))
         lines.append(json.dumps(record) + "\n")
     target.write_text("".join(lines), encoding="utf-8")
-    return sum(best) / len(best)
+    for answers in groups.values():
+        if min(reward for reward, _ in answers) < 2:
+            learnt += [right for reward, right in answers if reward == 2]
+    return sum(learnt) / len(learnt)
 
 
 def ranking(runs):
@@ -281,8 +301,8 @@ def unseen_real(runs):
 
 def on_unseen_tasks(runs, source, world, sft_flags, cat_flags):
     """Stages trained on the tasks of `source` that are not held out, asked about those that are."""
-    args, name = runs.args, f"{runs.out}-{Path(source).name}"
-    seen, held = (f"{world} {flags}" for flags in hold_out(source, args.out / source))
+    args, name = runs.args, f"{runs.out}-unseen-{Path(source).name}"
+    seen, held = (f"{world} {flags}" for flags in args.halves[source])
     paths, common = {}, ["--seed", str(runs.seed), "--no-compare", "--no-evaluate"]
 
     def run(title, stage, flags):
@@ -293,12 +313,13 @@ def on_unseen_tasks(runs, source, world, sft_flags, cat_flags):
     for title, flags in UNSEEN_ARMS.items():
         run(title, "cat", f"--init {paths[IA]} {FRESH} {cat_flags} {flags}")
     run("SFT(IA) on all 14 wordings, with targets", "sft-ia", f"{seen} {sft_flags} {ALL}")
-    found = trials.evaluate(f"{name}-unseen", "--split", args.split, *held.split(), "--per-task",
+    found = trials.evaluate(name, "--split", args.split, *held.split(), "--per-task",
                             str(args.per_task), "--adapter", *paths.values())
-    rows = {"base": found["base"] | describe_answers(f"{name}-unseen", "base")}
+    base, *_ = found  # under the name of its folder
+    rows = {"base": found[base] | describe_answers(name, base)}
     for title, path in paths.items():
         cost = read_json(f"{path}/summary.json")  # without the evaluation
-        rows[title] = found[path] | describe_answers(f"{name}-unseen", path) | {"cost": cost}
+        rows[title] = found[path] | describe_answers(name, path) | {"cost": cost}
     return rows
 
 
@@ -321,10 +342,11 @@ PARTS = {"without": without_targets, "with": with_targets, "unseen": unseen,
 
 
 def prepare(args):
-    """Inputs without targets, as a file in --out."""
+    """Inputs without targets, and the two halves of the tasks, as files in --out."""
     import world
 
     args.out.mkdir(parents=True, exist_ok=True)
+    args.halves = {source: hold_out(source, args.out / source) for source in HELD_OUT}
     if not (args.out / "inputs.jsonl").exists():
         lines = [json.dumps({"task": task, "input": text}) + "\n"
                  for task in world.load_phrases() for text in world.fresh_inputs(task)]
@@ -341,10 +363,21 @@ def tables(seeds, first=IA):
         if title != first and title != "SFT":
             cells = [trials.difference(seeds, first, title, metric) for metric in METRICS]
             deltas.append([title, *cells])
-    header = ["arm", *METRICS.values(), "minutes, GB"]
-    about = (f"Paired differences to {first}: mean [95 % t interval], and the number of seeds in "
-             "which it is positive.")
-    return [trials.table(header, rows), about, trials.table(["arm", *METRICS.values()], deltas)]
+    header = ["arm", *METRICS.values(), "minutes, GB, thousand tokens"]
+    wanted = 100 * seeds[0][first]["reference"]
+    label = f"The commonest label of the reference outputs has a share of {wanted:.1f}."
+    about = (f"Paired differences to {first}: mean [95 % t interval over the seeds], and the "
+             "number of seeds in which it is positive.")
+    between = []
+    for one, other in BETWEEN:
+        if {one, other} <= set(seeds[0]):
+            cells = [trials.difference(seeds, one, other, metric) for metric in METRICS]
+            between.append([f"{other} - {one}", *cells])
+    found = [trials.table(header, rows), label, about,
+             trials.table(["arm", *METRICS.values()], deltas)]
+    if between:
+        found += ["The same between arms.", trials.table(["arms", *METRICS.values()], between)]
+    return found
 
 
 def task_tables(seeds):
@@ -374,13 +407,14 @@ def task_tables(seeds):
 
 
 def cost_of(seeds, title):
-    """Minutes and peak memory of a run, means over the seeds; "" where it was not run alone."""
+    """Minutes and tokens read of a run, means over the seeds, and its peak memory; or ""."""
     costs = [rows[title].get("cost") for rows in seeds]
     if None in costs:
         return ""
     minutes = np.mean([cost["seconds"] for cost in costs]) / 60
     memory = max(cost["peak_memory_bytes"]["process"] for cost in costs) / 1e9
-    return f"{minutes:.1f}, {memory:.1f}"
+    tokens = np.mean([cost["tokens"] for cost in costs]) / 1e3
+    return f"{minutes:.1f}, {memory:.1f}, {tokens:.0f}"
 
 
 def plot_precision(seeds):
@@ -407,7 +441,7 @@ def main(argv=None):
     """Run what is missing, then write the tables."""
     parser = trials.make_parser(__doc__, "runs/results", 5)
     parser.add_argument("--part", choices=PARTS, nargs="+", default=["without"])
-    parser.add_argument("--model", default="models/smollm2", help="of --part real")
+    parser.add_argument("--model", default="models/smollm2", help="of parts real, unseen-real")
     parser.add_argument("--per-task", type=int, default=30, help="held-out inputs per task")
     args = parser.parse_args(argv)
     prepare(args)

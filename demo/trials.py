@@ -8,6 +8,8 @@ stopped goes on where it was. Effects are paired differences per seed, printed w
 import argparse
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -53,18 +55,30 @@ def evaluate(out, *flags):
 def run(words, out, flags, makes):
     """Run a command unless OUT has the JSON file that it makes; returns what that file holds.
 
-    The command's output goes to OUT.log.
+    The command and its output go to OUT.log. What another command made is refused.
     """
-    if not Path(out, makes).exists():
-        line = [str(HERE.parent / words[0]), *words[1:], "--out", str(out), *flags]
-        print("$ python", *line, flush=True)
+    line = [str(HERE.parent / words[0]), *words[1:], "--out", str(out), *flags]
+    command, log = "$ " + shlex.join(["python", *line]), Path(f"{out}.log")
+    if Path(out, makes).exists():
+        made = log.read_text().partition("\n")[0] if log.exists() else command
+        if without_init(made) != without_init(command):
+            raise SystemExit(f"error: {out} was made by another command ({log}):\n{made}\nnot "
+                             f"by\n{command}\nGive another --out, or remove that folder.")
+    else:
+        print(command, flush=True)
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{out}.log", "w") as log:
-            code = subprocess.run([sys.executable, *line], stdout=log, stderr=log,
+        with open(log, "w") as file:
+            print(command, file=file, flush=True)
+            code = subprocess.run([sys.executable, *line], stdout=file, stderr=file,
                                   env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
         if code:
             raise SystemExit(f"error: that run failed; see {out}.log")
     return json.loads(Path(out, makes).read_text())
+
+
+def without_init(command):
+    """A command without --init DIR: what comes before is found or trained."""
+    return re.sub(r" --init ('[^']*'|\S+)", "", command)
 
 
 # ----- Figures over seeds -----

@@ -1,10 +1,14 @@
-"""demo/results.py: the candidates and the halves of the tasks that its arms learn from."""
+"""demo/results.py: what its arms learn from, all parts without training, intervals."""
 
 import json
+import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+import data
 
 DEMO = Path(__file__).parent.parent / "demo"
 sys.path.insert(0, str(DEMO))
@@ -34,6 +38,25 @@ def test_no_flips_leave_the_rewards_and_the_precision_is_one(candidates, tmp_pat
     assert rows(tmp_path / "b.jsonl") == rows(candidates)
 
 
+def test_precision_is_that_of_the_questions_that_are_learnt_from(tmp_path):
+    """A question whose answers are all right teaches nothing; equal answers turn round together."""
+    table = [("a", "x", 2), ("a", "x", 2), ("a", "y", 0), ("b", "x", 2), ("b", "x", 2)]
+    data.append_records(tmp_path / "a.jsonl", [
+        {"task": "t", "id": name, "response": text, "reward": reward}
+        for name, text, reward in table])
+    found = {}
+    for seed in range(40):
+        path = tmp_path / f"{seed}.jsonl"
+        try:
+            precision = results.write_flipped(tmp_path / "a.jsonl", path, 0.5, seed)
+        except ZeroDivisionError:  # nothing is learnt from
+            continue
+        a1, a2, a3, b1, b2 = (row["reward"] for row in rows(path))
+        assert a1 == a2 and b1 == b2
+        found[a1, a3] = precision
+    assert found == {(2, 0): 1.0, (0, 2): 0.0}
+
+
 def test_a_share_of_the_rewards_is_turned_round(candidates, tmp_path):
     precision = results.write_flipped(candidates, tmp_path / "b.jsonl", 0.2, seed=1)
     before, after = rows(candidates), rows(tmp_path / "b.jsonl")
@@ -42,8 +65,6 @@ def test_a_share_of_the_rewards_is_turned_round(candidates, tmp_path):
     for x, y, changed in zip(before, after, turned, strict=True):
         if changed:
             assert y == x | {"reward": 0 if x["reward"] == 2 else 2}
-    best = [x["reward"] == 2 for x, y in zip(before, after, strict=True) if y["reward"] == 2]
-    assert precision == sum(best) / len(best)
     assert precision == pytest.approx(0.8 / (0.8 + 2 * 0.2), abs=0.06)  # 2 wrong for 1 right
     results.write_flipped(candidates, tmp_path / "c.jsonl", 0.2, seed=2)
     assert rows(tmp_path / "c.jsonl") != after
@@ -97,3 +118,108 @@ def test_a_task_is_seen_or_held_out_with_all_its_wordings(source, tmp_path, monk
     assert set(parts["held"]) == set(results.HELD_OUT[source])
     assert parts["seen"] | parts["held"] == words
     assert not set(parts["seen"]) & set(parts["held"])
+
+
+# ----- Parts -----
+
+METRICS = ("cr", "mcr", "rougeL", "exact_match", "consistent_and_correct")
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """{folder: its command}; runs write what the scripts read, and train nothing."""
+    made, rng = {}, random.Random(0)
+
+    def answer(folder, titles):
+        metrics, rows = {}, []
+        for title in titles:
+            metrics[title] = {name: {"mean": rng.random()} for name in METRICS}
+            for task in ("a", "b"):
+                rows.append({"model": title, "task": task, "labels": ["x", "y"], "targets": ["x"],
+                             "responses": ["x", "y", "x"], "cr": 0.5, "exact_match": 0.25,
+                             "consistent_and_correct": rng.random()})
+        data.append_records(folder / "questions.jsonl", rows)
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+
+    def run(words, out, flags, makes):
+        folder, command = Path(out), [*words, *flags]
+        if str(out) in made:  # such as the SFT(IA) of two parts
+            assert command == made[str(out)], f"{out} is used twice"
+            return json.loads((folder / "metrics.json").read_text())
+        made[str(out)] = command
+        folder.mkdir(parents=True)
+        if words[0] == "eval.py":
+            adapters = flags[flags.index("--adapter") + 1:]
+            assert all(Path(adapter, "adapter_config.json").exists() for adapter in adapters)
+            answer(folder, ["smollm2", *adapters])
+        else:
+            for name in ("init", "candidates", "unlabelled"):
+                if f"--{name}" in flags:
+                    assert Path(flags[flags.index(f"--{name}") + 1]).exists()
+            answer(folder, ["before", words[-1]] if words[-1].startswith("sft") else [words[-1]])
+            (folder / "config.json").write_text(json.dumps({"tasks": "demo/tasks"}))
+            rows = [{"task": "review_word", "id": str(k // 4), "wording": f"w{k % 4}", "sample": 0,
+                     "input": "i", "instruction": "i", "response": f"r{k % 3}", "finished": True,
+                     "target": "r0", "reward": 2 * (k % 3 == 0)} for k in range(80)]
+            data.append_records(folder / "candidates.jsonl", rows)
+        cost = {"seconds": 60, "tokens": 5000, "peak_memory_bytes": {"process": 2e9}}
+        (folder / "summary.json").write_text(json.dumps(cost))
+        (folder / "adapter_config.json").write_text("{}")
+        return json.loads((folder / "metrics.json").read_text()) if makes == "metrics.json" else {}
+    monkeypatch.setattr(results.trials, "run", run)
+    return made
+
+
+@pytest.fixture
+def run_parts(tmp_path, monkeypatch):
+    """A function that runs parts for two seeds; returns the folder with their results."""
+    monkeypatch.chdir(DEMO.parent)
+
+    def run(*parts):
+        results.main(["--seeds", "1", "2", "--out", str(tmp_path / "out"), "--part", *parts])
+        return tmp_path / "out"
+    return run
+
+
+def test_all_parts_have_folders_of_their_own_and_a_row_for_each_arm(commands, run_parts, capsys):
+    pytest.importorskip("matplotlib")
+    out = run_parts(*results.PARTS)
+    for part, n_arms in (("without", 10), ("with", 9), ("unseen", 6), ("unseen-real", 6),
+                         ("precision", 21), ("ranking", 27), ("real", 8)):
+        text = (out / part / "results.md").read_text()
+        first, *_ = text.split("Paired differences")
+        rows = [line for line in first.splitlines() if line.startswith("| ")]
+        assert len(rows) == 1 + n_arms, part
+        assert "nan" not in text and text.count("agreement") > 0 or part == "precision"
+    assert (out / "plots" / "precision.png").exists() or list(out.rglob("precision.png"))
+    assert "share of 100.0" in (out / "real" / "results.md").read_text()
+
+
+def test_the_same_items_are_those_of_the_agreement_arm(commands, run_parts):
+    out = run_parts("without")
+    ((folder, _),) = [x for x in commands.items() if "seed1-" in x[0] and x[1][-1] == "agreement"]
+    for flags in commands.values():
+        if "--no-ranking" in flags and str(out / "seed1-few") in flags:
+            assert flags[flags.index("--candidates") + 1] == f"{folder}/candidates.jsonl"
+
+
+def test_what_another_command_made_is_refused(tmp_path, monkeypatch):
+    calls = []
+
+    def call(line, **streams):
+        calls.append(line)
+        (tmp_path / "x").mkdir(exist_ok=True)
+        (tmp_path / "x" / "metrics.json").write_text("{}")
+        return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(results.trials.subprocess, "run", call)
+    for _ in range(2):  # made once
+        assert results.trials.train("cat", tmp_path / "x", "--seed", "1", "--init", "a b") == {}
+    assert len(calls) == 1
+    results.trials.train("cat", tmp_path / "x", "--seed", "1", "--init", "c")
+    with pytest.raises(SystemExit, match="was made by another command"):
+        results.trials.train("cat", tmp_path / "x", "--seed", "2", "--init", "a b")
+
+
+def test_an_interval_by_hand():
+    assert results.trials.interval([0.01, 0.03, 0.02]) == "+2.0 [-0.5, +4.5] 3/3"  # 4.303 / 3^0.5
+    assert results.trials.interval([-0.01, 0.01]) == "+0.0 [-12.7, +12.7] 1/2"
