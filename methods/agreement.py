@@ -1,9 +1,10 @@
-"""Agreement as a reward: an answer is right if most answers to its question say the same.
+"""Agreement as a reward: an answer counts as right if it is the commonest to its question.
 
     r(y) = 2 if y is in C, else 0,   C the largest cluster of the answers Y to one question,
-                                     if |C| >= share * |Y|, and no other cluster is as large
+                                     if |C| >= max(2, share * |Y|), and no other is as large
 
-The answers to a question are those to one input, under all wordings and samples. Clusters are those
+The answers to a question are those to one input, under all wordings that it was sampled under, all
+samples together; C is called a majority, whatever its share. Clusters are those
 that MCR counts (eval.clusters). No target and no judge is needed, so `--unlabelled FILE` may name
 inputs that nobody has answered. A question without such a cluster gives no rewards.
 
