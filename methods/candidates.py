@@ -15,7 +15,7 @@ from typing import Literal
 
 import data
 from eval import complete, extra
-from methods import agreement, common, merged_copy, probe
+from methods import agreement, common, merged_copy, probe, probe_questions
 from methods.agreement import question_key
 from methods.finding import find_method
 from methods.flags import flag, rare
@@ -203,7 +203,7 @@ def inspect(run) -> None:
     """Raises ValueError if a round would find no instance to sample for, or --patience none."""
     cfg = run.cfg
     if hasattr(cfg, "patience"):
-        probe.check_questions(run, sampled_wordings)
+        probe_questions.check_questions(run, sampled_wordings)
     if run.tasks and not (getattr(cfg, "candidates", "") or getattr(cfg, "records", "")):
         for number in range(cfg.rounds):
             unanswered(replace(run, round=number))
