@@ -26,9 +26,7 @@ FILE = "probe.jsonl"
 # ----- Measuring -----
 def measure(run, step: int) -> float:
     """The agreement now; appends it, and the commonest answers, to probe.jsonl."""
-    prefix = ""
-    if step:  # what the model reacts to once it is trained
-        prefix = run.prefix()
+    prefix = run.prefix() if step else ""  # what the model reacts to once it is trained
     answered = run.answers(merged_copy(run.model), run.memory["probe"], prefix)
     metrics, _ = evaluate_responses(answered, judging.RuleJudge(run.cfg.rouge_threshold))
     agreement = metrics["cr"]["mean"]
