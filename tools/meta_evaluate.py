@@ -1,6 +1,7 @@
 """Measure judges on pairs of outputs that people have labelled (LLMBar, arXiv 2310.07641).
 
     python -m tools.meta_evaluate --data DIR --judge http --judge-model NAME --strategy cot
+    python -m tools.meta_evaluate --benchmark mtbench --data FILE --judge http --judge-model NAME
 
 Writes metrics.json, verdicts.jsonl, report.md and a plot.
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from eval import parse_flags
 from extras.judges import JudgeStopped, ServerFlags, check_flags, client_from_flags, pairs
+from extras.judges.benchmarks import describe_labels, load_benchmark
 from extras.judges.local import LocalChat
 from extras.judges.meta import check_sources, summarize_judge
 from extras.judges.questions import Unread
@@ -18,7 +20,8 @@ from extras.reports.judges import judge_table, own_table, write_judge_report
 from methods.flags import flag_names, spelled
 from tools import make_main, open_models
 
-OWN = {"data": (None, "LLMBar's folder, or a file of labelled pairs"),
+OWN = {"data": (None, "LLMBar's folder, a file of labelled pairs, or what --benchmark names"),
+       "benchmark": (("llmbar", "pairs", "mtbench", "llmeval2", "faireval"), "form of --data"),
        "judge": (("rule", "http", "self"), "rules, a server, or the model itself"),
        "strategy": ([], "ways of asking (default: rules); with --judge rule which rules (all)"),
        "own": ("", "how often the judge prefers outputs by this source, and people do"),
@@ -31,8 +34,8 @@ MODEL = {"model", "adapter", "template", "batch_size", "tokenizer", "device", "d
 def meta_evaluate(cfg) -> None:
     """Ask every evaluator about every pair, and write what that says of them."""
     check(cfg)
-    subsets = {name: found[:cfg.instances or None]
-               for name, found in pairs.load_pairs(cfg.data).items()}
+    everything, labels = load_benchmark(cfg.benchmark, cfg.data)
+    subsets = {name: found[:cfg.instances or None] for name, found in everything.items()}
     if cfg.own:
         check_sources([pair for found in subsets.values() for pair in found], cfg.own)
     judged, results, clients = {}, {}, []
@@ -51,9 +54,12 @@ def meta_evaluate(cfg) -> None:
                               for subset in subsets}
     for name, found in judged.items():
         results[name] = summarize_judge(subsets, found, own=cfg.own, seed=cfg.seed)
-    about = {"judge": cfg.judge, "own": cfg.own, "usage": [client.usage() for client in clients]}
+    about = {"judge": cfg.judge, "own": cfg.own, "usage": [client.usage() for client in clients],
+             "labels": labels}
     write_judge_report(Path(cfg.out), subsets, results, judged, about)
     print(judge_table(results))
+    if labels:
+        print(describe_labels(labels))
     if cfg.own:
         print(f"\nOutputs by {cfg.own}:\n{own_table(results)}")
     if all(found["Average"]["unread"]["mean"] == 1 for found in results.values()):
