@@ -52,12 +52,19 @@ def evaluate(out, *flags):
     return run(["eval.py"], out, flags, "metrics.json")
 
 
+def best_of(out, *flags):
+    """Run tools.best_of; see `run`."""
+    return run(["-m", "tools.best_of"], out, flags, "best_of.json")
+
+
 def run(words, out, flags, makes):
     """Run a command unless OUT has the JSON file that it makes; returns what that file holds.
 
     The command and its output go to OUT.log. What another command made is refused.
     """
-    line = [str(HERE.parent / words[0]), *words[1:], "--out", str(out), *flags]
+    line = [*words, "--out", str(out), *flags]
+    if words[0] != "-m":
+        line[0] = str(HERE.parent / words[0])
     command, log = "$ " + shlex.join(["python", *line]), Path(f"{out}.log")
     if Path(out, makes).exists():
         made = log.read_text().partition("\n")[0] if log.exists() else command

@@ -39,19 +39,25 @@ class SampleFlags(common.Flags):
 
 
 @dataclass
-class Flags(SampleFlags, JudgeFlags):
-    """The flags of the methods that train on scored candidates."""
+class AnswerFlags(SampleFlags):
+    """What every method reads that samples answers under several wordings."""
 
-    candidates: str = flag("", "train on this candidates.jsonl instead of collecting", path=True)
     unlabelled: str = flag("", "file of inputs without targets to sample for", path=True)
     wordings: int = flag(10, "training wordings per task beside the instruction", at_least=0)
     augment: Literal["assign", "product"] = rare("assign", "one wording per instance, or all")
     pool_wordings: int = rare(6, "wordings per instance to sample under", at_least=1)
     fresh_wordings: int = rare(0, "sample under so many wordings unseen in SFT(IA)", at_least=0)
-    max_worse: int = rare(3, "lower-rewarded answers per item", at_least=1)
     probe_inputs: int = rare(5, "unlabelled inputs per task to measure agreement on", at_least=0)
     patience: int = rare(0, "end after so many measurements without more agreement", at_least=0)
     max_passes: float = rare(0.0, "at most so many passes over the items, 0: any", at_least=0)
+
+
+@dataclass
+class Flags(AnswerFlags, JudgeFlags):
+    """The flags of the methods that train on scored candidates."""
+
+    candidates: str = flag("", "train on this candidates.jsonl instead of collecting", path=True)
+    max_worse: int = rare(3, "lower-rewarded answers per item", at_least=1)
 
 
 DEFAULTS = {"steps": 100, "batch_size": 16, "lr": 1e-4}

@@ -68,7 +68,7 @@ def parse_flags(flags: type, argv: list[str], title: str, defaults: dict, unread
             options = options | {"action": argparse.BooleanOptionalAction}
             del options["metavar"]
         elif kind == list[str]:
-            options["nargs"] = "+"
+            options |= {"nargs": "+", "action": "extend"}
         elif get_args(kind):  # a Literal
             options["choices"] = get_args(kind)
         else:
@@ -123,8 +123,9 @@ def check_flags(cfg) -> None:
         wanted = expected(value, limits)
         if wanted:
             raise ValueError(f"{spelled(item.name)} is {value}. Expected {wanted}.")
-        if limits.get("path") and value and not Path(value).exists():
-            raise ValueError(f"{spelled(item.name)} {value} does not exist. Give a path that does.")
+        for path in value if isinstance(value, list) else [value]:
+            if limits.get("path") and path and not Path(path).exists():
+                raise ValueError(f"{spelled(item.name)} {path} does not exist. Give one that does.")
         if limits.get("folder"):
             check_folder(item.name, Path(value))
 

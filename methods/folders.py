@@ -56,6 +56,8 @@ def saved_settings(folder: Path) -> dict:
     saved = data.read_json(path) if path.is_file() else {}
     if not isinstance(saved, dict):
         raise ValueError(f"{path} holds no settings. Give another run folder, or delete it.")
+    if isinstance(saved.get("examples"), str):  # one file, until November 2026
+        saved["examples"] = list(filter(None, [saved["examples"]]))
     name = saved.get("stage")
     if isinstance(name, str) and name in stages():
         flags = config_class(find_method(name), server="judge_url" in saved)

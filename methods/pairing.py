@@ -86,7 +86,7 @@ def ranked_item(run, best: dict, worse: list[dict], good: str) -> tuple[dict, in
 
 
 def labelled_items(run, path) -> list[dict]:
-    """Pairs with soft labels, as stage rlaif writes them to preferences.jsonl."""
+    """Pairs with the probability that the first is better, as rlaif and rlcd write them."""
     found, formats = [], extra("formats", run.cfg.plain)
     records = formats.read_labelled(path) if formats else data.read_records(path)
     for record in records:
@@ -96,5 +96,5 @@ def labelled_items(run, path) -> list[dict]:
         found.append({"documents": documents, "indices": {"better": [0], "worse": [1]},
                       "values": {"probability": [record["probability"]], "pair_weights": [1.0]},
                       "name": record_name(record)})
-    run.say(f"{run.cfg.stage}: {len(found)} pairs with soft labels.")
+    run.say(f"{run.cfg.stage}: {len(found)} labelled pairs.")
     return found

@@ -1,4 +1,4 @@
-"""The loss that dpo, rso and rlaif share, and its flags; the equations are in dpo.py.
+"""The loss that dpo, rso, rlaif and rlcd share, and its flags; the equations are in dpo.py.
 
 Shapes: n documents, P pairs.
 """
@@ -28,6 +28,11 @@ class PreferenceFlags:
 def check_preference(cfg) -> None:
     """Raises ValueError for flags that do not fit together."""
     candidates.check(cfg)
+    check_smoothing(cfg)
+
+
+def check_smoothing(cfg) -> None:
+    """Raises ValueError for smoothed labels in a loss that reads none."""
     if cfg.label_smoothing and cfg.preference in ("ipo", "hinge"):
         raise ValueError(f"--label-smoothing changes nothing in --preference {cfg.preference}. "
                          "Give --preference sigmoid or robust, or leave it out.")
@@ -70,14 +75,14 @@ def preference_loss(h, kind: str, beta: float, e: float):
     return robust.sum()
 
 
-def add_reference(run, items: list[dict]) -> list[dict]:
+def add_reference(run, items: list[dict], *, every: bool = False) -> list[dict]:
     """The items with values "reference": each document's log-probability under the model as it is
-    now, before the stage trains it. Only for items that some step will see.
+    now, before the stage trains it. Only for items that some step will see, or for all of them.
     """
     cfg, device = run.cfg, next(run.model.parameters()).device
     if not items:
         return items
-    used = items_seen(cfg, items)
+    used = items if every else items_seen(cfg, items)
     run.model.eval()
     with torch.no_grad(), run.precision():
         for part in data.micro_batches(used, cfg.micro_tokens):

@@ -44,7 +44,7 @@ def unseen_wordings(task, cfg, given: set[str]) -> list[str]:
 def given_texts(run) -> tuple[set, set]:
     """{(task, input)} and the wordings of --candidates, which may be others than the flags name."""
     inputs, wordings = set(), set()
-    if run.cfg.candidates:
+    if getattr(run.cfg, "candidates", ""):
         for group in grouped_candidates(run):
             for record in group:
                 inputs.add((record["task"], record["input"]))

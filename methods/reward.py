@@ -4,7 +4,8 @@
 
 All comparisons of a question are one item and weigh 1 / their number, so every question counts
 once. q is a soft label: the probability that the first of two answers is better, from an AI judge
-(--preferences; RLAIF, arXiv 2309.00267). A tenth of the questions is held out for the report.
+(--preferences; RLAIF, arXiv 2309.00267), or 1 from RLCD's two prompts. A tenth of the questions is
+held out for the report.
 """
 
 import random
@@ -27,7 +28,7 @@ unread = ("eval_per_task", "eval_wordings", "probe_inputs", "patience")  # it an
 class Flags(candidates.Flags):
     """What stage reward reads beside the common flags."""
 
-    preferences: str = flag("", "soft labels (preferences.jsonl of rlaif) to fit to", path=True)
+    preferences: str = flag("", "preferences.jsonl of rlaif or rlcd to fit to", path=True)
 
 
 TERMS = {"loss": "items"}

@@ -62,7 +62,7 @@ def count_parameters(cfg, config) -> tuple[int, int, int]:
 
 def documents_per_item(cfg) -> int:
     """How many documents an item has at most: answers that are compared, twins under a judgment."""
-    known = {"expert": 1, "forward": 2, "rlaif": 2}  # whatever their flags say
+    known = {"expert": 1, "forward": 2, "rlaif": 2, "rlcd": 2}  # whatever their flags say
     if cfg.stage in known:
         return known[cfg.stage]
     worse = getattr(cfg, "max_worse", 0)

@@ -1,5 +1,7 @@
 """What a run is given, read and checked before anything is trained."""
 
+import math
+
 import data
 from data import IGNORE_INDEX
 from extras.formats.checks import refuse
@@ -130,17 +132,37 @@ def writable(run, records: list[dict]) -> tuple[list[dict], int]:
 
 
 def example_items(run) -> list[dict]:
-    """Items of --examples: one document per row or conversation; says what was left out."""
-    (examples, left_out), found = read_examples(run.cfg.examples, run.say), []
+    """Items of --examples: one document per row or conversation; says what was left out.
+
+    With --mix, the rarer files are repeated until the numbers of examples are in proportion to the
+    weights.
+    """
+    cfg, sources, found = run.cfg, [read_items(run, path) for path in run.cfg.examples], []
+    weights = list(map(float, cfg.mix)) or [len(items) for items in sources]
+    most = max(len(items) / weight for items, weight in zip(sources, weights, strict=True))
+    for path, items, weight in zip(cfg.examples, sources, weights, strict=True):
+        n = round(most * weight)
+        found += (items * math.ceil(n / len(items)))[:n]
+        if cfg.mix:
+            run.say(f"{cfg.stage}: in a pass {n} examples of {path}, which has {len(items)}.")
+    return found
+
+
+def read_items(run, path: str) -> list[dict]:
+    """The items of one file of examples. Raises ValueError if it has none that fits."""
+    (examples, left_out), found = read_examples(path, run.say), []
     check_systems(run, [example["messages"] for example in examples if "messages" in example])
+    name = f"{path}, example" if len(run.cfg.examples) > 1 else "example"
     for number, example in enumerate(examples):
         document, fault = learnt_document(run, example)
         if document:
-            found.append({"documents": [document], "name": f"example {number}"})
+            found.append({"documents": [document], "name": f"{name} {number}"})
         else:
             left_out[fault] = left_out.get(fault, 0) + 1
     reasons = "".join(f"; left out {n} {reason}" for reason, n in left_out.items())
-    run.say(f"{run.cfg.stage}: {len(found)} examples{reasons}.")
+    run.say(f"{run.cfg.stage}: {len(found)} examples of {path}{reasons}.")
+    refuse(not found, f"{path}: none of its {len(examples)} examples can be learnt{reasons}. Raise "
+           "--max-len, or give another file.")
     return found
 
 

@@ -17,8 +17,9 @@ from extras.judges.judges import confusion
 from extras.reports import masks, page, plots
 from extras.reports.judges import confusion_section
 from extras.reports.label_free import label_free_section
+from extras.reports.length import length_figures, length_section
 from extras.reports.metrics import MoreMetrics
-from methods import candidates, heads, merged_copy, open_trained
+from methods import candidates, heads, merged_copy, open_trained, record_name
 from methods.critics import FAILED, PERFECT
 from methods.groups import grouped_candidates
 from methods.rewards import with_labels
@@ -105,6 +106,7 @@ def report_run(run) -> None:
     if run.method.collect is candidates.collect and not getattr(run.cfg, "preferences", ""):
         report_candidates(run)
         report_label_free(run)
+        report_length(run)
     page.embed_plots(Path(run.cfg.out))
     if Path(run.cfg.out, "report.md").exists():
         run.say(f"report: {run.cfg.out}/report.html\nnext: {next_command(run.cfg)}")
@@ -154,6 +156,22 @@ def report_label_free(run) -> None:
             file.write(section)
 
 
+def report_length(run) -> None:
+    """length.json and a section of report.md: the candidates' rewards against their length."""
+    rows, path = [], Path(run.cfg.out, "report.md")
+    for group in grouped_candidates(run):
+        for x in group:
+            if x["reward"] is not None:
+                rows.append({"group": record_name(x), "reward": x["reward"],
+                             "length": judging.count_words(x["response"])})
+    if rows:
+        found = length_figures(rows)
+        (run.folder / "length.json").write_text(json.dumps(found, indent=1) + "\n")
+        if path.exists():
+            with path.open("a", encoding="utf-8") as file:
+                file.write(length_section(found))
+
+
 def report_rewards(run) -> None:
     """rewards.json: a reward model's rewards of all candidates against judge, rules and length."""
     records = [x for group in grouped_candidates(run) for x in group
@@ -178,25 +196,18 @@ def compare_rewards(rows: list[dict]) -> dict:
 
     rows: {"group", "reward", "judge", "truth", "length"}. "accuracy", "true_accuracy": of a group's
     pairs that the judge (the truth) tells apart, the share that the reward orders alike;
-    "longer_wins": the same of length and judge. "length", "length_rank", "length_within": Pearson,
-    Spearman, and Pearson within groups, of reward and length.
+    "longer_wins": the same of length and judge. The others are those of `length_figures`.
     """
-    groups, pairs, within = {}, [], []
+    groups, pairs = {}, []
     for row in rows:
         groups.setdefault(row["group"], []).append(row)
     for group in groups.values():
         pairs += combinations(group, 2)
-        table = np.array([[row["reward"], row["length"]] for row in group])  # (answers, 2)
-        within += (table - table.mean(0)).tolist()
     uneven = [(a, b) for a, b in pairs if a["length"] != b["length"]]
-    both = np.array([[row["reward"], row["length"]] for row in rows]).reshape(-1, 2)
-    ranks = [[np.mean(np.flatnonzero(np.sort(x) == value)) for value in x] for x in both.T]
     return {"accuracy": ordered_alike(pairs, "reward", "judge"),
             "true_accuracy": ordered_alike(pairs, "reward", "truth"),
             "longer_wins": ordered_alike(uneven, "length", "judge"),
-            "length": correlation(*both.T), "length_rank": correlation(*ranks),
-            "length_within": correlation(*np.array(within).reshape(-1, 2).T),
-            "comparisons": sum(a["judge"] != b["judge"] for a, b in pairs)}
+            "comparisons": sum(a["judge"] != b["judge"] for a, b in pairs), **length_figures(rows)}
 
 
 def ordered_alike(pairs: list[tuple], by: str, like: str) -> float | None:
@@ -204,10 +215,3 @@ def ordered_alike(pairs: list[tuple], by: str, like: str) -> float | None:
     known = [(a, b) for a, b in pairs if a[like] != b[like]]
     signs = [np.sign(a[by] - b[by]) * np.sign(a[like] - b[like]) for a, b in known]
     return float(np.mean((np.array(signs) + 1) / 2)) if signs else None
-
-
-def correlation(x, y) -> float | None:
-    """Pearson's r; None where one of them does not vary."""
-    if len(x) < 2 or np.std(x) == 0 or np.std(y) == 0:
-        return None
-    return float(np.corrcoef(x, y)[0, 1])

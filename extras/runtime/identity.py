@@ -22,11 +22,12 @@ from methods.flags import spelled
 from methods.settings import has_result, saved_settings
 
 FILE, ROOT = "identity.json", Path(__file__).parents[2]
-FLAGS = ("model", "tokenizer", "tasks", "paraphrases", "candidates", "records", "examples",
-         "preferences", "principles", "corpus", "unlabelled", "reward_model", "critic")
+FLAGS = ("model", "tokenizer", "tasks", "paraphrases", "candidates", "choices", "records",
+         "responses", "examples", "preferences", "principles", "corpus", "unlabelled",
+         "reward_model", "critic")
 ADAPTERS = ("adapter", "reference", "reward_model", "critic")  # flags that name finished runs
 EARLIER, BESIDE, RESULT = "the earlier stage", "the stage beside it", "its result"
-RUNS = (EARLIER, BESIDE, RESULT, "--adapter", "--reward-model", "--critic")
+RUNS = (EARLIER, BESIDE, RESULT, "--adapter", "--reward-model", "--critic", "--responses")
 # What is read in the folder of a run, and in that of a model or of tasks.
 TRAINED = ("adapter_*", "value_head.safetensors", "model/*")
 GIVEN = ("*", "annotations/*", "execute/*")
@@ -37,7 +38,12 @@ KINDS = (".json", ".jsonl", ".safetensors", ".model", ".jinja")
 
 def find_inputs(cfg, folder: Path | None = None) -> dict[str, Path]:
     """{what: path} of all that the flags name and, for a run folder, of what it starts from."""
-    found = {spelled(name): Path(getattr(cfg, name)) for name in FLAGS if getattr(cfg, name, "")}
+    found = {}
+    for name in FLAGS:
+        given = getattr(cfg, name, "")
+        for number, path in enumerate(given if isinstance(given, list) else [given], 1):
+            if path:
+                found[spelled(name) + f" {number}" * (number > 1)] = Path(path)
     template = find_file(getattr(cfg, "template", ""))
     found |= {"--template": template} if template else {}
     if folder:
@@ -66,7 +72,8 @@ def hash_files(what: str, place: Path) -> dict[str, str]:
     """{name: sha256} of a file, whose name is ".", or of what is read in a folder."""
     files, found = [place], {}
     if place.is_dir():
-        files = [file for pattern in (TRAINED if what in RUNS else GIVEN)
+        trained = what.rstrip(" 0123456789") in RUNS  # of several, the second is "--responses 2"
+        files = [file for pattern in (TRAINED if trained else GIVEN)
                  for file in place.glob(pattern) if file.suffix in KINDS and file.is_file()]
     for file in sorted(files):
         status = file.stat()

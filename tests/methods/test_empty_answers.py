@@ -13,8 +13,9 @@ CASES = [(stage,) for stage in finding.stages()] + [
     ("dpo", "--preference", "robust", "--label-smoothing", "0.1"),
     ("unlikelihood", "--level", "token"), ("unlikelihood", "--level", "sequence"),
     ("pro", "--no-use-rewards"), ("rrhf", "--ft-reduction", "mean"), ("cut", "--positive", "text")]
-FLAGS = {"rlaif": ["--labels", "scores"]}
-LEFT_OUT = {"ppo", "pretrain", "constitutional"}  # a phase, a corpus, extras/ make their items
+FLAGS = {"rlaif": ["--labels", "scores"], "rlcd": ["--temperature", "2"]}
+# A phase, several models, a corpus, and extras/ make their items.
+LEFT_OUT = {"ppo", "curriculum", "pretrain", "constitutional"}
 LABELLED = {"task": "colour", "id": "1", "number": 0, "instruction": "name it", "input": "a hat",
             "probability": 0.9, "first": {"wording": "name it", "response": "red"},
             "second": {"wording": "colour ?", "response": "blue"}}

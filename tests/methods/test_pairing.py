@@ -118,4 +118,4 @@ def test_labelled_pairs_become_items(pair_run, tmp_path, capsys):
     assert item == {"documents": [run.document("w1", "in", "a"), run.document("w2", "in", "b")],
                     "indices": {"better": [0], "worse": [1]}, "name": "t/1",
                     "values": {"probability": [0.2], "pair_weights": [1.0]}}
-    assert "1 pairs with soft labels" in capsys.readouterr().out
+    assert "1 labelled pairs" in capsys.readouterr().out

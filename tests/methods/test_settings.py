@@ -317,3 +317,10 @@ def test_the_server_of_agreement_is_remembered(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(settings))
     cfg, method = parse_config(["--stage", "cat", "--out", str(tmp_path)])
     assert method is cat and (cfg.judge_url, cfg.judge_model) == ("http://127.0.0.1:9/v1", "m")
+
+
+@pytest.mark.parametrize("old, new", [("", []), ("alpaca.json", ["alpaca.json"]),
+                                      (["a.json", "b.json"], ["a.json", "b.json"])])
+def test_a_run_from_when_examples_were_one_file_can_be_read(old, new, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"stage": "sft", "examples": old}))
+    assert saved_settings(tmp_path)["examples"] == new

@@ -110,6 +110,16 @@ def test_examples_are_a_matter_of_extras(refused, tmp_path):
     (tmp_path / "alpaca.json").write_text("[]")
     refused("--examples is read by extras/formats. Leave out --plain.", "sft", "--judge-share", "0",
             "--examples", str(tmp_path / "alpaca.json"))
+    refused("--mix has 2 weights, and --examples 1 files", "sft", "--judge-share", "0",
+            "--examples", str(tmp_path / "alpaca.json"), "--mix", "2", "1")
+    refused("--mix has 1 weights, and --examples 1 files", "sft", "--judge-share", "0",
+            "--examples", str(tmp_path / "alpaca.json"), "--mix", "2")
+    two = ["--examples", str(tmp_path / "alpaca.json"), "--examples", str(tmp_path)]  # both count
+    for weight in ("0", "-1", "two", "nan"):
+        refused(f"--mix has a weight '{weight}'", "sft", "--judge-share", "0", *two, "--mix", "1",
+                weight)
+    refused("none.json does not exist", "sft", "--judge-share", "0", "--examples",
+            str(tmp_path / "alpaca.json"), str(tmp_path / "none.json"))
     refused("--judge-share 0.3 takes --tasks, not --examples", "sft",
             "--examples", str(tmp_path / "alpaca.json"))
-    assert train.parse_config(["--stage", "sft", "--plain"])[0].examples == ""
+    assert train.parse_config(["--stage", "sft", "--plain"])[0].examples == []

@@ -73,7 +73,7 @@ def test_an_item_is_never_torn():
     (["cat"], 6), (["cat", "--condition", "own"], 4), (["cat", "--max-worse", "5"], 10),
     (["dpo", "--max-worse", "2"], 4), (["slic", "--ce-target", "gold"], 7), (["pro"], 4),
     (["slic", "--ce-target", "gold", "--condition", "own"], 5), (["rrhf", "--max-worse", "7"], 8),
-    (["reward"], 4), (["rso"], 8), (["rlaif"], 2),
+    (["reward"], 4), (["rso"], 8), (["rlaif"], 2), (["rlcd"], 2),
     (["expert"], 1), (["cut"], 2), (["cut", "--no-use-l1"], 1), (["forward"], 2), (["sft"], 1)])
 def test_how_many_documents_an_item_has_at_most(flags, documents):
     assert documents_per_item(read_flags(["--stage", *flags])[0]) == documents

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -163,6 +164,39 @@ def test_examples_become_items_and_what_is_left_out_is_said(make_run, tmp_path, 
     for reason in ("sft: 2 examples", "1 with an empty instruction or output", "1 without an answ",
                    "1 whose first answer is longer than --max-len 60"):
         assert reason in said
+
+
+@pytest.mark.parametrize("weights, numbers", [
+    ([], [6, 2]), (["3", "1"], [6, 2]), (["1", "1"], [6, 6]), (["1", "2"], [6, 12]),
+    (["1", "0.5"], [6, 3])])
+def test_files_are_mixed_by_weight_and_the_rarer_is_repeated(
+        weights, numbers, make_run, tmp_path, capsys):
+    files = []
+    for name, n in (("a", 6), ("b", 2)):
+        rows = [{"instruction": "say", "input": f"{name} {k}", "output": "red"} for k in range(n)]
+        files.append(write_rows(tmp_path / f"{name}.jsonl", rows))
+    mix = ["--mix", *weights] if weights else []
+    run = make_run("sft", "--examples", *files, *mix, "--judge-share", "0")
+    capsys.readouterr()
+    items = example_items(run)
+    names = Counter(item["name"] for item in items)
+    for number, file, own in zip(numbers, ("a", "b"), (6, 2), strict=True):
+        counts = [names[f"{file}.jsonl, example {k}"] for k in range(own)]
+        assert sum(counts) == number and max(counts) - min(counts) <= 1
+    assert len(items) == sum(numbers)
+    said = capsys.readouterr().out
+    for number, path, own in zip(numbers, files, (6, 2), strict=True):
+        line = f"sft: in a pass {number} examples of {path}, which has {own}."
+        assert (line in said) == bool(weights)
+
+
+def test_a_file_of_which_nothing_fits_is_named(make_run, tmp_path):
+    good, long = (write_rows(tmp_path / f"{name}.jsonl", [
+        {"instruction": "say", "input": "", "output": text}]) for name, text in
+        (("good", "red"), ("long", "red hat " * 60)))
+    run = make_run("sft", "--examples", good, long, "--max-len", "40", "--judge-share", "0")
+    with pytest.raises(ValueError, match="long.jsonl: none of its 1 examples can be learnt"):
+        example_items(run)
 
 
 def turns(*texts):

@@ -9,14 +9,13 @@ import data
 from eval import DEMO
 from extras.reports import report_judged, report_rewards, report_run
 from extras.reports.plots import plot_training
-from extras.reports.runs import compare_rewards, correlation, next_command, report_candidates
+from extras.reports.runs import (
+    compare_rewards,
+    next_command,
+    report_candidates,
+    report_length,
+)
 from methods import heads
-
-
-def test_correlations():
-    x = [1.0, 2.0, 3.0, 4.0]
-    assert correlation(x, [2.0, 4.0, 6.0, 8.0]) == pytest.approx(1)
-    assert correlation(x, [1.0] * 4) is None and correlation([1], [1]) is None
 
 
 def test_rewards_compared_by_hand():
@@ -63,6 +62,7 @@ def test_a_run_gets_curves_of_all_its_stages_and_a_page_on_its_judge(
     assert {str(path.relative_to(run.folder)) for path in run.folder.rglob("*.png")} == {
         "plots/training.png", "sft-ia/plots/training.png"}
     assert (run.folder / "judge.json").exists() == judged_too
+    assert (run.folder / "length.json").exists() == judged_too
 
 
 def test_held_out_losses_are_drawn_beside_their_terms():
@@ -98,6 +98,24 @@ def test_soft_labels_have_no_rewards_to_compare(make_run, tmp_path):
     run = make_run("reward", tmp_path / "run", "--preferences", str(tmp_path / "soft.jsonl"))
     report_run(run)
     assert not (run.folder / "judge.json").exists()
+
+
+def test_every_run_on_candidates_says_how_far_rewards_follow_length(make_run, candidates, tmp_path):
+    run = make_run("cat", tmp_path / "run", "--candidates", str(candidates))
+    report_length(run)  # without a report the figures alone
+    (run.folder / "report.md").write_text("# Evaluation\n")
+    report_length(run)
+    found = json.loads((run.folder / "length.json").read_text())
+    records = data.read_records(candidates)
+    rewards = [record["reward"] for record in records]
+    assert found["any"] == pytest.approx(sum(rewards) / len(rewards)) and found["best"] == 2
+    text = (run.folder / "report.md").read_text()
+    assert text.startswith("# Evaluation\n\n## Reward and length\n\nCorrelation")
+    (run.folder / "length.json").unlink()
+    rows = [record | {"reward": None} for record in records]
+    data.append_records(tmp_path / "none.jsonl", rows)
+    report_length(make_run("cat", tmp_path / "run", "--candidates", str(tmp_path / "none.jsonl")))
+    assert not (run.folder / "length.json").exists()
 
 
 def test_plain_numbers_are_not_compared_with_verdicts(make_run, candidates, tmp_path):

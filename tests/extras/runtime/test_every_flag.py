@@ -75,6 +75,17 @@ def commands(taught, taught_command, candidates, judged, tmp_path):
         for flag, file in (("candidates", candidates), ("records", judged)):
             if flag in names:
                 more.append([*COLLECT, f"--{flag}", str(file)])
+        if "responses" in names:
+            rows = data.read_records(candidates)
+            for k in range(3):
+                data.append_records(tmp_path / f"answers-{k}.jsonl", [
+                    row | {"response": f"red {k}", "sample": number}
+                    for number, row in enumerate(rows)])
+            first, *others = (str(tmp_path / f"answers-{k}.jsonl") for k in range(3))
+            weak = taught_command(tmp_path / "weak", "--stage", "sft", *SHORT)
+            assert runs.call(train, weak) == (0, "")
+            models = [first, str(tmp_path / "weak"), *others]
+            more = [[*words, "--responses", *models] for words in more]
         if stage == "ppo":
             more.append([*COLLECT, "--no-fit-reward", "--max-new-tokens", "1"])
         if stage == "rlaif":

@@ -240,6 +240,14 @@ def test_every_flag_that_names_a_file_is_an_input():
     assert set(identity.FLAGS) - named == {"critic"}  # which may also be `http`
 
 
+def test_each_of_several_files_is_an_input(tmp_path):
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    for file in files:
+        file.write_text("{}")
+    cfg = SimpleNamespace(stage="sft", examples=list(map(str, files)), model="")
+    assert identity.find_inputs(cfg) == {"--examples": files[0], "--examples 2": files[1]}
+
+
 @pytest.mark.parametrize("trials", [20])
 @pytest.mark.parametrize("flag", identity.FLAGS)
 def test_any_change_of_any_input_is_refused(flag, trials, tmp_path):

@@ -27,9 +27,11 @@ COLLECT = {
     "ilf": ["--stage", "ilf", "--judge", "rule", "--refinements", "2", "--downsample", "0"],
     "scores": ["--stage", "rlaif", "--judge", "self", "--labels", "scores"],
     "letters": ["--stage", "rlaif", "--judge", "self", "--labels", "letters"],
+    "contrasts": ["--stage", "rlcd", "--temperature", "2"],
     "judged": ["--stage", "cut", "--judge", "rule", "--downsample", "0"],
 }
-RECORDS = ("candidates.jsonl", "judged.jsonl", "refined.jsonl", "preferences.jsonl")
+RECORDS = ("candidates.jsonl", "judged.jsonl", "refined.jsonl", "preferences.jsonl",
+           "contrasts.jsonl")
 
 
 def nearly(one, other, most: float = 1e-4) -> bool:
