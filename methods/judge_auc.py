@@ -23,8 +23,8 @@ WEAK = 0.6  # an AUC below this is warned about
 INSTEAD = """\
 Its rewards say little about which answers are right. There are --judge agreement, which rewards \
 what most wordings lead to and needs no judge, --judge http for a stronger model, --judge rule \
-where targets are known, more --judge-share to teach the model, and --self-questions 2 for a model \
-that was not taught."""
+where targets are known, more --judge-share to teach the model, and --self-questions 2, which asks \
+in another way."""
 
 
 # ----- Answers whose truth is known -----

@@ -180,8 +180,8 @@ def test_files_are_mixed_by_weight_and_the_rarer_is_repeated(
     capsys.readouterr()
     items = example_items(run)
     names = Counter(item["name"] for item in items)
-    for number, file, own in zip(numbers, ("a", "b"), (6, 2), strict=True):
-        counts = [names[f"{file}.jsonl, example {k}"] for k in range(own)]
+    for number, path, own in zip(numbers, files, (6, 2), strict=True):
+        counts = [names[f"{path}, example {k}"] for k in range(own)]
         assert sum(counts) == number and max(counts) - min(counts) <= 1
     assert len(items) == sum(numbers)
     said = capsys.readouterr().out
