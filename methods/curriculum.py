@@ -7,8 +7,7 @@ answers. A pair is easy if its models are the first and the last, and hard if th
 share of hard pairs grows from 0 to 1 in PHASES equal steps; --curriculum hard goes the other way,
 and mixed draws from all pairs throughout. The loss is DPO's or one of its relatives.
 
-DEVIATION: the paper's models are three (InstructGPT, ChatGPT, GPT-4); which of their pairs it calls
-hard, and its schedule, could not be read.
+DEVIATION: which pairs of its three models the paper calls hard, and its schedule, are not known.
 """
 
 import math
