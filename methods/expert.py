@@ -70,7 +70,7 @@ def chosen_items(run) -> list[dict]:
     """An item for each different line of --choices. Raises ValueError that names the line."""
     path, groups, found = run.cfg.choices, {}, {}
     for group in grouped_candidates(run):
-        groups[group[0]["task"], group[0]["id"]] = group
+        groups[str(group[0]["task"]), str(group[0]["id"])] = group
     for number, choice in enumerate(data.read_records(path), 1):
         where = f"{path}, line {number}"
         record = chosen_record(groups, choice, where)

@@ -43,11 +43,11 @@ def load_benchmark(name: str, path) -> tuple[dict[str, list[dict]], dict]:
     for key, subset, pair, verdict in votes[name](Path(path)):
         groups.setdefault((subset, key), (pair, []))[1].append(verdict)
     for (subset, _), (pair, verdicts) in groups.items():
-        counts = Counter(verdicts)
-        if counts[1] == counts[2]:  # ties alone, or as many for the one as for the other
+        counts = Counter(verdicts).most_common()
+        label, most = counts[0]
+        if not label or counts[1:] and counts[1][1] == most:  # a tie, or no verdict has most votes
             ties += 1
             continue
-        label = 1 if counts[1] > counts[2] else 2
         subsets.setdefault(subset, []).append(pair | {"label": label})
     refuse(not subsets, f"{path} has no pair that people prefer one output of. Expected "
            f"{FORMS[name]}.")
@@ -102,6 +102,8 @@ def mtbench(path: Path) -> Iterator[tuple]:
     for row, where in read_rows(path, FORMS["mtbench"]):
         refuse(not {"question_id", "turn", "model_a", "model_b", "winner", "conversation_a",
                     "conversation_b"} <= row.keys(), f"{where}: expected {FORMS['mtbench']}.")
+        refuse(str(row["turn"]) not in ("1", "2"), f"{where}: turn is {show(row['turn'])}. "
+               "Expected 1 or 2.")
         turn, models = int(row["turn"]), (str(row["model_a"]), str(row["model_b"]))
         verdict = read_verdict(row["winner"], where, models)
         sides = [row["conversation_a"], row["conversation_b"]]

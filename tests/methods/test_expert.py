@@ -117,6 +117,13 @@ def test_a_choice_that_cannot_be_learnt_is_named_before_anything_is_trained(
         run.method.inspect(run)
 
 
+def test_ids_may_be_numbers(make_run, candidates, choose):
+    records = [x | {"id": 7} for x in data.read_records(candidates)[:4]]
+    candidates.unlink()
+    data.append_records(candidates, records)
+    assert len(expert.items(make_run("expert", *choose(records[0])))) == 1
+
+
 def test_a_file_without_choices_is_refused(make_run, choose):
     run = make_run("expert", *choose())
     with pytest.raises(ValueError, match="has no choice"):

@@ -54,6 +54,10 @@ def test_most_people_decide_whatever_order_they_saw(tmp_path):
     subsets, about = load_benchmark("mtbench", path)
     (pair,) = subsets["turn 1"]
     assert pair["label"] == 1 and about["ties"] == 2
+    more = [vote(said, question=84, judge=name) for name, said in
+            (("a", "tie"), ("b", "model_b"), ("c", "tie"))]
+    path = write(tmp_path / "more.jsonl", [vote("model_a"), *more])
+    assert load_benchmark("mtbench", path)[1]["ties"] == 1  # most called it a tie
     # Votes on question 81 are 1, 2, 1, 0 and on 82 they are 1, 2.
     assert about["people"] == {"with_ties": {"mean": 1 / 7, "n": 7},
                                "without_ties": {"mean": 1 / 4, "n": 4}}
@@ -71,7 +75,9 @@ def test_people_who_are_all_of_one_mind():
     ({"winner": "both"}, "record 0: the verdict is .*both.*Expected alpha or beta, 1, 2 or tie"),
     ({"conversation_a": talk("q 1", "a 1")}, "record 0: a conversation has fewer than 2 turns"),
     ({"conversation_a": talk("q 9", "a 1", "q 2", "a 2")}, "record 0: .*other questions"),
-    ({"conversation_b": "text"}, "record 0: a conversation has fewer")])
+    ({"conversation_b": "text"}, "record 0: a conversation has fewer"),
+    ({"turn": "first"}, "record 0: turn is .*first.*Expected 1 or 2"),
+    ({"turn": 0}, "record 0: turn is 0. Expected 1 or 2")])
 def test_a_vote_that_cannot_be_used_is_named(change, wanted, tmp_path):
     path = write(tmp_path / "votes.jsonl", [vote("model_a", turn=2) | change])
     with pytest.raises(ValueError, match=wanted):
