@@ -40,8 +40,8 @@ def test_a_label_has_at_most_twice_as_many_questions_as_the_rarest(run):
 
 
 def test_an_answer_that_is_no_label_of_its_task_is_not_the_rarest_one(run):
-    given = groups("mood", "good", "good", "bad", "the food", "good")
-    assert ids(balance.balanced_groups(run, given)) == [("mood", k) for k in "0123"]
+    given = groups("mood", "good", "good", "bad", "bad", "the food", "good", "good", "good")
+    assert ids(balance.balanced_groups(run, given)) == [("mood", k) for k in "0123456"]
 
 
 def test_of_a_single_label_one_question_stays(run):

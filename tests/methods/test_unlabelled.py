@@ -7,7 +7,7 @@ import pytest
 import data
 import eval as evaluation
 from eval import Completion
-from methods import candidates, groups, unlabelled
+from methods import candidates, groups, rewards, unlabelled
 
 
 @pytest.fixture
@@ -107,3 +107,12 @@ def test_a_self_judge_without_targets(make_run, scored_stage, tmp_path):
     assert len(records) == 4 * 4 * 2 and {x["how"] for x in records} <= {"judged", "empty"}
     if evaluation.extra("judges", False):
         assert (run.folder / "canaries.json").exists()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_self_judge_is_asked_without_a_reference_where_there_is_none(
+        given, make_run, scored_stage, tmp_path):
+    data.append_records(tmp_path / "inputs.jsonl", [{"task": "colour", "input": "a new hat"}])
+    more = ["--unlabelled", str(tmp_path / "inputs.jsonl")] if given else []
+    judge = rewards.make_judge(make_run(scored_stage, "--judge", "self", *more))
+    assert judge.config.show_target is not given

@@ -66,6 +66,12 @@ def test_most_people_decide_whatever_order_they_saw(tmp_path):
     assert "agree in 25.0 % of 4 pairs of votes, votes for a tie apart." in said
 
 
+def test_a_vote_in_the_other_order_is_turned_round(tmp_path):
+    path = write(tmp_path / "votes.jsonl", [vote("model_a", models=("beta", "alpha"))])
+    ((pair,),) = load_benchmark("mtbench", path)[0].values()
+    assert pair["label"] == 2 and pair["output_2"] == "b 1" and pair["source_2"] == "beta"
+
+
 def test_people_who_are_all_of_one_mind():
     assert human_agreement([[1, 1], [2, 2, 2]])["without_ties"] == {"mean": 1.0, "n": 4}
     assert human_agreement([[0, 1]])["without_ties"] == {"mean": None, "n": 0}
