@@ -58,8 +58,8 @@ METHODS = {"CAT": ("cat", ""), "imitation alone": ("cat", "--no-ranking"), "DPO"
            "RRHF": ("rrhf", "")}
 FLIPS = (0.0, 0.05, 0.1, 0.2, 0.3)
 RANKING = {
-    "imitation alone": "--no-ranking",
     "CAT": "",
+    "imitation alone": "--no-ranking",
     "margin 0.5": "--margin 0.5",
     "margin 2": "--margin 2",
     "lambda 0": "--lam 0",
@@ -85,8 +85,14 @@ REAL_ARMS = {
     # An item of CAT reads three documents' worth of tokens and more, see the table's last column.
     "gold targets on all inputs, as many tokens": ("expert", "gold", "--batch-size 24"),
 }
+# Two arms more of the same part: as many steps, on answers that are sampled three times.
+ROUNDS = {"3 rounds": "", "3 rounds, imitation alone": "--no-ranking"}
 # Arms that are compared with each other, too: the second minus the first.
 BETWEEN = (
+    *(("imitation alone", title) for title in RANKING if title != "imitation alone"),
+    ("3 rounds, imitation alone", "3 rounds"),
+    *((f"imitation alone, {100 * flip:.0f} % flipped", f"CAT, {100 * flip:.0f} % flipped")
+      for flip in FLIPS),
     ("CAT as it was: each answer under its own wording", "CAT, self-judge"),
     ("CAT, self-judge", "agreement"),
     ("imitation of the same items", "agreement"),
@@ -232,19 +238,22 @@ def write_flipped(source, target, share, seed):
 
 
 def ranking(runs):
-    """What ranking adds to imitation on identical items, by agreement and by exact rules."""
+    """What ranking adds to imitation, setting by setting, on the items that agreement rewards.
+
+    For exact rewards see `precision`.
+    """
     start, found = runs.first("few", FEW)
     rows = {IA: found}
-    for judge in ("agreement", "rule"):
-        folder, _ = runs.run("cat", f"rank-{judge}", start, f"{FRESH} --judge {judge}")
-        for number, (title, flags) in enumerate(RANKING.items()):
-            given = f"{FRESH} --candidates {folder}/candidates.jsonl {flags}"
-            _, rows[f"{judge}: {title}"] = runs.run("cat", f"rank-{judge}{number}", start, given)
-        for title, flags in (("3 rounds", ""), ("3 rounds, imitation alone", "--no-ranking")):
-            given = (f"{FRESH} --judge {judge} --rounds 3 --pool-per-task 7 --steps 34 "
-                     f"--probe-inputs 2 {flags}")
-            name = f"rank-{judge}-{len(rows)}"
-            _, rows[f"{judge}: {title}"] = runs.run("cat", name, start, given)
+    for number, (title, flags) in enumerate(RANKING.items()):
+        words = f"{FRESH} {AGREE} {flags}"
+        if number:
+            words = f"{FRESH} --candidates {folder}/candidates.jsonl {flags}"
+        place, rows[title] = runs.run("cat", f"rank{number}", start, words)
+        if not number:
+            folder = place  # the other arms learn from what the first one sampled
+    for title, flags in ROUNDS.items():
+        given = f"{FRESH} {AGREE} --rounds 3 --pool-per-task 7 --steps 34 --probe-inputs 2 {flags}"
+        _, rows[title] = runs.run("cat", f"rank{len(rows)}", start, given)
     return rows
 
 

@@ -35,7 +35,7 @@ def commands(monkeypatch):
 
 
 def test_all_methods_have_one_reward_model_and_are_measured_alike(commands, tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("extras.reports.plots")
     frontier.main(["--seeds", "1", "2", "--out", str(tmp_path), "--split", "dev"])
     folders = [folder for _, folder, _ in commands]
     assert len(set(folders)) == len(folders) == 2 * (1 + 7 + 3)
