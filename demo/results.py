@@ -58,18 +58,21 @@ METHODS = {"CAT": ("cat", ""), "imitation alone": ("cat", "--no-ranking"), "DPO"
            "RRHF": ("rrhf", "")}
 FLIPS = (0.0, 0.05, 0.1, 0.2, 0.3)
 RANKING = {
-    "CAT": "",
-    "imitation alone": "--no-ranking",
-    "margin 0.5": "--margin 0.5",
-    "margin 2": "--margin 2",
-    "lambda 0": "--lam 0",
-    "lambda 0.1": "--lam 0.1",
-    "1 worse answer an item": "--max-worse 1",
-    "8 worse answers an item": "--max-worse 8",
-    "rate 1e-4": "--lr 1e-4",
-    "rate 1e-3": "--lr 1e-3",
-    "not normalised by length": "--no-length-normalize",
+    "agreement": AGREE,
+    "imitation alone": f"{SAME} --no-ranking",
+    "margin 0.5": f"{SAME} --margin 0.5",
+    "margin 2": f"{SAME} --margin 2",
+    "lambda 0": f"{SAME} --lam 0",
+    "lambda 0.1": f"{SAME} --lam 0.1",
+    "1 worse answer an item": f"{SAME} --max-worse 1",
+    "8 worse answers an item": f"{SAME} --max-worse 8",
+    "rate 1e-4": f"{SAME} --lr 1e-4",
+    "rate 1e-3": f"{SAME} --lr 1e-3",
+    "not normalised by length": f"{SAME} --no-length-normalize",
 }
+# As many steps on answers that are sampled anew twice.
+THRICE = f"{AGREE} --rounds 3 --pool-per-task 7 --steps 34 --probe-inputs 2"
+RANKING |= {"3 rounds": THRICE, "3 rounds, imitation alone": f"{THRICE} --no-ranking"}
 REAL_WORLD = "--model {model} --dtype bfloat16 --max-new-tokens 12"
 REAL = (f"{REAL_WORLD} --tasks demo/real/tasks --paraphrases demo/real/paraphrases.json "
         "--per-task 24")
@@ -85,11 +88,9 @@ REAL_ARMS = {
     # An item of CAT reads three documents' worth of tokens and more, see the table's last column.
     "gold targets on all inputs, as many tokens": ("expert", "gold", "--batch-size 24"),
 }
-# Two arms more of the same part: as many steps, on answers that are sampled three times.
-ROUNDS = {"3 rounds": "", "3 rounds, imitation alone": "--no-ranking"}
 # Arms that are compared with each other, too: the second minus the first.
 BETWEEN = (
-    *(("imitation alone", title) for title in RANKING if title != "imitation alone"),
+    *(("imitation alone", title) for title in RANKING if "imitation" not in title),
     ("3 rounds, imitation alone", "3 rounds"),
     *((f"imitation alone, {100 * flip:.0f} % flipped", f"CAT, {100 * flip:.0f} % flipped")
       for flip in FLIPS),
@@ -243,18 +244,7 @@ def ranking(runs):
     For exact rewards see `precision`.
     """
     start, found = runs.first("few", FEW)
-    rows = {IA: found}
-    for number, (title, flags) in enumerate(RANKING.items()):
-        words = f"{FRESH} {AGREE} {flags}"
-        if number:
-            words = f"{FRESH} --candidates {folder}/candidates.jsonl {flags}"
-        place, rows[title] = runs.run("cat", f"rank{number}", start, words)
-        if not number:
-            folder = place  # the other arms learn from what the first one sampled
-    for title, flags in ROUNDS.items():
-        given = f"{FRESH} {AGREE} --rounds 3 --pool-per-task 7 --steps 34 --probe-inputs 2 {flags}"
-        _, rows[title] = runs.run("cat", f"rank{len(rows)}", start, given)
-    return rows
+    return {IA: found} | runs.arms("rank", start, FRESH, RANKING)
 
 
 def real(runs):
