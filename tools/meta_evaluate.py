@@ -7,16 +7,18 @@ Writes metrics.json, verdicts.jsonl, report.md and a plot.
 """
 
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from eval import parse_flags
-from extras.judges import JudgeStopped, ServerFlags, check_flags, client_from_flags, pairs
+from extras.judges import JudgeStopped, ServerFlags, check_flags, client_from_flags, confer, pairs
 from extras.judges.benchmarks import describe_labels, load_benchmark
 from extras.judges.local import LocalChat
-from extras.judges.meta import check_sources, summarize_judge
+from extras.judges.meta import annotator_metrics, check_sources, summarize_judge
 from extras.judges.questions import Unread
 from extras.reports.judges import judge_table, own_table, write_judge_report
+from extras.reports.tables import table
 from methods.flags import flag_names, spelled
 from tools import make_main, open_models
 
@@ -27,6 +29,9 @@ OWN = {"data": (None, "LLMBar's folder, a file of labelled pairs, or what --benc
        "own": ("", "how often the judge prefers outputs by this source, and people do"),
        "repeats": (1, "ask so many times, to see if a judge agrees with itself"),
        "instances": (0, "pairs per subset, at most (0: all)"), "seed": (0, "seeds the bootstrap")}
+# What of a client's usage is counted for each evaluator, and what it is called.
+COSTS = {"requests": "requests", "cached": "answers kept before", "prompt_tokens": "tokens read",
+         "completion_tokens": "tokens written", "cost": "cost"}
 # The flags of eval.py that say which model judges itself, and how it is run.
 MODEL = {"model", "adapter", "template", "batch_size", "tokenizer", "device", "dtype", "quantize"}
 
@@ -38,9 +43,10 @@ def meta_evaluate(cfg) -> None:
     subsets = {name: found[:cfg.instances or None] for name, found in everything.items()}
     if cfg.own:
         check_sources([pair for found in subsets.values() for pair in found], cfg.own)
-    judged, results, clients = {}, {}, []
+    judged, results, costs, clients = {}, {}, {}, []
     named = dict(evaluators(cfg, clients))
     for name, evaluate in named.items():
+        start, before = time.perf_counter(), count_costs(clients)
         try:
             judged[name] = {subset: [evaluate(found, k) for k in range(cfg.repeats)]
                             for subset, found in subsets.items()}
@@ -48,16 +54,24 @@ def meta_evaluate(cfg) -> None:
             if len(named) > 1:
                 raise JudgeStopped(f"{name}: {error}") from None
             raise
+        after = count_costs(clients)
+        costs[name] = {title: after[title] - before[title] for title in after}
+        costs[name]["seconds"] = time.perf_counter() - start
     if len(judged) > 2 and cfg.judge != "rule":  # two of the rules contradict each other
         judges = list(judged.values())
         judged["majority"] = {subset: [pairs.majority([found[subset][0] for found in judges])]
                               for subset in subsets}
     for name, found in judged.items():
         results[name] = summarize_judge(subsets, found, own=cfg.own, seed=cfg.seed)
+    controls = {} if cfg.judge == "rule" else control_results(subsets, cfg)
     about = {"judge": cfg.judge, "own": cfg.own, "usage": [client.usage() for client in clients],
-             "labels": labels}
+             "labels": labels, "controls": controls, "costs": costs,
+             "annotators": annotator_metrics(subsets, judged)}
     write_judge_report(Path(cfg.out), subsets, results, judged, about)
-    print(judge_table(results))
+    print(judge_table(results | controls))
+    print("\n" + table("evaluator", costs))
+    for name, found in about["annotators"].items():
+        print(f"\nThe pool of {name}:\n{table('annotator', found)}")
     if labels:
         print(describe_labels(labels))
     if cfg.own:
@@ -66,6 +80,25 @@ def meta_evaluate(cfg) -> None:
         raise JudgeStopped("not a single verdict could be read, so nothing is known of this judge. "
                            f"{Path(cfg.out, 'verdicts.jsonl')} says why. Use another judge, or, "
                            "behind a server, --verdict keyword.")
+
+
+def count_costs(clients: list) -> dict[str, float]:
+    """What all clients have used so far, by COSTS; empty without clients."""
+    found = {}
+    for client in clients:
+        usage = client.usage()
+        for name, title in COSTS.items():
+            found[title] = found.get(title, 0) + usage[name]
+    return found
+
+
+def control_results(subsets: dict[str, list], cfg) -> dict[str, dict]:
+    """What the rules that read no output say of the same pairs, as results of evaluators."""
+    found = {}
+    for rule in pairs.PAIR_RULES:
+        rows = {name: [pairs.evaluate_by_rule(some, rule)] for name, some in subsets.items()}
+        found[f"control: {rule}"] = summarize_judge(subsets, rows, own=cfg.own, seed=cfg.seed)
+    return found
 
 
 def check(cfg) -> None:
@@ -96,7 +129,8 @@ def refuse_unread(cfg, read: set[str]) -> None:
 def evaluators(cfg, clients: list) -> Iterator[tuple]:
     """(name, function from pairs and the number of the repeat to rows) of each evaluator.
 
-    Clients that are made are added to `clients`.
+    Clients that are made are added to `clients`. Evaluators that confer (confer.py) have all
+    models together; of the others each model has its own.
     """
     if cfg.judge == "rule":
         for rule in cfg.strategy or pairs.PAIR_RULES:
@@ -110,14 +144,22 @@ def evaluators(cfg, clients: list) -> Iterator[tuple]:
     else:
         backends = [(name, LocalChat(*parts, batch_size=cfg.batch_size))
                     for name, *parts in open_models(cfg)]
-    for model, backend in backends:
-        for name, strategy in strategies.items():
-            most = cfg.max_unparsed if cfg.judge == "http" else 1.0
-            verdicts = Unread(backend.ask, most)
+    most = cfg.max_unparsed if cfg.judge == "http" else 1.0
+    for name, strategy in strategies.items():
+        readers = [Unread(backend.ask, most) for _, backend in backends]
+        if strategy.kind in confer.FORMS:
+            yield name, evaluator_of(strategy, readers[0], tuple(readers))
+            continue
+        for (model, _), verdicts in zip(backends, readers, strict=True):
+            title = f"{model.strip()} {name}" if len(backends) > 1 else name
+            yield title, evaluator_of(strategy, verdicts)
 
-            def evaluate(found, repeat, verdicts=verdicts, strategy=strategy):
-                return pairs.evaluate_pairs(verdicts, found, strategy, sample=repeat)
-            yield f"{model.strip()} {name}" if len(backends) > 1 else name, evaluate
+
+def evaluator_of(strategy, verdicts: Unread, peers: tuple = ()):
+    """A function from pairs and the number of the repeat to rows."""
+    def evaluate(found, repeat):
+        return pairs.evaluate_pairs(verdicts, found, strategy, sample=repeat, peers=peers)
+    return evaluate
 
 
 main = make_main(meta_evaluate, __doc__, **OWN)

@@ -23,9 +23,9 @@ class LocalChat:
 
         replies, prompts, picked, written = [], [], [], []
         for i, question in enumerate(questions):
-            # The user's message goes where no {input} is looked for: texts stay as they are.
-            system, user = (message["content"] for message in question.messages)
-            prompts.append(self.template.render(system, user))
+            # All but the system prompt goes where no {input} is looked for: texts stay as they are.
+            system, *turns = (message["content"] for message in question.messages)
+            prompts.append(self.template.render(system, "\n\n".join(turns)))
             length = len(self.tokenizer.encode_prompt(prompts[i])) + question.max_tokens
             replies.append(Reply("", "prompt longer than the model takes"))
             if length <= self.model.config.context:

@@ -63,6 +63,30 @@ def judge_metrics(pairs: list[dict], rows: list[dict], *, own: str = "", seed: i
     return found
 
 
+def annotator_metrics(subsets: dict[str, list], judged: dict[str, dict]) -> dict[str, dict]:
+    """Of evaluators that are pools: {evaluator: {annotator: its agreement with people's labels}}.
+
+    Over the pairs of all subsets that were drawn for the annotator, in the first repeat: "pairs",
+    how many were "turned round", and the accuracy "before" that and "after", with intervals.
+    """
+    found = {}
+    for name, results in judged.items():
+        groups = {}
+        for subset, pairs in subsets.items():
+            for pair, row in zip(pairs, results[subset][0], strict=True):
+                if "annotator" in row:
+                    groups.setdefault(row["annotator"], []).append((str(pair["label"]), row))
+        for who in sorted(groups):
+            shares = {}
+            for title, column in (("before", "unflipped"), ("after", "winners")):
+                shares[title] = bootstrap([share_of(label, row[column])
+                                           for label, row in groups[who]])
+            turned = sum(row["flipped"] for _, row in groups[who])
+            found.setdefault(name, {})[who] = {"pairs": len(groups[who]), "turned round": turned,
+                                               **shares}
+    return found
+
+
 def share_of(winner: str, both: list) -> float | None:
     """The share of the verdicts of both orders that name a winner; None if none could be read."""
     known = [said == winner for said in both if said]

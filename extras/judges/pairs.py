@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data import read_json
 from extras.judges.judges import first_probability
-from extras.judges.questions import FIRST_LOOK, TEXTS, Unread, make_question, read_reply
+from extras.judges.questions import FIRST_LOOK, TEXTS, Reply, Unread, make_question, read_reply
 from judge import rouge_l
 
 SUBSETS = ("Natural", "Neighbor", "GPTInst", "GPTOut", "Manual")  # LLMBar's
@@ -27,15 +27,26 @@ DRAW = ("2", "1")  # how LLMBar writes a draw: right in one order only
 class Strategy:
     """A way to compare two outputs; texts.toml names the combinations that are known."""
 
-    kind: str = "verdict"  # or "cot": explain first; or "score": score outputs one by one
+    kind: str = "verdict"  # "cot": explain first; "score": outputs one by one; or confer.FORMS
     rules: bool = True  # tell the judge what counts
     writes: list[str] | tuple = ()  # beforehand: "questions" to ask of outputs, a "reference"
     disagree: str = ""  # where the orders do: "verdict" or "cot" asks with both views; or "draw"
+    examples: int = 0  # worked examples that are shown first
     published: str = ""  # its name in LLMBar
+    rounds: int = 0  # how often those who confer speak, or how many layers there are
+    roles: list[str] | tuple = ()  # who confers: names in [voices]
+    width: int = 0  # aspects, at most
+    window: int = 0  # a layer reads the reviews of aspects that are less than this apart
+    pool: list[str] | tuple = ()  # annotators: the strategies they follow
+    flips: float = 0.0  # and the share of their verdicts that are turned round
 
 
 STRATEGIES = {name: Strategy(**row) for name, row in TEXTS["strategies"].items()}
 PUBLISHED = {strategy.published: name for name, strategy in STRATEGIES.items()}
+PROMPTS = TEXTS["pairs"] | TEXTS["confer"]
+# Worked examples: the parts of a prompt, and the verdict on them.
+EXAMPLES = [({"instruction": row["instruction"], "Output (a)": row["a"], "Output (b)": row["b"]},
+             row["verdict"]) for row in TEXTS["examples"]]
 
 
 def find_strategy(name: str) -> Strategy:
@@ -66,10 +77,15 @@ class Evaluator:
     make: Callable = live_question
     read: Callable = read_reply
     verdicts: Unread | None = None
+    peers: tuple[Unread, ...] = ()  # who confers, where that is not one model with itself
 
     def evaluate(self, pairs: list[dict]) -> list[dict]:
         """One row per pair."""
+        from extras.judges import confer  # which builds on this module
+
         cases, strategy = [], self.strategy
+        if strategy.kind in confer.FORMS:
+            return confer.FORMS[strategy.kind](self, pairs)
         for pair in pairs:
             row = {"winners": [None, None], "draw": False, "stages": [], "failures": []}
             cases.append((pair, {}, row))
@@ -99,23 +115,20 @@ class Evaluator:
                 system=TEXTS["question"]["writer"]))
         replies = self.ask(questions, sample=10 * self.sample)
         for (_, written, row), reply in zip(cases, replies, strict=True):
-            text = reply.text
-            if reply.failure in ("cut while thinking", "prompt cut by the server"):
-                text = ""  # it says nothing of this instruction
-            written[name] = text
-            row["stages"].append(text)
-            if not text or reply.failure not in ("", "cut at max_tokens"):
-                row["failures"].append(f"{name}: {reply.failure or 'empty'}")
+            written[name], failure = written_text(reply)
+            row["stages"].append(written[name])
+            if failure:
+                row["failures"].append(f"{name}: {failure}")
 
-    def replies(self, task: str, kind: str, parts: list[dict], **menu):
-        """(first, second) reply of each case, about which two of the parts are."""
+    def judge(self, task: str, kind: str, parts: list[dict], verdicts: Unread | None = None,
+              **menu) -> list[Reply]:
+        """A reply with a verdict for each of the parts, by `verdicts` or the evaluator's own."""
         notes = [task] + ["rules"] * self.strategy.rules
         notes += [f"{name}_note" for name in self.strategy.writes]
-        task = "\n\n".join(TEXTS["pairs"][note] for note in notes)
+        task = "\n\n".join(PROMPTS[note] for note in notes)
         questions = [self.make(task, part, kind, **menu) for part in parts]
-        verdicts = self.verdicts or Unread(self.ask, 1.0, self.reask)
-        found = verdicts.ask(questions, read=self.read, sample=10 * self.sample)
-        return zip(found[::2], found[1::2], strict=True)
+        verdicts = verdicts or self.verdicts or Unread(self.ask, 1.0, self.reask)
+        return verdicts.ask(questions, read=self.read, sample=10 * self.sample)
 
     def compare(self, cases: list[tuple], task: str, kind: str) -> None:
         """Ask which is better in both orders; write winners, texts and failures into the rows."""
@@ -124,8 +137,11 @@ class Evaluator:
             for swapped in (False, True):
                 views = show_views(row, swapped) if task == "synthesis" else {}
                 parts.append(show_pair(pair, written, swapped) | views)
-        replies = self.replies(task, kind, parts, choices=("a", "b"))
-        for (_, _, row), (first, second) in zip(cases, replies, strict=True):
+        menu = {"choices": ("a", "b")}
+        if self.strategy.examples:
+            menu["examples"] = EXAMPLES[:self.strategy.examples]
+        replies = self.judge(task, kind, parts, **menu)
+        for (_, _, row), first, second in zip(cases, replies[::2], replies[1::2], strict=True):
             row["winners"] = [{"a": "1", "b": "2"}.get(first.verdict),
                               {"a": "2", "b": "1"}.get(second.verdict)]
             row["stages"].append({"first": first.text, "second": second.text})
@@ -135,8 +151,8 @@ class Evaluator:
         """Score each output alone, 0 to 9; the higher score wins, equal ones are a draw."""
         parts = [{"instruction": pair["input"], **written, "output": pair[name]}
                  for pair, written, _ in cases for name in OUTPUTS]
-        replies = self.replies("score", "score", parts, menu="[0-9]", shown="a digit from 0 to 9")
-        for (_, _, row), (one, two) in zip(cases, replies, strict=True):
+        replies = self.judge("score", "score", parts, menu="[0-9]", shown="a digit from 0 to 9")
+        for (_, _, row), one, two in zip(cases, replies[::2], replies[1::2], strict=True):
             row["stages"].append({"score_1": one.verdict or one.text,
                                   "score_2": two.verdict or two.text})
             row["failures"] += [reply.failure for reply in (one, two) if reply.failure]
@@ -144,14 +160,25 @@ class Evaluator:
                 decide(row, int(one.verdict), int(two.verdict))
 
 
+def written_text(reply: Reply) -> tuple[str, str]:
+    """What a helper wrote and why it failed, or ""; a text that was cut still helps."""
+    text = reply.text
+    if reply.failure in ("cut while thinking", "prompt cut by the server"):
+        text = ""  # it says nothing of what was asked
+    if text and reply.failure in ("", "cut at max_tokens"):
+        return text, ""
+    return text, reply.failure or "empty"
+
+
 def evaluate_pairs(verdicts: Unread, pairs: list[dict], strategy: Strategy, *,
-                   sample: int = 0) -> list[dict]:
+                   sample: int = 0, peers: tuple[Unread, ...] = ()) -> list[dict]:
     """One row per pair, by the live form of verdicts. `sample` numbers the repeats.
 
     The first few pairs are judged before helpers write about the others, so that a judge that
     cannot be read is not paid for to the end.
     """
-    evaluator = Evaluator(verdicts.backend, strategy, sample=sample, verdicts=verdicts)
+    evaluator = Evaluator(verdicts.backend, strategy, sample=sample, verdicts=verdicts,
+                          peers=peers)
     first = max(0, FIRST_LOOK - verdicts.asked) // 2
     return evaluator.evaluate(pairs[:first]) + evaluator.evaluate(pairs[first:])
 
@@ -192,14 +219,19 @@ def majority(evaluations: list[list[dict]]) -> list[dict]:
         row = {"winners": [], "draw": False, "failures": []}
         row["stages"] = [vote["winners"] for vote in votes]
         for order in (0, 1):
-            count = Counter(winners[order] for winners in row["stages"])
-            winner = "1" if count["1"] > count["2"] else "2"
-            if count["1"] == count["2"]:
-                winner = DRAW[order] if count["1"] else None
-                row["draw"] = row["draw"] or count["1"] > 0
+            winner, draw = elect([winners[order] for winners in row["stages"]], order)
             row["winners"].append(winner)
+            row["draw"] = row["draw"] or draw
         rows.append(row)
     return rows
+
+
+def elect(votes: list[str | None], order: int) -> tuple[str | None, bool]:
+    """(the winner that most votes name, or None; whether it is a draw) in one of the two orders."""
+    count = Counter(votes)
+    if count["1"] == count["2"]:
+        return (DRAW[order], True) if count["1"] else (None, False)
+    return "1" if count["1"] > count["2"] else "2", False
 
 
 def preference_probabilities(ask: Callable, pairs: list[dict]) -> list[float | None]:

@@ -105,11 +105,12 @@ def draw_nonce(messages: list[dict], own: str) -> tuple[str, list[dict]]:
 
 def make_question(task: str, parts: dict[str, str], *, choices: tuple[str, ...] = (),
                   menu: str = "", shown: str = "", think: bool = False, max_tokens: int = 0,
-                  system: str = TEXTS["question"]["judge"]) -> Question:
+                  system: str = TEXTS["question"]["judge"], examples=()) -> Question:
     """A prompt: the task, each part unaltered between fences with a nonce, how to answer.
 
     A verdict is one of `choices`, or what `menu` matches and `shown` puts into words. With
-    neither, the reply is free text. `think` lets the judge explain itself first.
+    neither, the reply is free text. `think` lets the judge explain itself first. `examples` are
+    (parts, verdict) of other questions of this kind, shown before it as turns of the chat.
     """
     nonce, count = "", 0
     texts = "\n".join([task, *parts.values()])
@@ -117,15 +118,17 @@ def make_question(task: str, parts: dict[str, str], *, choices: tuple[str, ...] 
     while not nonce or nonce in texts:
         blob = json.dumps([task, parts, count]).encode()
         nonce, count = hashlib.sha256(blob).hexdigest()[:8], count + 1
-    sections = [task]
-    for name, text in parts.items():
-        sections.append(f"<{name} {nonce}>\n{text}\n</{name} {nonce}>")
-    menu = menu or "|".join(map(re.escape, choices))
+    menu, ending = menu or "|".join(map(re.escape, choices)), []
     if menu:
-        ending = TEXTS["question"]["explain" if think else "brief"]
-        sections.append(ending.format(nonce=nonce, menu=shown or " or ".join(choices)))
-    messages = [{"role": "system", "content": system.format(nonce=nonce)},
-                {"role": "user", "content": "\n\n".join(sections)}]
+        words = TEXTS["question"]["explain" if think else "brief"]
+        ending = [words.format(nonce=nonce, menu=shown or " or ".join(choices))]
+    messages = [{"role": "system", "content": system.format(nonce=nonce)}]
+    for shot, verdict in [*examples, (parts, "")]:
+        sections = [f"<{name} {nonce}>\n{text}\n</{name} {nonce}>" for name, text in shot.items()]
+        text = "\n\n".join([task, *sections, *ending])
+        messages.append({"role": "user", "content": text})
+        if verdict:
+            messages.append({"role": "assistant", "content": f"VERDICT {nonce}: {verdict}"})
     if not max_tokens:
         max_tokens = 512 if think or not menu else 64
     return Question(messages, max_tokens, nonce, menu, choices, bool(choices) and not think)
@@ -187,12 +190,17 @@ def ask_for_keyword(question: Question) -> Question:
     """The question so that its answer begins with one of two choices. Others stay as they are."""
     if not question.pick:
         return question
-    system, user = question.messages
     menu = " or ".join(question.choices)
     brief = TEXTS["question"]["brief"].format(nonce=question.nonce, menu=menu)
-    assert user["content"].endswith(brief), "a choice that is asked for in another way"
-    text = user["content"].removesuffix(brief) + TEXTS["verdict"]["keyword"].format(menu=menu)
-    messages = [system, {**user, "content": text}]
+    keyword, messages = TEXTS["verdict"]["keyword"].format(menu=menu), []
+    for message in question.messages:
+        text = message["content"]
+        if message["role"] == "user":
+            assert text.endswith(brief), "a choice that is asked for in another way"
+            text = text.removesuffix(brief) + keyword
+        elif message["role"] == "assistant":  # the verdict of an example
+            text = text.removeprefix(f"VERDICT {question.nonce}: ")
+        messages.append({**message, "content": text})
     return replace(question, messages=messages, max_tokens=1, one_token=True)
 
 

@@ -53,7 +53,13 @@ def write_judge_report(out: Path, subsets: dict, results: dict, judged: dict, ab
                     place | pair | row for pair, row in zip(subsets[subset], rows, strict=True)])
     parts = ["# How far to trust the judge", f"Judge: {markdown(about['judge'])}. Accuracy / "
              "agreement of both orders, percent, over the verdicts that could be read; averages "
-             "are over subsets, unweighted.", judge_table(results)]
+             "are over subsets, unweighted. The controls read no output.",
+             judge_table(results | about["controls"]), "What each took:",
+             table("evaluator", about["costs"])]
+    for name, found in about["annotators"].items():
+        parts += [f"## The pool of {markdown(name)}", "Each annotator's agreement with people over "
+                  "the pairs that were drawn for it, before and after verdicts were turned round.",
+                  table("annotator", found)]
     if about.get("own"):
         parts += [f"## Outputs by {markdown(about['own'])}", "How often the judge and people "
                   "prefer them to others' outputs, percent, over all pairs.", own_table(results)]

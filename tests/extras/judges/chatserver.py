@@ -158,7 +158,7 @@ def lines(path):
 
 def fenced(question, name="response"):
     """What a question shows between the fences of that name."""
-    text = question.messages[1]["content"].partition(f"<{name} {question.nonce}>\n")[2]
+    text = question.messages[-1]["content"].partition(f"<{name} {question.nonce}>\n")[2]
     return text.partition(f"\n</{name} {question.nonce}>")[0]
 
 
@@ -176,7 +176,7 @@ class Says:
         self.calls += [how] * len(questions)
         replies = []
         for question in questions:
-            reply = self.decide(question, question.messages[1]["content"])
+            reply = self.decide(question, question.messages[-1]["content"])
             if not isinstance(reply, Reply):
                 reply = Reply(reply)
             replies.append(Reply(reply.text.replace("{n}", question.nonce), reply.failure))

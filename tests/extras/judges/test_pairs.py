@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from chatserver import Says, fenced
 
+from extras.judges.confer import FORMS
 from extras.judges.meta import judge_metrics
 from extras.judges.pairs import (
     PUBLISHED,
@@ -46,7 +47,8 @@ def always(letter):
     return Says(lambda question, text: f"Output ({letter}) came {letter}.\nVERDICT {{n}}: {letter}")
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", [name for name, strategy in STRATEGIES.items()
+                                  if strategy.kind not in FORMS])
 def test_every_strategy_finds_what_a_fair_judge_prefers(name):
     strategy = STRATEGIES[name]
     for output, winner in ((PAIR["output_1"], "1"), (PAIR["output_2"], "2")):
@@ -54,8 +56,9 @@ def test_every_strategy_finds_what_a_fair_judge_prefers(name):
         row, = Evaluator(ask, strategy).evaluate([PAIR])
         assert row["winners"] == [winner, winner] and row["failures"] == [] and not row["draw"]
     for question in ask.asked:
-        text = question.messages[1]["content"]
+        text = question.messages[-1]["content"]
         if question.menu:
+            assert len(question.messages) == 2 + 2 * strategy.examples
             assert ("What counts, in this order" in text) == strategy.rules
             assert ("Is it a colour?" in text) == ("questions" in strategy.writes)
             assert ("Blue." in text) == ("reference" in strategy.writes)
@@ -203,7 +206,7 @@ def test_soft_labels():
 
 
 def test_names():
-    assert len(PUBLISHED) == 14 and find_strategy("Vanilla_NoRules") is STRATEGIES["vanilla"]
+    assert len(PUBLISHED) == 16 and find_strategy("Vanilla_NoRules") is STRATEGIES["vanilla"]
     both = Strategy(writes=["questions", "reference"], published="Metrics_Reference")
     assert find_strategy("Metrics_Reference") == find_strategy("metrics_reference") == both
     with pytest.raises(ValueError, match="unknown strategy 'chat'. Strategies: vanilla, rules"):
