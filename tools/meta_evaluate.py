@@ -43,20 +43,8 @@ def meta_evaluate(cfg) -> None:
     subsets = {name: found[:cfg.instances or None] for name, found in everything.items()}
     if cfg.own:
         check_sources([pair for found in subsets.values() for pair in found], cfg.own)
-    judged, results, costs, clients = {}, {}, {}, []
-    named = dict(evaluators(cfg, clients))
-    for name, evaluate in named.items():
-        start, before = time.perf_counter(), count_costs(clients)
-        try:
-            judged[name] = {subset: [evaluate(found, k) for k in range(cfg.repeats)]
-                            for subset, found in subsets.items()}
-        except JudgeStopped as error:
-            if len(named) > 1:
-                raise JudgeStopped(f"{name}: {error}") from None
-            raise
-        after = count_costs(clients)
-        costs[name] = {title: after[title] - before[title] for title in after}
-        costs[name]["seconds"] = time.perf_counter() - start
+    clients, results = [], {}
+    judged, costs = ask_evaluators(cfg, subsets, clients)
     if len(judged) > 2 and cfg.judge != "rule":  # two of the rules contradict each other
         judges = list(judged.values())
         judged["majority"] = {subset: [pairs.majority([found[subset][0] for found in judges])]
@@ -80,6 +68,27 @@ def meta_evaluate(cfg) -> None:
         raise JudgeStopped("not a single verdict could be read, so nothing is known of this judge. "
                            f"{Path(cfg.out, 'verdicts.jsonl')} says why. Use another judge, or, "
                            "behind a server, --verdict keyword.")
+
+
+def ask_evaluators(cfg, subsets: dict[str, list], clients: list) -> tuple[dict, dict]:
+    """({evaluator: {subset: repeats of rows}}, {evaluator: what it took}).
+
+    Clients that are made are added to `clients`. Raises JudgeStopped that names the evaluator.
+    """
+    judged, costs, named = {}, {}, dict(evaluators(cfg, clients))
+    for name, evaluate in named.items():
+        start, before = time.perf_counter(), count_costs(clients)
+        try:
+            judged[name] = {subset: [evaluate(found, k) for k in range(cfg.repeats)]
+                            for subset, found in subsets.items()}
+        except JudgeStopped as error:
+            if len(named) > 1:
+                raise JudgeStopped(f"{name}: {error}") from None
+            raise
+        after = count_costs(clients)
+        costs[name] = {title: after[title] - before[title] for title in after}
+        costs[name]["seconds"] = time.perf_counter() - start
+    return judged, costs
 
 
 def count_costs(clients: list) -> dict[str, float]:
