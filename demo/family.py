@@ -60,6 +60,8 @@ def runs_of_seed(args, seed):
         common += ["--init", str(main), "--candidates", str(cat / "candidates.jsonl")]
         for number, (title, (stage, flags)) in enumerate(methods.items()):
             folders[title] = f"{cat}-{number}" if number else str(cat)
+            if not number:  # the run that collected
+                continue
             words = flags.split() + own * (stage in COMPARING)
             if stage == "ppo" and judge == "rule":  # rules can be asked as often as one likes
                 words.append("--no-fit-reward")

@@ -416,6 +416,18 @@ def cost_of(seeds, title):
     return f"{minutes:.1f}, {memory:.1f}, {tokens:.0f}"
 
 
+def precision_of(seeds, flip):
+    """The mean precision of reward 2 in percent where a share of the rewards is turned round."""
+    title = f"CAT, {100 * flip:.0f} % flipped"
+    return 100 * np.mean([rows[title]["precision"] for rows in seeds])
+
+
+def precision_line(seeds):
+    """A sentence with the precision at each share of flips."""
+    said = [f"{precision_of(seeds, flip):.1f} with {100 * flip:.0f} %" for flip in FLIPS]
+    return f"Precision of reward 2, percent: {', '.join(said)} flipped."
+
+
 def plot_precision(seeds):
     """CR and consistent-and-correct minus SFT(IA), over the precision of the reward."""
     from extras.reports.plots import new_figure
@@ -425,7 +437,7 @@ def plot_precision(seeds):
         start = trials.means(seeds, IA, metric)  # (seeds,)
         for title in METHODS:
             names = [f"{title}, {100 * flip:.0f} % flipped" for flip in FLIPS]
-            x = [100 * np.mean([rows[name]["precision"] for rows in seeds]) for name in names]
+            x = [precision_of(seeds, flip) for flip in FLIPS]
             gains = 100 * np.array([trials.means(seeds, name, metric) - start for name in names])
             half = [trials.half_interval(gain) for gain in gains]
             axes.errorbar(x, gains.mean(1), half, marker="o", capsize=3, label=title)
@@ -455,6 +467,8 @@ def main(argv=None):
         parts = [about, *tables(seeds)]
         if part in ("real", "unseen", "unseen-real"):
             parts += task_tables(seeds)
+        if part == "precision":
+            parts.append(precision_line(seeds))
         trials.write_results(out, parts)
         if part == "precision":
             from extras.reports.plots import save_plots

@@ -115,11 +115,14 @@ def difference(seeds, before, after, metric):
 
 
 def interval(delta):
-    """The mean of differences (n,) with its 95 % t interval, in percent; how many are positive."""
+    """The mean of differences (n,) with its 95 % t interval, in percent; how many are positive.
+
+    One difference has no interval.
+    """
     delta = 100 * np.array(delta)
     mean, half = delta.mean(), half_interval(delta)
-    bounds = f"[{mean - half:+.1f}, {mean + half:+.1f}]"
-    return f"{mean:+.1f} {bounds} {(delta > 0).sum()}/{len(delta)}"
+    bounds = f"[{mean - half:+.1f}, {mean + half:+.1f}] " if len(delta) > 1 else ""
+    return f"{mean:+.1f} {bounds}{(delta > 0).sum()}/{len(delta)}"
 
 
 def table(header, rows):

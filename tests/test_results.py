@@ -193,6 +193,7 @@ def test_all_parts_have_folders_of_their_own_and_a_row_for_each_arm(commands, ru
         assert "nan" not in text and text.count("agreement") > 0 or part == "precision"
     assert (out / "plots" / "precision.png").exists() or list(out.rglob("precision.png"))
     assert "share of 100.0" in (out / "real" / "results.md").read_text()
+    assert " with 30 % flipped." in (out / "precision" / "results.md").read_text()
 
 
 def test_the_same_items_are_those_of_the_agreement_arm(commands, run_parts):
@@ -223,3 +224,4 @@ def test_what_another_command_made_is_refused(tmp_path, monkeypatch):
 def test_an_interval_by_hand():
     assert results.trials.interval([0.01, 0.03, 0.02]) == "+2.0 [-0.5, +4.5] 3/3"  # 4.303 / 3^0.5
     assert results.trials.interval([-0.01, 0.01]) == "+0.0 [-12.7, +12.7] 1/2"
+    assert results.trials.interval([0.01]) == "+1.0 1/1"

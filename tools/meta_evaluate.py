@@ -17,7 +17,7 @@ from extras.judges.benchmarks import describe_labels, load_benchmark
 from extras.judges.local import LocalChat
 from extras.judges.meta import annotator_metrics, check_sources, summarize_judge
 from extras.judges.questions import Unread
-from extras.reports.judges import judge_table, own_table, write_judge_report
+from extras.reports.judges import cost_table, judge_table, own_table, write_judge_report
 from extras.reports.tables import table
 from methods.flags import flag_names, spelled
 from tools import make_main, open_models
@@ -30,7 +30,7 @@ OWN = {"data": (None, "LLMBar's folder, a file of labelled pairs, or what --benc
        "repeats": (1, "ask so many times, to see if a judge agrees with itself"),
        "instances": (0, "pairs per subset, at most (0: all)"), "seed": (0, "seeds the bootstrap")}
 # What of a client's usage is counted for each evaluator, and what it is called.
-COSTS = {"requests": "requests", "cached": "answers kept before", "prompt_tokens": "tokens read",
+COSTS = {"requests": "requests", "cached": "answers on file", "prompt_tokens": "tokens read",
          "completion_tokens": "tokens written", "cost": "cost"}
 # The flags of eval.py that say which model judges itself, and how it is run.
 MODEL = {"model", "adapter", "template", "batch_size", "tokenizer", "device", "dtype", "quantize"}
@@ -45,20 +45,20 @@ def meta_evaluate(cfg) -> None:
         check_sources([pair for found in subsets.values() for pair in found], cfg.own)
     clients, results = [], {}
     judged, costs = ask_evaluators(cfg, subsets, clients)
-    if len(judged) > 2 and cfg.judge != "rule":  # two of the rules contradict each other
-        judges = list(judged.values())
+    pools = annotator_metrics(subsets, judged)
+    judges = [found for name, found in judged.items() if name not in pools]  # pools are noisy
+    if len(judges) > 2 and cfg.judge != "rule":  # two of the rules contradict each other
         judged["majority"] = {subset: [pairs.majority([found[subset][0] for found in judges])]
                               for subset in subsets}
     for name, found in judged.items():
         results[name] = summarize_judge(subsets, found, own=cfg.own, seed=cfg.seed)
     controls = {} if cfg.judge == "rule" else control_results(subsets, cfg)
     about = {"judge": cfg.judge, "own": cfg.own, "usage": [client.usage() for client in clients],
-             "labels": labels, "controls": controls, "costs": costs,
-             "annotators": annotator_metrics(subsets, judged)}
+             "labels": labels, "controls": controls, "costs": costs, "annotators": pools}
     write_judge_report(Path(cfg.out), subsets, results, judged, about)
     print(judge_table(results | controls))
-    print("\n" + table("evaluator", costs))
-    for name, found in about["annotators"].items():
+    print("\n" + cost_table(costs))
+    for name, found in pools.items():
         print(f"\nThe pool of {name}:\n{table('annotator', found)}")
     if labels:
         print(describe_labels(labels))
@@ -102,11 +102,11 @@ def count_costs(clients: list) -> dict[str, float]:
 
 
 def control_results(subsets: dict[str, list], cfg) -> dict[str, dict]:
-    """What the rules that read no output say of the same pairs, as results of evaluators."""
+    """What the rules, which use no model, say of the same pairs, as results of evaluators."""
     found = {}
     for rule in pairs.PAIR_RULES:
         rows = {name: [pairs.evaluate_by_rule(some, rule)] for name, some in subsets.items()}
-        found[f"control: {rule}"] = summarize_judge(subsets, rows, own=cfg.own, seed=cfg.seed)
+        found[f"{rule} (control)"] = summarize_judge(subsets, rows, own=cfg.own, seed=cfg.seed)
     return found
 
 
@@ -138,8 +138,8 @@ def refuse_unread(cfg, read: set[str]) -> None:
 def evaluators(cfg, clients: list) -> Iterator[tuple]:
     """(name, function from pairs and the number of the repeat to rows) of each evaluator.
 
-    Clients that are made are added to `clients`. Evaluators that confer (confer.py) have all
-    models together; of the others each model has its own.
+    Clients that are made are added to `clients`. There is one evaluator for each strategy and
+    model, but one for all models together where they confer (confer.py).
     """
     if cfg.judge == "rule":
         for rule in cfg.strategy or pairs.PAIR_RULES:
@@ -155,13 +155,15 @@ def evaluators(cfg, clients: list) -> Iterator[tuple]:
                     for name, *parts in open_models(cfg)]
     most = cfg.max_unparsed if cfg.judge == "http" else 1.0
     for name, strategy in strategies.items():
-        readers = [Unread(backend.ask, most) for _, backend in backends]
+        readers = []
+        for model, backend in backends:
+            title = model.strip() if len(backends) > 1 else ""
+            readers.append(Unread(backend.ask, most, name=title))
         if strategy.kind in confer.FORMS:
             yield name, evaluator_of(strategy, readers[0], tuple(readers))
             continue
-        for (model, _), verdicts in zip(backends, readers, strict=True):
-            title = f"{model.strip()} {name}" if len(backends) > 1 else name
-            yield title, evaluator_of(strategy, verdicts)
+        for verdicts in readers:
+            yield f"{verdicts.name} {name}".strip(), evaluator_of(strategy, verdicts)
 
 
 def evaluator_of(strategy, verdicts: Unread, peers: tuple = ()):

@@ -9,22 +9,26 @@
     annotators  every pair goes to one of several evaluators, and a share of the verdicts is turned
                 round                                            AlpacaFarm, arXiv 2305.14387
 
-What is said stands between fences, as the outputs do: it is material, and gives no orders. Who
-speaks, how often and under which prompt is in texts.toml. With several models (`Evaluator.peers`)
-the roles, reviewers, aspects and annotators are given to them in turn.
+Every remark stands between fences of its own, as the outputs do: it is material, gives no orders,
+and cannot speak for others. Who speaks, how often and under which prompt is in texts.toml. With
+several models (`Evaluator.peers`) the roles, reviewers and aspects go to them in turn, and every
+kind of annotator is there with each of them.
 """
 
+import json
 import random
 import re
 from dataclasses import dataclass, field, replace
+from itertools import product
 
-from extras.judges.pairs import DRAW, STRATEGIES, Evaluator, elect, show_pair, written_text
+from extras.judges.pairs import OUTPUTS, STRATEGIES, Evaluator, elect, show_pair, written_text
 from extras.judges.questions import TEXTS, Unread, make_question
 
 TWO_SCORES = r"[0-9][\s,;/]+(?:and\s+)?[0-9]"
 SHOWN_SCORES = "two digits from 0 to 9, with a blank between, the first for Output (a),"
 WRITTEN_LENGTH = 300  # tokens of what is said without a verdict
-OUTPUT = {"a": "Output (a)", "b": "Output (b)"}
+LIST_MARK = r"(?:[-*\u2022]\s+)?\d+[.)](?!\d)\s*|[-*\u2022]\s+"
+OTHER = {"1": "2", "2": "1"}
 SHOWN_AS = ({"a": "1", "b": "2"}, {"a": "2", "b": "1"})  # in either order
 
 
@@ -40,14 +44,13 @@ class Talk:
     aspects: list[str] = field(default_factory=list)
     remarks: list[dict] = field(default_factory=list)
 
-    def transcript(self, remarks: list[dict] | None = None) -> str:
-        """What was said, as text: all of it, or these remarks."""
-        lines = []
-        for remark in self.remarks if remarks is None else remarks:
-            found = OUTPUT.get(remark["verdict"])
-            choice = f" (finds {found} better)" if found else ""
-            lines.append(f"{remark['who']}: {remark['text']}{choice}")
-        return "\n\n".join(lines)
+    def heard(self) -> dict[str, str]:
+        """What was said so far, as parts of a prompt."""
+        parts = {}
+        for number, remark in enumerate(self.remarks, 1):
+            choice = f", for Output ({remark['verdict']})" if remark["verdict"] else ""
+            parts[f"remark {number} by the {remark['who']}{choice}"] = remark["text"]
+        return parts
 
     def winner(self, letter: str | None) -> str | None:
         """The output, "1" or "2", that is shown as this letter here; None for None."""
@@ -60,16 +63,14 @@ def open_talks(pairs: list[dict]) -> list[Talk]:
             for pair in pairs for order in (0, 1)]
 
 
-def close_talks(talks: list[Talk], results: list[tuple]) -> list[dict]:
-    """Rows as those of an Evaluator, from the (winner, whether it is a draw) of each talk."""
+def close_talks(talks: list[Talk], votes: list[list]) -> list[dict]:
+    """Rows as those of an Evaluator; votes: of each talk, for "1", "2" or nobody (None)."""
     rows = []
     for number in range(0, len(talks), 2):
-        both = talks[number:number + 2]
-        winners, draws = zip(*results[number:number + 2], strict=True)
-        stage = dict(zip(("first", "second"), [talk.remarks for talk in both], strict=True))
-        failures = [x["failure"] for talk in both for x in talk.remarks if x["failure"]]
-        rows.append({"winners": list(winners), "draw": any(draws), "stages": [stage],
-                     "failures": failures})
+        first, second = talks[number:number + 2]
+        stage = {"first": first.remarks, "second": second.remarks}
+        failures = [x["failure"] for x in first.remarks + second.remarks if x["failure"]]
+        rows.append({**elect(votes[number:number + 2]), "stages": [stage], "failures": failures})
     return rows
 
 
@@ -85,8 +86,7 @@ def speak(evaluator: Evaluator, talks: list[Talk], number: int, task: str, *,
     peer = peers[number % len(peers)]
     system = f"{TEXTS['question']['judge']} {TEXTS['voices'][role]}"
     for talk in talks:
-        said = {"what was said": talk.transcript()} if talk.remarks and task != "compare" else {}
-        parts.append(talk.parts | said)
+        parts.append(talk.parts if task == "compare" else talk.parts | talk.heard())
     if vote:
         replies = evaluator.judge(task, "cot", parts, peer, choices=("a", "b"), system=system)
     else:
@@ -94,9 +94,9 @@ def speak(evaluator: Evaluator, talks: list[Talk], number: int, task: str, *,
                                    system=system) for part in parts]
         replies = peer.backend(questions, sample=10 * evaluator.sample)
     for talk, reply in zip(talks, replies, strict=True):
-        text, failure = (reply.text, reply.failure) if vote else written_text(reply)
+        text, failure = written_text(reply)
         talk.remarks.append({"who": role, "text": text, "verdict": reply.verdict,
-                             "failure": failure})
+                             "failure": reply.failure if vote else failure})
 
 
 # ----- Forms -----
@@ -107,11 +107,10 @@ def debate(evaluator: Evaluator, pairs: list[dict]) -> list[dict]:
         last = turn == strategy.rounds - 1
         for number in range(len(strategy.roles)):
             speak(evaluator, talks, number, "debate_vote" if last else "debate", vote=last)
-    results = []
+    votes = []
     for talk in talks:
-        votes = [talk.winner(x["verdict"]) for x in talk.remarks[-len(strategy.roles):]]
-        results.append(elect(votes, talk.order))
-    return close_talks(talks, results)
+        votes.append([talk.winner(x["verdict"]) for x in talk.remarks[-len(strategy.roles):]])
+    return close_talks(talks, votes)
 
 
 def discussion(evaluator: Evaluator, pairs: list[dict]) -> list[dict]:
@@ -125,8 +124,7 @@ def discussion(evaluator: Evaluator, pairs: list[dict]) -> list[dict]:
     for turn in range(strategy.rounds):
         disputed = [talk for talk in talks if set(opinions(talk)) == {"a", "b"}]
         speak(evaluator, disputed, turn % 2, "discuss")
-    return close_talks(talks, [elect(list(map(talk.winner, opinions(talk))), talk.order)
-                               for talk in talks])
+    return close_talks(talks, [list(map(talk.winner, opinions(talk))) for talk in talks])
 
 
 def opinions(talk: Talk) -> list[str | None]:
@@ -143,14 +141,7 @@ def layers(evaluator: Evaluator, pairs: list[dict]) -> list[dict]:
     failures = name_aspects(evaluator, talks)
     for layer in range(strategy.rounds):
         score_layer(evaluator, talks, layer)
-    results = []
-    for talk in talks:
-        scores = [list(map(int, re.findall("[0-9]", x["verdict"])))
-                  for x in talk.remarks if x["verdict"]]
-        one, two = (sum(score[place] for score in scores) for place in (0, 1))
-        votes = [talk.winner("a" if one > two else "b")] if one != two else ["1", "2"]
-        results.append(elect(votes if scores else [], talk.order))
-    rows = close_talks(talks, results)
+    rows = close_talks(talks, list(map(count_scores, talks)))
     for row, talk, failure in zip(rows, talks[::2], failures, strict=True):
         row["stages"].insert(0, talk.aspects)
         row["failures"] += failure
@@ -165,67 +156,95 @@ def name_aspects(evaluator: Evaluator, talks: list[Talk]) -> list[list[str]]:
     replies = find_peers(evaluator)[0].backend(questions, sample=10 * evaluator.sample)
     for first, second, reply in zip(talks[::2], talks[1::2], replies, strict=True):
         text, failure = written_text(reply)
-        lines = [re.sub(r"^[\s\-*\u2022]*(?:\d+[.)])?\s*", "", line) for line in text.splitlines()]
-        first.aspects = second.aspects = [line.strip() for line in lines if line.strip()][:width]
+        first.aspects = second.aspects = read_list(text)[:width]
         if not first.aspects:
             failure = failure or "empty"
         failures.append([f"aspects: {failure}"] if failure else [])
     return failures
 
 
+def read_list(text: str) -> list[str]:
+    """The different items of a list that a model wrote, in order.
+
+    If any line has a number or a mark of a list, only such lines are items.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    marked = [line for line in lines if re.match(LIST_MARK, line)]
+    items = [re.sub(LIST_MARK, "", line).replace("**", "").strip() for line in marked or lines]
+    return list(dict.fromkeys(filter(None, items)))
+
+
 def score_layer(evaluator: Evaluator, talks: list[Talk], layer: int) -> None:
     """Add a remark for each aspect of each talk, with two digits as its verdict."""
-    peers, made = find_peers(evaluator), {}
-    seats = [(talk, place) for talk in talks for place in range(len(talk.aspects))]
-    for number, peer in enumerate(peers):
-        mine = [(talk, place) for talk, place in seats if place % len(peers) == number]
-        parts = [aspect_parts(talk, place, layer, evaluator.strategy.window)
-                 for talk, place in mine]
-        replies = evaluator.judge("score_reviewed" if layer else "score_aspect", "cot", parts, peer,
-                                  menu=TWO_SCORES, shown=SHOWN_SCORES)
-        for (talk, place), reply in zip(mine, replies, strict=True):
-            made[id(talk), place] = reply
-    for talk, place in seats:
-        reply = made[id(talk), place]
-        talk.remarks.append({"who": talk.aspects[place], "text": reply.text,
-                             "verdict": reply.verdict, "failure": reply.failure})
+    peers, strategy = find_peers(evaluator), evaluator.strategy
+    before = [talk.remarks[-len(talk.aspects):] if layer else [] for talk in talks]
+    for place in range(strategy.width):
+        parts, seated = [], []
+        for talk, reviews in zip(talks, before, strict=True):
+            if place < len(talk.aspects):
+                seated.append(talk)
+                parts.append(aspect_parts(talk, place, reviews, strategy.window))
+        task = "score_reviewed" if layer else "score_aspect"
+        replies = evaluator.judge(task, "cot", parts, peers[place % len(peers)], menu=TWO_SCORES,
+                                  shown=SHOWN_SCORES)
+        for talk, reply in zip(seated, replies, strict=True):
+            talk.remarks.append({"who": talk.aspects[place], "text": written_text(reply)[0],
+                                 "verdict": reply.verdict, "failure": reply.failure})
 
 
-def aspect_parts(talk: Talk, place: int, layer: int, window: int) -> dict[str, str]:
-    """The parts of a prompt for one aspect; from the second layer on with the reviews near it."""
-    parts, width = talk.parts | {"aspect": talk.aspects[place]}, len(talk.aspects)
-    if not layer:
-        return parts
-    before = talk.remarks[-width:]
-    near = [remark for other, remark in enumerate(before) if abs(other - place) < window]
-    return parts | {"reviews": talk.transcript(near)}
+def aspect_parts(talk: Talk, place: int, reviews: list[dict], window: int) -> dict[str, str]:
+    """The parts of a prompt for one aspect, with those reviews of the layer before that are near.
+
+    reviews: one for each aspect, or none in the first layer.
+    """
+    parts = talk.parts | {"aspect": talk.aspects[place]}
+    for number, review in enumerate(reviews):
+        if abs(number - place) < window:
+            scores = f"\nScores: {review['verdict']}" if review["verdict"] else ""
+            parts[f"review {number + 1}"] = f"{review['who']}: {review['text']}{scores}"
+    return parts
+
+
+def count_scores(talk: Talk) -> list[str | None]:
+    """The vote of all scores together: for the output with more of them, or one for each."""
+    scores = [re.findall("[0-9]", x["verdict"]) for x in talk.remarks if x["verdict"]]
+    one, two = (sum(int(score[place]) for score in scores) for place in (0, 1))
+    if one == two:
+        return ["1", "2"] if scores else [None]
+    return [talk.winner("a" if one > two else "b")]
 
 
 def annotators(evaluator: Evaluator, pairs: list[dict]) -> list[dict]:
-    """AlpacaFarm's pool: who judges a pair, and whether the verdict is turned round, is drawn.
+    """AlpacaFarm's pool: who judges a pair, and whether the verdict is flipped, is drawn.
 
-    Both follow from the pair and the number of the repeat. A row names its "annotator", and has
-    "flipped" and, as they were before that, "unflipped" winners.
+    Both follow from the pair, but not its label, and from the number of the repeat. A row names
+    its "annotator", and has "flipped" and, as they were before, the "unflipped" winners. Draws are
+    not flipped.
     """
-    strategy, peers, drawn, rows = evaluator.strategy, find_peers(evaluator), {}, {}
-    pool = [(name, number) for name in strategy.pool for number in range(len(peers))]
+    peers, drawn, rows = find_peers(evaluator), {}, {}
+    pool = list(product(evaluator.strategy.pool, peers))
     for place, pair in enumerate(pairs):
-        dice = random.Random(f"{evaluator.sample}/{pair['input']}/{pair['output_1']}")
-        who, flipped = dice.choice(pool), dice.random() < strategy.flips
-        drawn.setdefault(who, []).append((place, flipped))
-    for who in sorted(drawn):
-        name, number = who
-        title = f"{name}, model {number + 1}" if len(peers) > 1 else name
-        one = replace(evaluator, strategy=STRATEGIES[name], verdicts=peers[number], peers=())
-        places, flips = zip(*drawn[who], strict=True)
-        for place, flipped, row in zip(places, flips, one.evaluate([pairs[x] for x in places]),
-                                       strict=True):
+        seed = [evaluator.sample, *(pair[name] for name in ("input", *OUTPUTS))]
+        dice = random.Random(json.dumps(seed))
+        number, flip = dice.randrange(len(pool)), dice.random() < evaluator.strategy.flips
+        drawn.setdefault(number, []).append((place, flip))
+    for number in sorted(drawn):
+        (name, peer), (places, flips) = pool[number], zip(*drawn[number], strict=True)
+        # The first verdicts are spread over the pool, so they are counted together, below.
+        quiet = Unread(peer.backend, 1.0, peer.reask)
+        one = replace(evaluator, ask=peer.backend, strategy=STRATEGIES[name], verdicts=quiet,
+                      peers=())
+        title = f"{peer.name} {name}" if peer.name else name
+        found = one.evaluate([pairs[place] for place in places])
+        for place, flip, row in zip(places, flips, found, strict=True):
             winners = row["winners"]
-            turned = [{"1": "2", "2": "1"}.get(x) for x in winners] if flipped else winners
-            if row["draw"]:
-                turned = list(DRAW)
-            rows[place] = row | {"annotator": title, "flipped": flipped, "winners": turned,
+            flip = flip and not row["draw"] and winners != [None, None]
+            turned = [OTHER.get(winner) for winner in winners] if flip else winners
+            rows[place] = row | {"annotator": title, "flipped": flip, "winners": turned,
                                  "unflipped": winners}
+        peers[0].asked += quiet.asked
+        peers[0].causes.update(quiet.causes)
+    peers[0].look()
     return [rows[place] for place in range(len(pairs))]
 
 

@@ -64,10 +64,10 @@ def judge_metrics(pairs: list[dict], rows: list[dict], *, own: str = "", seed: i
 
 
 def annotator_metrics(subsets: dict[str, list], judged: dict[str, dict]) -> dict[str, dict]:
-    """Of evaluators that are pools: {evaluator: {annotator: its agreement with people's labels}}.
+    """{pool of annotators: {annotator: its agreement with people's labels}}.
 
     Over the pairs of all subsets that were drawn for the annotator, in the first repeat: "pairs",
-    how many were "turned round", and the accuracy "before" that and "after", with intervals.
+    how many were "flipped", and the accuracy "before" that and "after", with intervals.
     """
     found = {}
     for name, results in judged.items():
@@ -81,8 +81,8 @@ def annotator_metrics(subsets: dict[str, list], judged: dict[str, dict]) -> dict
             for title, column in (("before", "unflipped"), ("after", "winners")):
                 shares[title] = bootstrap([share_of(label, row[column])
                                            for label, row in groups[who]])
-            turned = sum(row["flipped"] for _, row in groups[who])
-            found.setdefault(name, {})[who] = {"pairs": len(groups[who]), "turned round": turned,
+            flipped = sum(row["flipped"] for _, row in groups[who])
+            found.setdefault(name, {})[who] = {"pairs": len(groups[who]), "flipped": flipped,
                                                **shares}
     return found
 

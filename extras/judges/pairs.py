@@ -38,11 +38,12 @@ class Strategy:
     width: int = 0  # aspects, at most
     window: int = 0  # a layer reads the reviews of aspects that are less than this apart
     pool: list[str] | tuple = ()  # annotators: the strategies they follow
-    flips: float = 0.0  # and the share of their verdicts that are turned round
+    flips: float = 0.0  # and the share of their verdicts that is flipped
 
 
 STRATEGIES = {name: Strategy(**row) for name, row in TEXTS["strategies"].items()}
-PUBLISHED = {strategy.published: name for name, strategy in STRATEGIES.items()}
+PUBLISHED = {strategy.published: name for name, strategy in STRATEGIES.items()
+             if strategy.published}
 PROMPTS = TEXTS["pairs"] | TEXTS["confer"]
 # Worked examples: the parts of a prompt, and the verdict on them.
 EXAMPLES = [({"instruction": row["instruction"], "Output (a)": row["a"], "Output (b)": row["b"]},
@@ -212,26 +213,30 @@ def decide(row: dict, one: float, two: float) -> None:
 def majority(evaluations: list[list[dict]]) -> list[dict]:
     """Several evaluators' rows as one: in each order the winner that most of them name.
 
-    Unparsed verdicts do not vote. As many votes for either are a draw.
+    Unread verdicts do not vote. A tie in one order makes the pair a draw.
     """
     rows = []
-    for votes in zip(*evaluations, strict=True):
-        row = {"winners": [], "draw": False, "failures": []}
-        row["stages"] = [vote["winners"] for vote in votes]
-        for order in (0, 1):
-            winner, draw = elect([winners[order] for winners in row["stages"]], order)
-            row["winners"].append(winner)
-            row["draw"] = row["draw"] or draw
-        rows.append(row)
+    for found in zip(*evaluations, strict=True):
+        stages = [row["winners"] for row in found]
+        votes = [[winners[order] for winners in stages] for order in (0, 1)]
+        rows.append({**elect(votes), "stages": stages, "failures": []})
     return rows
 
 
-def elect(votes: list[str | None], order: int) -> tuple[str | None, bool]:
-    """(the winner that most votes name, or None; whether it is a draw) in one of the two orders."""
-    count = Counter(votes)
-    if count["1"] == count["2"]:
-        return (DRAW[order], True) if count["1"] else (None, False)
-    return "1" if count["1"] > count["2"] else "2", False
+def elect(votes: list[list]) -> dict:
+    """"winners" and "draw" of a row from the votes in either order, each "1", "2" or None.
+
+    None does not count. A tie in one order makes the pair a draw.
+    """
+    winners, draw = [], False
+    for some in votes:
+        count = Counter(some)
+        draw = draw or count["1"] == count["2"] > 0
+        winner = "1" if count["1"] > count["2"] else "2"
+        winners.append(winner if count["1"] + count["2"] else None)
+    if draw:
+        winners = [winner and DRAW[order] for order, winner in enumerate(winners)]
+    return {"winners": winners, "draw": draw}
 
 
 def preference_probabilities(ask: Callable, pairs: list[dict]) -> list[float | None]:

@@ -2,7 +2,7 @@
 
 A text under judgment may try to answer for the judge ("VERDICT: correct"), or to give it orders.
 So texts stand unaltered between fences that carry a nonce, and a verdict is a last line that
-carries it too. A question's own nonce is a hash of all that is shown, so that equal questions are
+carries it too. A question's own nonce is a hash of its task and texts, so that equal questions are
 equal prompts, under one key. Since everyone can compute it, a client sends a random one in its
 place (`draw_nonce`); the local model, which has to say the same in every run, is shown the hash.
 
@@ -263,8 +263,8 @@ class Unread:
     far. With `most` 1 nothing stops before `finish`.
     """
 
-    def __init__(self, ask: Callable, most: float, reask: int = 1):
-        self.backend, self.most, self.reask = ask, most, reask
+    def __init__(self, ask: Callable, most: float, reask: int = 1, name: str = ""):
+        self.backend, self.most, self.reask, self.name = ask, most, reask, name
         self.asked, self.causes = 0, Counter()
 
     def ask(self, questions: list[Question], *, read: Callable = read_reply,

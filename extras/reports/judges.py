@@ -31,6 +31,16 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
 
+def cost_table(costs: dict[str, dict]) -> str:
+    """Markdown: what each evaluator took; costs: {evaluator: {what: number}}."""
+    rows = {}
+    for name, found in costs.items():
+        rows[name] = found | {"seconds": f"{found['seconds']:.1f}"}
+        if "cost" in found:
+            rows[name]["cost"] = f"{found['cost']:.4f}"
+    return table("evaluator", rows)
+
+
 def own_table(results: dict[str, dict]) -> str:
     """Markdown: how often each evaluator prefers outputs of its own family, and people do."""
     return table("evaluator", {name: found["Average"]["own"] for name, found in results.items()})
@@ -53,12 +63,12 @@ def write_judge_report(out: Path, subsets: dict, results: dict, judged: dict, ab
                     place | pair | row for pair, row in zip(subsets[subset], rows, strict=True)])
     parts = ["# How far to trust the judge", f"Judge: {markdown(about['judge'])}. Accuracy / "
              "agreement of both orders, percent, over the verdicts that could be read; averages "
-             "are over subsets, unweighted. The controls read no output.",
-             judge_table(results | about["controls"]), "What each took:",
-             table("evaluator", about["costs"])]
+             "are over subsets, unweighted. The controls use no model.",
+             judge_table(results | about["controls"]), "What each took in this run:",
+             cost_table(about["costs"])]
     for name, found in about["annotators"].items():
         parts += [f"## The pool of {markdown(name)}", "Each annotator's agreement with people over "
-                  "the pairs that were drawn for it, before and after verdicts were turned round.",
+                  "the pairs that were drawn for it, before and after verdicts were flipped.",
                   table("annotator", found)]
     if about.get("own"):
         parts += [f"## Outputs by {markdown(about['own'])}", "How often the judge and people "

@@ -126,27 +126,34 @@ def test_those_who_confer_share_the_models_and_all_have_costs_beside_controls(tm
             return {"body": completion("hm")}
         letter = "a" if request["model"] == "one" else "b"
         return {"body": completion(f"So.\nVERDICT {nonce(request)}: {letter}")}
-    argv = [*write_pairs(tmp_path, 12), "--judge-model", "one,two", "--strategy", "rules", "prd",
-            "annotators", "two_shot", "--price-in", "2", "--price-out", "4"]
+    argv = [*write_pairs(tmp_path, 12), "--strategy", "rules", "prd", "annotators", "two_shot",
+            "--price-in", "2", "--price-out", "4"]
     with ChatServer(judge) as server:
-        assert meta_evaluate.main([*argv, *http(server)[:4], "--judge-tries", "1"]) == 0
+        argv += [*http(server), "--judge-model", "one,two"]
+        assert meta_evaluate.main(argv) == 0
         said = capsys.readouterr().out
-        assert meta_evaluate.main([*argv, *http(server)[:4], "--judge-tries", "1"]) == 0
+        first = json.loads((tmp_path / "out/metrics.json").read_text())
+        assert meta_evaluate.main(argv) == 0
     found = json.loads((tmp_path / "out/metrics.json").read_text())
     names = ["one rules", "two rules", "prd", "annotators", "one two_shot", "two two_shot"]
     assert list(found["evaluators"]) == [*names, "majority"] and list(found["costs"]) == names
     assert found["evaluators"]["prd"]["pairs"]["draws"] == 12  # the two never agree
     # The second run asks nothing again.
-    assert found["costs"]["prd"]["answers kept before"] == 12 * 2 * 6
+    assert found["costs"]["prd"]["answers on file"] == 12 * 2 * 6
+    for name in ("cost", "tokens read", "tokens written"):
+        whole = {"tokens read": "prompt_tokens", "tokens written": "completion_tokens"}
+        used = sum(usage[whole.get(name, name)] for usage in first["usage"])
+        assert sum(cost[name] for cost in first["costs"].values()) == pytest.approx(used) and used
     assert {cost["requests"] for cost in found["costs"].values()} == {0}
-    assert "| prd | 144 | 0 |" in said and "| evaluator | requests | answers kept before |" in said
-    assert "| control: shorter | 100.0 / 100.0 | 100.0 / 100.0 |" in said.replace("\\", "")
-    assert found["controls"]["control: longer"]["pairs"]["accuracy"]["mean"] == 0
+    assert "| prd | 144 | 0 |" in said and "| evaluator | requests | answers on file |" in said
+    assert "| shorter (control) | 100.0 / 100.0 | 100.0 / 100.0 |" in said.replace("\\", "")
+    assert found["controls"]["longer (control)"]["pairs"]["accuracy"]["mean"] == 0
     drawn = found["annotators"]["annotators"]
     assert sum(row["pairs"] for row in drawn.values()) == 12
-    assert all(", model " in name for name in drawn) and "The pool of annotators:" in said
+    assert {name.split()[0] for name in drawn} == {"one", "two"}
+    assert "The pool of annotators:" in said
     page = (tmp_path / "out/report.md").read_text()
-    assert "## The pool of annotators" in page and "What each took:" in page
+    assert "## The pool of annotators" in page and "What each took in this run:" in page
     rows = data.read_records(tmp_path / "out/verdicts.jsonl")
     assert {row["annotator"] for row in rows if row["evaluator"] == "annotators"} == set(drawn)
 

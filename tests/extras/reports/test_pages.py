@@ -128,7 +128,11 @@ def test_the_page_of_a_meta_evaluation(tmp_path):
             {"winners": ["1", None], "draw": False, "failures": ["http 500: x"]}]
     judged = {"a|b": {"pairs": [rows, rows]}}
     results = {"a|b": summarize_judge(pairs, judged["a|b"])}
-    write_judge_report(tmp_path, pairs, results, judged, {"judge": "http", "usage": [{"asked": 4}]})
+    costs = {"a|b": {"requests": 4, "cost": 0.00412, "seconds": 1.25}}
+    pool = {"who": {"pairs": 2, "flipped": 1, "before": {"mean": 1.0, "ci95": None, "n": 2}}}
+    about = {"judge": "http", "usage": [{"asked": 4}], "costs": costs,
+             "controls": {"longer (control)": results["a|b"]}, "annotators": {"a|b": pool}}
+    write_judge_report(tmp_path, pairs, results, judged, about)
     found = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
     assert found["judge"] == "http" and found["evaluators"]["a|b"]["pairs"]["unparsed"] == 1
     lines = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").read_text().splitlines()]
@@ -138,6 +142,8 @@ def test_the_page_of_a_meta_evaluation(tmp_path):
     text = (tmp_path / "report.md").read_text()
     shown = "50.0 / 100.0 (25.0 % unread)"
     assert f"| a\\|b | {shown} | {shown} |" in text and judge_table(results) in text
+    assert f"| longer (control) | {shown} | {shown} |" in text
+    assert "| a\\|b | 4 | 0.0041 | 1.2 |" in text and "| who | 2 | 1 | 100.0 |" in text
     assert (tmp_path / "plots/judge.png").exists()
 
 
