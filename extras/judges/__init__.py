@@ -5,7 +5,8 @@ server is and its key, server.py one exchange over HTTP, dialects.py what some s
 waits.py how long they ask to wait, answers.py the file of answers, flags.py the flags, limits.py
 what all clients may spend, and progress.py the bar; client.py puts them together. judges.py has the
 judges, local.py the model in a server's place; pairs.py and meta.py LLMBar; writers.py wordings and
-revisions; asked.py whom eval.py asks, run.py what train.py calls.
+revisions; recipes.py, self_instruct.py, evolving.py and dialogues.py training data that a model
+writes; asked.py whom eval.py asks, run.py what train.py calls.
 """
 
 from extras.judges.asked import all_answers, make_judge, settle_flags

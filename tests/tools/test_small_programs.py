@@ -14,7 +14,8 @@ from extras import formats
 from extras.reports.plots import printable
 from model import Sampling
 
-NAMES = ("best_of", "chat", "estimate", "masks", "merge", "meta_evaluate", "outputs", "paraphrase")
+NAMES = ("best_of", "chat", "estimate", "masks", "merge", "meta_evaluate", "outputs", "paraphrase",
+         "write")
 
 
 def run(name, *argv):

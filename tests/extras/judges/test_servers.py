@@ -22,6 +22,7 @@ from published import published_question, published_reply
 from extras.judges.judges import FAILED, HttpCritic, HttpJudge
 from extras.judges.pairs import STRATEGIES, Evaluator
 from extras.judges.questions import JudgeStopped, make_question
+from extras.judges.recipes import Settings
 from extras.judges.writers import paraphrase
 from model import Llama, ModelConfig, save_model
 
@@ -251,6 +252,25 @@ def test_the_tool_keeps_nothing_that_does_not_ask_the_question(server, tmp_path,
     assert "legs: 1 has no word of the original, 1 said already\n" in said.out
     assert (tmp_path / "out/paraphrases.json").read_text() == '{\n "legs": {}\n}\n'
     assert len((tmp_path / "out/paraphrases.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("recipe, reasons", [
+    ("self-instruct", ["has no numbered list"] * 3), ("evol", ["not compared: no verdict",
+                                                                 "said already"]),
+    ("self-chat", ["has fewer than two turns"] * 2), ("explain", [""] * 2),
+    ("dialogue", ["repeats an earlier turn"] * 2)])
+def test_recipes_count_what_they_drop(server, recipe, reasons, tmp_path):
+    from tools.write import RECIPES
+
+    client = client_of(server, tmp_path / "a.jsonl")
+    settings = Settings(number=2, rounds=1, max_unparsed=1)
+    rows = RECIPES[recipe](client.ask, ["Why is snow white?", "How many legs?"], settings)
+    assert [row["reason"] for row in rows] == reasons
+    used = client.usage()
+    assert used["requests"] == used["answered"] and not used["failures"]
+    again = client_of(server, tmp_path / "a.jsonl")
+    assert RECIPES[recipe](again.ask, ["Why is snow white?", "How many legs?"], settings) == rows
+    assert again.usage()["requests"] == 0
 
 
 @pytest.mark.parametrize("strategy, winners, failures", [
