@@ -115,7 +115,7 @@ def report(cfg, rows: list[dict], n: int) -> None:
     refuse(not n, f"nothing that was written is kept. {cfg.out}/written.jsonl says why. Use a "
            "larger model, give other or more seeds, or try another --seed.")
     path = shlex.quote(f"{cfg.out}/examples.jsonl")
-    print(f"{n} examples. Next:\n"
+    print(f"{n} kept as examples. Next:\n"
           f"  python train.py --stage sft --model DIR --examples {path}")
 
 

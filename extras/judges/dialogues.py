@@ -7,7 +7,14 @@ import re
 from collections.abc import Callable
 
 from extras.judges.questions import Question, Reply
-from extras.judges.recipes import SEED_APART, TEMPERATURE, ask_writer, make_row, read_text
+from extras.judges.recipes import (
+    PLACEHOLDERS,
+    SEED_APART,
+    TEMPERATURE,
+    ask_writer,
+    make_row,
+    read_text,
+)
 from judge import normalize
 
 SIDES = ("user", "assistant")  # in the order in which they speak
@@ -55,6 +62,8 @@ def find_turn_fault(messages: list[dict]) -> str:
             return "speaks out of turn"
         if not turn["content"]:
             return "has an empty turn"
+        if normalize(turn["content"]) in PLACEHOLDERS:
+            return "repeats the prompt"
     return ""
 
 

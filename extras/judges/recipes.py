@@ -26,6 +26,7 @@ TEMPERATURE = 0.7  # of all that is written to be varied; self-instruct's
 SEED_APART = 10_000  # numbers of samples that each --seed has to itself
 REFUSAL_WORDS = 80  # "sorry" in an answer of fewer words refuses
 STOP_WORDS = frozenset(FILTERS["stop_words"].split())
+PLACEHOLDERS = frozenset(FILTERS["placeholders"])
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no tokenizer takes
 
 

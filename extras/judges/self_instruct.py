@@ -14,6 +14,7 @@ from collections.abc import Callable
 from extras.judges.questions import Question, Reply, Unread, make_question
 from extras.judges.recipes import (
     FILTERS,
+    PLACEHOLDERS,
     PROMPTS,
     SEED_APART,
     TEMPERATURE,
@@ -35,8 +36,8 @@ SHORTEST, LONGEST = 4, 150  # words of an instruction
 COLONS = (":", "：")
 
 IMPOSSIBLE = re.compile(rf"(?i)\b(?:{'|'.join(FILTERS['impossible'])})\b")
-# "1. ", "2) ", "**3.** ", "4、" at the beginning of a line
-NUMBERED = re.compile(r"(?m)^[ \t*_#>-]*\(?\d{1,3}(?: ?[.):](?=[\s*_])|[．、])[\s*_]*")
+# "1. ", "2) ", "(3). ", "**4.** ", "5、" at the beginning of a line
+NUMBERED = re.compile(r"(?m)^[ \t*_#>-]*\(?\d{1,3}(?: ?[.):]{1,2}(?=[\s*_])|[．、])[\s*_]*")
 # "Input:", "**Output 2:**", and headings such as "Case 2". Repeats that follow one another have
 # bounds, else the time grew with the square of a text's length.
 ENTRY = re.compile(
@@ -218,6 +219,8 @@ def judge_cases(cases: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
         case, reason = (normalize(input), normalize(output)), ""
         if not output:
             reason = "empty"
+        elif not PLACEHOLDERS.isdisjoint(case):
+            reason = "repeats the prompt"
         elif input.endswith(COLONS) or output.endswith(COLONS):  # what follows is missing
             reason = "ends in a colon"
         elif case[0] == case[1]:

@@ -41,6 +41,7 @@ def test_turns_are_read_as_they_are_shown():
     ("[Human] Why?\n[Human] Why?\n[AI] So.", "speaks out of turn"),
     ("[Human] Why?\n[AI] So.\n[AI] So.", "speaks out of turn"),
     ("[Human]\n[AI] So.", "has an empty turn"),
+    ("[Human] The question below:\n[AI] So.", "repeats the prompt"),
     ("[Human] Why {n}?\n[AI] So.", "repeats the prompt"),
     (Reply(TALK, "cut at max_tokens"), "cut at max_tokens"), ("", "empty")])
 def test_a_transcript_is_kept_or_dropped_whole(text, reason):
@@ -94,6 +95,13 @@ def test_a_turn_that_cannot_be_used_ends_a_dialogue(when, said, ended):
     assert row["ended"] == ended and len(ask.asked) == when + 1
     assert len(row["example"]["messages"]) == when - when % 2
     assert (row["kept"], row["reason"]) == ((True, "") if when > 1 else (False, ended))
+
+
+def test_quotation_marks_around_all_of_it_are_the_users_only():
+    def decide(question, text):
+        return f'"{talks(question, text).removeprefix("[AI] ")}"'
+    row, = dialogue(Says(decide), ["tea"], Settings(turns=1))
+    assert row["example"]["messages"] == turns("question 0 on tea", '"answer 1"')
 
 
 def test_a_dialogue_that_ends_leaves_the_others_alone():

@@ -22,6 +22,7 @@ from extras.judges.recipes import (
     read_text,
 )
 from extras.judges.self_instruct import (
+    ask_instructions,
     find_instruction_fault,
     is_similar,
     judge_cases,
@@ -83,11 +84,15 @@ def test_the_words_of_the_filters_are_sane():
     for name, text in PROMPTS.items():
         assert set(re.findall(r"\{(\w*)\}", text)) <= {"n", "how"}, name
     assert all(phrase == phrase.lower() for phrase in FILTERS["copied"])
+    forms = "\n".join(PROMPTS[name] for name in ("output_first", "input_first", "self_chat"))
+    for text in FILTERS["placeholders"]:
+        assert re.search(rf"[\]:] {text}\b", forms), text
 
 
 # ----- Self-instruct: instructions -----
 @pytest.mark.parametrize("text, found", [
-    ("1. Do this.\n2) do that\n(3) And this", ["Do this.", "Do that", "And this"]),
+    ("1. Do this.\n2) do that\n(3) And this\n(4). Or this",
+     ["Do this.", "Do that", "And this", "Or this"]),
     ("Sure! Here:\n\n**1.** **Do this**\n - 2. \"Do that\"", ["Do this", "Do that"]),
     ("1、写一首诗\n2．说说猫", ["写一首诗", "说说猫"]),
     ("1. Round 1.5 up\nand 2.5 down\n2. Next", ["Round 1.5 up and 2.5 down", "Next"]),
@@ -139,10 +144,10 @@ def test_the_short_cut_of_similarity_changes_nothing():
 
 
 def test_prompts_show_eight_tasks_two_of_them_new():
-    rounds = iter([tasks("tea", "sea"), tasks("owl", "jar", "fog", "gum")])
+    rounds = iter([tasks("tea", "sea", "sun", "ivy"), tasks("owl", "jar", "fog", "gum")])
     ask = Says(lambda question, text: next(rounds))
-    rows = write_instructions(ask, SEEDS, Settings(number=6))
-    assert sum(row["kept"] for row in rows) == 6
+    rows = write_instructions(ask, SEEDS, Settings(number=8))
+    assert sum(row["kept"] for row in rows) == 8
     first, second = (fenced(question, "list").split("\n") for question in ask.asked)
     for shown, new in ((first, 0), (second, 2)):
         assert len(shown) == 8 and [line.split(".")[0] for line in shown] == list("12345678")
@@ -167,6 +172,28 @@ def test_three_rounds_without_anything_new_are_the_last():
     rows = write_instructions(ask, SEEDS, Settings(number=100))
     assert {row["reason"] for row in rows} == {"has no numbered list"}
     assert [how["sample"] for how in ask.calls] == [0] * 8 + [1] * 8 + [2] * 8
+
+
+def test_the_search_goes_on_as_long_as_something_new_comes():
+    rounds = []
+
+    def ask(questions, **how):  # every third round, at the last moment
+        rounds.append(how["sample"])
+        said = "no list"
+        if len(rounds) % 3 == 0:
+            said = tasks("tea sea owl jar fog gum".split()[len(rounds) // 3])
+        return [Reply(said)] * len(questions)
+    rows = write_instructions(ask, SEEDS, Settings(number=4))
+    assert sum(row["kept"] for row in rows) == 4 and len(rounds) == 12
+
+
+def test_the_new_tasks_stand_anywhere_in_a_prompt():
+    places, new = set(), ["first new task", "second new task"]
+    for seed in range(20):
+        question = ask_instructions(SEEDS, new, random.Random(seed))
+        lines = fenced(question, "list").split("\n")
+        places |= {k for k, line in enumerate(lines) if "new task" in line}
+    assert places == set(range(8))
 
 
 def test_another_seed_draws_other_tasks_and_samples():
@@ -201,11 +228,12 @@ def test_cases_of_a_task(text, found):
 
 def test_cases_that_are_dropped():
     cases = [("a", "b"), ("a", "c"), ("d", "D."), ("", "x"), ("", "y"), ("e", ""), ("f", "g"),
-             ("F", "g"), ("h:", "i"), ("j", "k：")]
+             ("F", "g"), ("h:", "i"), ("j", "k："), ("l", "the right output."),
+             ("An input with this label", "m")]
     assert [reason for *_, reason in judge_cases(cases)] == [
         "has several outputs for one input", "has several outputs for one input",
         "repeats its input", "", "", "empty", "", "said already", "ends in a colon",
-        "ends in a colon"]
+        "ends in a colon", "repeats the prompt", "repeats the prompt"]
 
 
 def writes_tasks(question, text):
