@@ -3,7 +3,7 @@
     python -m tools.write self-instruct --seeds FILE --judge-url URL --judge-model NAME --out DIR
     python -m tools.write evol --seeds FILE --rounds 4 --judge self --model DIR --out DIR
 
-RECIPE is self-instruct, evol, self-chat, explain or dialogue (docs/judges.md, "Data recipes"). FILE
+RECIPE is self-instruct, evol, self-chat, explain or dialogue (docs/recipes.md). FILE
 has rows {"instruction", "input"}, {"question"} or {"topic"}. examples.jsonl has what is kept, for
 --examples of train.py --stage sft; written.jsonl everything that was written, and why it was kept
 or not. The same command goes on where it was stopped, and asks a server nothing twice.
