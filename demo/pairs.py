@@ -3,11 +3,14 @@
     python demo/pairs.py --split test --seeds 1 2 3
 
 Per seed all arms start from one SFT(IA) that saw 5 wordings of each task, and learn 100 steps of
-pairs, from answers to the same inputs under 9 other wordings. DPO and RLAIF have 12 answers to an
-input, with rewards by exact rules or by the model itself; RLCD has 6 under either prompt. The
-curriculum has 6 of each of three models: SFT(IA) after a quarter of its steps, SFT(IA) itself, and
-SFT(IA) on all 14 wordings with their targets. Writes results.md to --out; how runs are started:
-trials.py.
+16 pairs by DPO's loss, from answers to the same inputs under 9 other wordings. DPO and RLAIF have
+12 answers to an input, with rewards by exact rules or by the model itself; RLCD has 6 under either
+prompt. The curriculum has 6 of each of three models: SFT(IA) trained for a quarter of the steps,
+SFT(IA) itself, and SFT(IA) on all 14 wordings with their targets.
+
+What differs beside the source of the pairs: DPO leaves out questions without a right answer, and
+the curriculum's strong model has learnt targets under the wordings in use. Writes results.md to
+--out; how runs are started: trials.py.
 """
 
 import numpy as np
@@ -35,7 +38,9 @@ def runs_of_seed(args, seed):
     start = train(START, "sft-ia", "start")
     for judge, words in JUDGES.items():
         rewarded = ["--init", start, "--judge", judge]
-        dpo = train(f"DPO, {words}", "dpo", f"dpo-{judge}", *rewarded)
+        # One pair of a question, each answer under its own wording, as RLAIF has them.
+        dpo = train(f"DPO, {words}", "dpo", f"dpo-{judge}", *rewarded, "--max-worse", "1",
+                    "--condition", "own")
         candidates = f"{dpo}/candidates.jsonl"
         rlaif = train(f"RLAIF, {words}", "rlaif", f"rlaif-{judge}", *rewarded, "--candidates",
                       candidates)

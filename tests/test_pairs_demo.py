@@ -30,24 +30,32 @@ def commands(monkeypatch):
         write(folder / "preferences.jsonl", [
             {"task": "t", "id": "1", "first": {"response": one}, "second": {"response": two},
              "probability": p} for one, two, p in said])
-        return {"base": {}, out: {metric: {"mean": len(made) / 100}
-                                  for metric in pairs.trials.METRICS}}
+        value = 0.5 + 0.01 * ("dpo" in out)
+        return {"base": {}, out: {metric: {"mean": value} for metric in pairs.trials.METRICS}}
     monkeypatch.setattr(pairs.trials, "train", train)
     return made
 
 
 def test_all_arms_start_from_one_model_and_have_a_row(commands, tmp_path, capsys):
     pairs.main(["--seeds", "1", "2", "--out", str(tmp_path / "out"), "--split", "dev"])
-    assert len(commands) == 2 * 11
-    for folder, (stage, flags) in commands.items():
-        start = folder[:folder.index("seed") + 5] + "-start"
-        assert flags[flags.index("--split") + 1] == "dev" and "--no-compare" in flags
-        if stage == "sft-ia":
-            assert "--init" not in flags
-        else:
-            assert flags[flags.index("--init") + 1] == start
-        if stage == "curriculum":
-            assert flags[-3:] == (f"{start[:-6]}-weak", start, f"{start[:-6]}-strong")
+    for seed in ("1", "2"):
+        out = f"{tmp_path / 'out'}/seed{seed}"
+        common = f"--seed {seed} --split dev --eval-per-task 15 --no-compare"
+        init, same = f"{common} --init {out}-start", "--max-worse 1 --condition own"
+        models = f"--responses {out}-weak {out}-start {out}-strong"
+        wanted = {
+            "start": f"sft-ia {common}", "weak": f"sft-ia {common} --steps 100",
+            "strong": f"sft-ia {common} --wordings 14", "rlcd": f"rlcd {init} --samples 1"}
+        for judge in ("rule", "self"):
+            wanted[f"dpo-{judge}"] = f"dpo {init} --judge {judge} {same}"
+            wanted[f"rlaif-{judge}"] = (f"rlaif {init} --judge {judge} --candidates "
+                                        f"{out}-dpo-{judge}/candidates.jsonl")
+        for order in ("easy", "hard", "mixed"):
+            wanted[f"curriculum-{order}"] = f"curriculum {init} --curriculum {order} {models}"
+        for name, words in wanted.items():
+            stage, flags = commands.pop(f"{out}-{name}")
+            assert " ".join([stage, *flags]) == words
+    assert not commands
     text = (tmp_path / "out" / "results.md").read_text()
     first, deltas, worth = text.split("\n\n")[1:6:2]
     assert len(first.splitlines()) == 2 + 11 and len(deltas.splitlines()) == 2 + 10
