@@ -103,6 +103,16 @@ def method_table(seeds):
     return trials.table(header, lines)
 
 
+def difference_table(seeds):
+    """Markdown: paired differences to SFT(IA) per method, with intervals over the seeds."""
+    lines = []
+    for title in seeds[0]:
+        if title != "SFT(IA)":
+            lines.append([title, *(trials.difference(seeds, "SFT(IA)", title, metric)
+                                   for metric in trials.METRICS)])
+    return trials.table(["method", *trials.METRICS.values()], lines)
+
+
 def plot_family(found):
     """CR against KL to the start: a point per method and judge, means over seeds."""
     from extras.reports.plots import new_figure
@@ -152,7 +162,9 @@ def main(argv=None):
     parts = [f"Split {args.split}, seeds {', '.join(map(str, args.seeds))}; mean ± standard "
              "deviation over seeds, percent; seconds of training, one thread."]
     for judge, rows in found.items():
-        parts += [f"{CHOICES[judge].capitalize()}:", method_table(rows)]
+        parts += [f"{CHOICES[judge].capitalize()}:", method_table(rows),
+                  "Paired differences to SFT(IA): mean [95 % t interval over the seeds], and the "
+                  "number of seeds in which it is positive.", difference_table(rows)]
     trials.write_results(args.out, parts)
     from extras.reports.plots import save_plots
 

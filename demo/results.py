@@ -435,9 +435,10 @@ def plot_precision(seeds):
     figure, panels = new_figure(9, 3.8, columns=2)
     for axes, metric in zip(panels, ("cr", "consistent_and_correct"), strict=True):
         start = trials.means(seeds, IA, metric)  # (seeds,)
-        for title in METHODS:
+        for number, title in enumerate(METHODS):
             names = [f"{title}, {100 * flip:.0f} % flipped" for flip in FLIPS]
-            x = [precision_of(seeds, flip) for flip in FLIPS]
+            # Side by side, so that no interval hides another.
+            x = [precision_of(seeds, flip) + 0.3 * (number - 1.5) for flip in FLIPS]
             gains = 100 * np.array([trials.means(seeds, name, metric) - start for name in names])
             half = [trials.half_interval(gain) for gain in gains]
             axes.errorbar(x, gains.mean(1), half, marker="o", capsize=3, label=title)

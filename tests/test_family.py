@@ -45,6 +45,8 @@ def test_every_run_is_made_once_from_the_same_candidates(setting, judges, comman
     text = (tmp_path / "results.md").read_text()
     for title in ("SFT(IA)", *family.METHODS):
         assert text.count(f"| {title} | 50.0 ± 0.0 |") == len(judges)
+    assert text.count("| CAT | +0.0 [+0.0, +0.0] 0/2 |") == len(judges)
+    assert "| SFT(IA) | +0.0" not in text
     for seed in (1, 2):
         for judge in judges:
             first = f"{tmp_path}/seed{seed}-{judge}"
