@@ -8,12 +8,14 @@ from collections.abc import Callable
 
 from extras.judges.questions import Question, Reply
 from extras.judges.recipes import (
+    ENTRY_START,
     PLACEHOLDERS,
     SEED_APART,
     TEMPERATURE,
     ask_writer,
     make_row,
     read_text,
+    split_entries,
 )
 from judge import normalize
 
@@ -21,15 +23,13 @@ SIDES = ("user", "assistant")  # in the order in which they speak
 NAMES = {"user": "[Human]", "assistant": "[AI]"}
 ROLES = {"human": "user", "ai": "assistant"}
 # A speaker at the beginning of a line: "[Human]", "**[AI]:** ", "[|Human|]"
-SPEAKER = re.compile(r"(?im)^[ \t*_#>-]*\[\|?(human|ai)\|?\][ \t*_:：]*")
+SPEAKER = re.compile(rf"(?i){ENTRY_START}\[\|?(?P<name>human|ai)\|?\](?P<tail>(?P=mark)?)[:：]?")
 
 
 def read_turns(text: str) -> list[dict]:
     """The messages of a transcript; what stands before the first speaker is left out."""
-    parts, messages = SPEAKER.split(text)[1:], []
-    for name, said in zip(parts[::2], parts[1::2], strict=True):
-        messages.append({"role": ROLES[name.lower()], "content": said.strip()})
-    return messages
+    return [{"role": ROLES[name], "content": said}
+            for name, said in split_entries(SPEAKER, text)]
 
 
 def show_turns(messages: list[dict]) -> str:
@@ -112,13 +112,15 @@ def ask_turn(side: str, topic: str, messages: list[dict]) -> Question:
 def read_turn(side: str, question: Question, reply: Reply, before: list[dict]) -> tuple[str, str]:
     """(what a side says, why it cannot be used, or ""); the name of the side itself is left out."""
     text, reason = read_text(question, reply, quoted=side == "user")
-    own = SPEAKER.match(text)
-    if own and ROLES[own[1].lower()] == side:
-        text = text[own.end():].strip()
-    if not reason and not text:
-        reason = "empty"
-    if not reason and SPEAKER.search(text):
+    turns = read_turns(f"{NAMES[side]}\n{text}")
+    if len(turns) == 2 and not turns[0]["content"]:  # it says its own name first
+        turns = turns[1:]
+    if not reason and (len(turns) > 1 or turns[0]["role"] != side):
         reason = "speaks for the other side"
+    if not reason and not turns[0]["content"]:
+        reason = "empty"
+    if not reason:
+        text = turns[0]["content"]
     said = {normalize(turn["content"]) for turn in before}
     if not reason and normalize(text) in said:
         reason = "repeats an earlier turn"

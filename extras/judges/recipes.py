@@ -28,6 +28,12 @@ REFUSAL_WORDS = 80  # "sorry" in an answer of fewer words refuses
 STOP_WORDS = frozenset(FILTERS["stop_words"].split())
 PLACEHOLDERS = frozenset(FILTERS["placeholders"])
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no tokenizer takes
+# What may stand before the name of an entry: a quotation, a heading, a bullet, emphasis.
+ENTRY_START = r"[ \t>#-]*(?:\*[ \t]+)?(?P<mark>[*_]{0,3})"
+# A last line that is no part of an entry: "---", "[End of conversation]"
+RULE = re.compile(r"(?i)-{3,}|\*{3,}|={3,}|[\[(<*_]+(?:the )?end(?: of [\w ]{1,30})?[\])>*_.]+"
+                  r"|(?:the )?end of (?:the )?(?:conversation|dialogue|chat)\.?")
+FENCE = "```"
 
 
 @dataclass
@@ -74,6 +80,57 @@ def read_text(question: Question, reply: Reply, *, quoted: bool = False) -> tupl
     if nonce and nonce in text:
         return text, "repeats the prompt"
     return text, ""
+
+
+def split_entries(start: re.Pattern, text: str,
+                  heading: re.Pattern | None = None) -> list[tuple[str, str]]:
+    """[(name, text), ...] of entries, each of which begins with a line that `start` matches.
+
+    start has groups: mark (ENTRY_START), name, and tail, in which a mark may be closed again. What
+    stands before the first entry is left out, and nothing in a code fence begins one. `heading`
+    matches a last line that belongs to the next entry.
+    """
+    found, fenced = [], False
+    closed = text.count(FENCE) % 2 == 0  # else nobody can tell where the code ends
+    for line in text.split("\n"):
+        match = start.match(line)
+        if match and not fenced:
+            found.append((match, [line[match.end():]]))
+        elif found:
+            found[-1][1].append(line)
+        if found and closed and line.count(FENCE) % 2:
+            fenced = not fenced
+    entries = []
+    for number, (match, lines) in enumerate(found, 1):
+        strip_rules(lines, heading if number < len(found) else None)
+        said = "\n".join(lines).strip()
+        if match["mark"] and match["mark"] not in match["tail"]:
+            said = close_mark(match["mark"], said)
+        entries.append((match["name"].lower(), said))
+    return entries
+
+
+def strip_rules(lines: list[str], heading: re.Pattern | None) -> None:
+    """Remove lines from the end that are no part of an entry, but never its first."""
+    while len(lines) > 1:
+        last = lines[-1].strip()
+        stray = last == FENCE and "\n".join(lines).count(FENCE) % 2
+        if last and not stray and not RULE.fullmatch(last) and not (
+                heading and heading.fullmatch(last)):
+            break
+        lines.pop()
+
+
+def close_mark(mark: str, text: str) -> str:
+    """The text without the emphasis that ends one which began before the text."""
+    head, newline, rest = text.partition("\n")
+    if head.startswith(mark):
+        head = head[len(mark):]
+    elif head.endswith(mark):
+        head = head[:-len(mark)]
+    else:
+        head = head.replace(mark, "", 1)
+    return (head + newline + rest).strip()
 
 
 def find_answer_fault(text: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from extras.judges.questions import Question, Reply, Unread, make_question
 from extras.judges.recipes import (
+    ENTRY_START,
     FILTERS,
     PLACEHOLDERS,
     PROMPTS,
@@ -22,6 +23,7 @@ from extras.judges.recipes import (
     drop,
     make_row,
     read_text,
+    split_entries,
 )
 from extras.judges.writers import unquote
 from judge import count_words, normalize, rouge_l, split_words
@@ -34,15 +36,21 @@ CASES = 3  # of a task that is no classification
 SIMILAR = 0.7  # ROUGE-L above this is no new instruction
 SHORTEST, LONGEST = 4, 150  # words of an instruction
 COLONS = (":", "：")
+AROUND = "*_`()[]<>\"'. "  # what may stand around a word that says that there is no input
 
 IMPOSSIBLE = re.compile(rf"(?i)\b(?:{'|'.join(FILTERS['impossible'])})\b")
-# "1. ", "2) ", "(3). ", "**4.** ", "5、" at the beginning of a line
-NUMBERED = re.compile(r"(?m)^[ \t*_#>-]*\(?\d{1,3}(?: ?[.):]{1,2}(?=[\s*_])|[．、])[\s*_]*")
-# "Input:", "**Output 2:**", and headings such as "Case 2". Repeats that follow one another have
-# bounds, else the time grew with the square of a text's length.
-ENTRY = re.compile(
-    r"(?im)^[ \t*_#>-]{0,8}(?:(label|input|output)[ *_]{0,4}\d{0,2}[ *_]{0,4}[:：][ \t*_]*"
-    r"|(?:case|example) {0,2}\d{0,2}[ *_:：.]{0,4}$)")
+NUMBER = r"\(?\d{1,3}[.):]{1,2}"
+# "1. ", "2) ", "(3). ", "**4.** ", "5、", "6.写" at the beginning of a line, but not "1.5"
+NUMBERED = re.compile(
+    ENTRY_START + r"(?P<name>\(?\d{1,3}(?: ?[.):]{1,2}(?!\d)|[．、）]))(?P<tail>)")
+# "Input:", "**Output 2:**", "1. **Input**:"
+ENTRY = re.compile(rf"(?i)(?:(?P<own>[*_]{{0,3}}){NUMBER}(?P=own)[ \t]*)?{ENTRY_START}"
+                   rf"(?:{NUMBER}[ \t]*)?(?P<name>label|input|output)"
+                   r"(?P<tail>[ *_]{0,4}\d{0,2}[ *_]{0,4})[:：]")
+# What may stand above an entry: "### Any", "Case 2", "**Example 3: hard**", "4."
+HEADING = re.compile(r"(?i)#{2,6} .*|[#*_> ]*(?:test )?(?:case|example) {0,2}"
+                     r"(?:\d{1,2}(?:[ *_]{0,3}[:：.)(–-].{0,80})?)?[ *_:：.]*|\(?\d{1,3}[.)][ *_]*")
+EMPHASIS = re.compile(r"([*_]{1,3})(?=[^\s*_])(.*[^\s*_])\1", re.S)
 
 
 def self_instruct(ask: Callable, seeds: list[str], settings) -> list[dict]:
@@ -101,14 +109,22 @@ def read_list(question: Question, reply: Reply) -> list[tuple[str, str]]:
     Of a reply that was cut, or failed, nothing is used.
     """
     text, reason = read_text(question, reply)
-    items = NUMBERED.split(text)[1:]  # what stands before the first number is talk
+    items = [item for _, item in split_entries(NUMBERED, text)]
     if not reason and not items:
         reason = "has no numbered list"
     if reason:
         return [(text, reason)]
+    # Closing talk stands behind the last task, in a line or a paragraph of its own.
+    talk = r"\n(?=[\w(])"
+    if any("\n" in item for item in items[:-1]):  # tasks that are longer than a line
+        talk = r"\n\s*\n(?=[\w(])"
+    items[-1] = re.split(talk, items[-1], maxsplit=1)[0]
     found = []
     for item in items:
-        item = unquote(" ".join(item.split()).strip("*_ "))
+        item = unquote(" ".join(item.split()))
+        whole = EMPHASIS.fullmatch(item)
+        if whole and whole[1] not in whole[2]:
+            item = unquote(whole[2])
         found.append((item[:1].upper() + item[1:], ""))
     return found
 
@@ -116,7 +132,8 @@ def read_list(question: Question, reply: Reply) -> list[tuple[str, str]]:
 def find_instruction_fault(text: str) -> str:
     """Why a text is no instruction for a model of text; "" if rules see nothing.
 
-    DEVIATION from 2212.10560: letters and digits of all scripts may come first, not ASCII alone.
+    DEVIATION from 2212.10560: letters and digits of all scripts may come first, not ASCII alone,
+    and behind an opening mark: ¿, a quotation mark, emphasis.
     """
     if not text:
         return "empty"
@@ -128,7 +145,7 @@ def find_instruction_fault(text: str) -> str:
         return "asks for what text cannot do"
     if text.casefold().startswith("write a program"):
         return "asks for a program"
-    if not re.match(r"[¿¡]?[^\W_]", text):
+    if not re.match(r"""[¿¡"'“‘«„「*]*[^\W_]""", text):
         return "begins with no letter or digit"
     return ""
 
@@ -160,7 +177,7 @@ def classify(ask: Callable, rows: list[dict], most_unread: float) -> None:
 def write_cases(ask: Callable, tasks: list[dict], seed: int) -> list[dict]:
     """Rows of the step "case": inputs with outputs of each task, at temperature 0 as in the paper.
 
-    What is dropped is said by `judge_cases`.
+    What is dropped is said by `filter_cases`.
     """
     questions, rows = [], []
     for task in tasks:
@@ -175,60 +192,71 @@ def write_cases(ask: Callable, tasks: list[dict], seed: int) -> list[dict]:
         if reason:
             rows.append(make_row("case", task["text"], text, reason))
             continue
-        for input, output, reason in judge_cases(cases):
+        for input, output, reason in filter_cases(cases, labelled=task["classification"]):
             example = {"instruction": task["text"], "input": input, "output": output}
-            rows.append(make_row("case", task["text"], output, reason, example=example))
+            rows.append(make_row("case", task["text"], output or input or "", reason,
+                                 example=example))
     return rows
 
 
 def read_cases(text: str) -> list[tuple[str, str]]:
     """[(input, output), ...] of entries "Input:" and "Output:", or "Label:" and "Input:".
 
-    An entry ends where the next begins; a half of a case without its other half is left out.
+    An entry ends where the next begins. None stands for the half that a case lacks.
     """
-    parts, cases, before = ENTRY.split(text)[1:], [], ("", "")
-    for name, value in zip(parts[::2], parts[1::2], strict=True):
-        name, value = (name or "").lower(), value.strip()
-        if not name:  # a heading such as "Case 2"
+    cases, first = [], None  # the first half of a case
+    for name, value in [*split_entries(ENTRY, text, HEADING), ("", "")]:
+        if first and (first[0], name) == ("input", "output"):
+            cases.append((read_input(first[1]), value))
+        elif first and (first[0], name) == ("label", "input"):
+            cases.append((read_input(value), first[1]))
+        else:
+            if first:
+                cases.append((first[1], None) if first[0] == "input" else (None, first[1]))
+            first = (name, value) if name else None
             continue
-        if (before[0], name) == ("input", "output"):
-            input, output = before[1], value
-        elif (before[0], name) == ("label", "input"):
-            input, output = value, before[1]
-        else:  # the first half of a case
-            before = (name, value)
-            continue
-        before = ("", "")
-        if input.casefold() in FILTERS["no_input"]:
-            input = ""
-        cases.append((input, output))
+        first = None
     return cases
 
 
-def judge_cases(cases: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
+def read_input(text: str) -> str:
+    """An input; "" if it says that there is none."""
+    return "" if normalize(text.strip(AROUND)) in FILTERS["no_input"] else text
+
+
+def filter_cases(cases: list[tuple], *, labelled: bool = False) -> list[tuple[str, str, str]]:
     """[(input, output, why it is dropped, or ""), ...] of the cases of one task.
 
     DEVIATION from the code of 2212.10560: two outputs for one input drop these cases, not all of
-    the task's. Neither drops several outputs where there is no input.
+    the task's. Without an input, several outputs are fine, unless they are labels (`labelled`).
     """
-    found, outputs = [], {}
+    faults, outputs, seen, found = [], {}, set(), []
     for input, output in cases:
-        outputs.setdefault(normalize(input), set()).add(normalize(output))
-    seen = set()
-    for input, output in cases:
-        case, reason = (normalize(input), normalize(output)), ""
-        if not output:
-            reason = "empty"
-        elif not PLACEHOLDERS.isdisjoint(case):
-            reason = "repeats the prompt"
-        elif input.endswith(COLONS) or output.endswith(COLONS):  # what follows is missing
-            reason = "ends in a colon"
-        elif case[0] == case[1]:
-            reason = "repeats its input"
-        elif case[0] and len(outputs[case[0]]) > 1:
-            reason = "has several outputs for one input"
-        elif case in seen:
-            reason = "said already"
-        seen.add(case)
-        found.append((input, output, reason))
+        faults.append(find_case_fault(input, output))
+        if not faults[-1]:
+            outputs.setdefault(normalize(input), set()).add(normalize(output))
+    for (input, output), fault in zip(cases, faults, strict=True):
+        case = (normalize(input or ""), normalize(output or ""))
+        if not fault and (case[0] or labelled) and len(outputs[case[0]]) > 1:
+            fault = "has several outputs for one input"
+        elif not fault and case in seen:
+            fault = "said already"
+        if not fault:
+            seen.add(case)
+        found.append((input, output, fault))
     return found
+
+
+def find_case_fault(input: str | None, output: str | None) -> str:
+    """Why a case, taken by itself, is dropped; "" if it is not."""
+    if input is None or output is None:
+        return "has one half only"
+    if not output:
+        return "empty"
+    if not PLACEHOLDERS.isdisjoint({normalize(input), normalize(output)}):
+        return "repeats the prompt"
+    if input.endswith(COLONS) or output.endswith(COLONS):  # what follows is missing
+        return "ends in a colon"
+    if input == output:  # but for capitals, which may be what the task is about
+        return "repeats its input"
+    return ""

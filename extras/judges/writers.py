@@ -127,9 +127,15 @@ def check_meaning(ask: Callable, records: list[dict], plain=frozenset()) -> None
 def unquote(text: str) -> str:
     """The text without quotation marks or a code fence around all of it."""
     text = re.sub(r"\A```\w*\n(.*)\n```\Z", r"\1", text.strip(), flags=re.S).strip()
-    if len(text) > 1 and text[0] + text[-1] in ('""', "''", "“”", "``"):
-        return text[1:-1].strip()
-    return text
+    if len(text) < 2 or text[0] + text[-1] not in ('""', "''", "“”", "``"):
+        return text
+    # In '"a" or "b"' the first mark inside closes what the first of all opened. An apostrophe in a
+    # word is no mark.
+    inner, marks = text[1:-1], f"[{text[0]}{text[-1]}]"
+    first = re.search(rf"(?<!\w){marks}|{marks}(?!\w)", inner)
+    if first and not inner[:first.start()][-1:].isspace():
+        return text
+    return inner.strip()
 
 
 # ----- Revisions -----

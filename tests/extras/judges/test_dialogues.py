@@ -24,13 +24,20 @@ def turns(*texts):
     ("Sure:\n\n**[Human]:** Why?\n**[AI]:** So.", turns("Why?", "So.")),
     ("[|Human|] Why?\n[|AI|]\nSo.", turns("Why?", "So.")),
     ("[human] 为什么？\n[ai]：因为", turns("为什么？", "因为")),
+    ("**[Human]** Why?\n**[AI]**: So.\n**[Human] Really?**\n- [AI] *So*.",
+     turns("Why?", "So.", "Really?", "*So*.")),
+    ("[Human] Why?\n\n---\n\n[AI] * one\n* two\n---\n[End of conversation]",
+     turns("Why?", "* one\n* two")),
+    ("[Human] Why?\n[AI] So.\n\nEnd of conversation.", turns("Why?", "So.")),
+    ("[Human] Why?\n[AI] So.\n(The end)\n", turns("Why?", "So.")),
     ("I write [AI] inside a line", []), ("", [])])
 def test_transcripts(text, found):
     assert read_turns(text) == found
 
 
 def test_turns_are_read_as_they_are_shown():
-    messages = turns("a\nb", "[x] c", "- d [AI] e")
+    messages = turns("a\nb", "[x] c", "- d [AI] e", "**x** y", "* a", "_x_", "**x**", "* a\n* b",
+                     ": x", "---", "a\n---\nb", "```\n[AI] x\n```", "__init__.py", "*x", "> a")
     assert read_turns(show_turns(messages)) == messages
 
 
@@ -81,7 +88,8 @@ def test_both_sides_see_all_that_was_said():
 
 @pytest.mark.parametrize("when, said, ended", [
     (0, Reply("x", "cut at max_tokens"), "cut at max_tokens"),
-    (1, "", "empty"), (1, "[AI]", "empty"),
+    (1, "", "empty"), (1, "[AI]", "empty"), (1, "[AI]\n---", "empty"),
+    (3, "[AI] So.\n[AI] And so.", "speaks for the other side"),
     (2, "[AI] I am the other", "speaks for the other side"),
     (2, "ANSWER 1.", "repeats an earlier turn"),
     (3, "So.\n[Human] And now?", "speaks for the other side"), (3, "{n}", "repeats the prompt"),
@@ -102,6 +110,15 @@ def test_quotation_marks_around_all_of_it_are_the_users_only():
         return f'"{talks(question, text).removeprefix("[AI] ")}"'
     row, = dialogue(Says(decide), ["tea"], Settings(turns=1))
     assert row["example"]["messages"] == turns("question 0 on tea", '"answer 1"')
+
+
+@pytest.mark.parametrize("said", [
+    "**[AI]** * one\n* two", "* one\n* two\n---", "[AI]\n* one\n* two"])
+def test_a_side_may_say_its_name(said):
+    def decide(question, text):
+        return said if "Write your answer" in text else talks(question, text)
+    row, = dialogue(Says(decide), ["tea"], Settings(turns=1))
+    assert row["example"]["messages"] == turns("question 0 on tea", "* one\n* two")
 
 
 def test_a_dialogue_that_ends_leaves_the_others_alone():

@@ -8,9 +8,11 @@ from collections import Counter
 import pytest
 from chatserver import Says, fenced
 
+from extras.judges.dialogues import read_turns
 from extras.judges.questions import JudgeStopped, Reply, make_question
 from extras.judges.recipes import (
     DATA,
+    FENCE,
     FILTERS,
     PROMPTS,
     STOP_WORDS,
@@ -23,9 +25,9 @@ from extras.judges.recipes import (
 )
 from extras.judges.self_instruct import (
     ask_instructions,
+    filter_cases,
     find_instruction_fault,
     is_similar,
-    judge_cases,
     read_cases,
     read_list,
     self_instruct,
@@ -96,7 +98,17 @@ def test_the_words_of_the_filters_are_sane():
     ("Sure! Here:\n\n**1.** **Do this**\n - 2. \"Do that\"", ["Do this", "Do that"]),
     ("1、写一首诗\n2．说说猫", ["写一首诗", "说说猫"]),
     ("1. Round 1.5 up\nand 2.5 down\n2. Next", ["Round 1.5 up and 2.5 down", "Next"]),
-    ("1.\n2. x", ["", "X"]), ("1. écrire", ["Écrire"])])
+    ("1.\n2. x", ["", "X"]), ("1. écrire", ["Écrire"]),
+    ("1.写一首诗\n2）说说猫\n3.Write", ["写一首诗", "说说猫", "Write"]),
+    ("1. **Creative writing**: Write\n**2. Maths**: Add", ["**Creative writing**: Write",
+                                                          "Maths: Add"]),
+    ("**1. Do this**\n2. **Do** and **go**\n3. _Do it_", ["Do this", "**Do** and **go**", "Do it"]),
+    ("1. __init__.py is what?\n2. The sky is ____", ["__init__.py is what?", "The sky is ____"]),
+    ("1. Do this\n2. Do that\nI hope these tasks help!", ["Do this", "Do that"]),
+    ("1. Do\nthis\n2. Do\nthat\n\nI hope they help!", ["Do this", "Do that"]),
+    ("1. Do this\n2. Sort:\n   - b\n   - a\nDone!", ["Do this", "Sort: - b - a"]),
+    ('1. "To be" or "not to be": who said "so"', ['"To be" or "not to be": who said "so"']),
+    ("1. Explain:\n```\n2. x\n```\n3. Do that", ["Explain: ``` 2. x ```", "Do that"])])
 def test_numbered_lists(text, found):
     assert read_list(make_question("x", {}), Reply(text)) == [(item, "") for item in found]
 
@@ -122,6 +134,7 @@ def test_a_reply_without_a_list_or_that_was_cut_is_one_row():
     ("\U0001f600 name three red things", "begins with no letter or digit"),
     ("_name three red things", "begins with no letter or digit"),
     ("¿Cuál es la capital de Francia?", ""), ("2 plus 3 is what?", ""),
+    ("**Maths**: add two and three", ""), ('"Red" is what kind of word?', ""),
     ("写一首关于猫的诗", ""), ("写诗", "has fewer than 4 words"),
     ("Назовите три красных предмета", "")])
 def test_instructions_that_rules_drop(text, fault):
@@ -220,20 +233,67 @@ def test_one_seed_is_enough():
     ("Input: none\nOutput: x", [("", "x")]), ("Input: N/A\noutput：x", [("", "x")]),
     ("Label: good\nInput: I like it\nlabel: bad\ninput: No!",
      [("I like it", "good"), ("No!", "bad")]),
-    ("Input: a\nInput: b\nOutput: c", [("b", "c")]), ("Output: c\nInput: a", []),
-    ("Output: a", []), ("The input is x", []), ("", [])])
+    ("Input: None.\nOutput: x", [("", "x")]), ("Input: (none)\nOutput: x", [("", "x")]),
+    ("Input: **none**\nOutput: x", [("", "x")]), ("Input: None of it\nOutput: x",
+                                                 [("None of it", "x")]),
+    ("Input: a\nInput: b\nOutput: c", [("a", None), ("b", "c")]),
+    ("Output: c\nInput: a", [(None, "c"), ("a", None)]),
+    ("Input: a\nOutput: b\nOutput: c", [("a", "b"), (None, "c")]),
+    ("Output: a", [(None, "a")]), ("The input is x", []), ("", [])])
 def test_cases_of_a_task(text, found):
     assert read_cases(text) == found
 
 
+@pytest.mark.parametrize("output", [
+    "**Paris** is the capital", "* one\n* two", "__init__.py", "_x_ and y", "**all of it**",
+    "Do it so.\n\nExample:\nred and blue", "For example:\n```\nInput: 1, 2\nOutput: 3\n```",
+    "first\n---\nlast", "| a |\n|---|\n| b |", "a # 1\n# 2", "The sky ____"])
+def test_an_output_stays_as_it_is(output):
+    for form in ("Input: a\nOutput: {}", "**Input:** a\n**Output:** {}",
+                 "Input: a\nOutput: {}\n\n---", "**Input**: a\n**Output**: {}",
+                 "1. Input: a\n   Output: {}", "Input: a\nOutput:\n{}"):
+        text = form.format(output)
+        assert read_cases(text) == [("a", output)]
+        assert read_cases(text + "\n\nInput: b\nOutput: c") == [("a", output), ("b", "c")]
+
+
+def test_the_line_of_an_entry_is_never_left_out():
+    text = "Input: case 1\nOutput: ---\nInput: 2.\nOutput: Case 2\nInput: b\nOutput: c"
+    assert read_cases(text) == [("case 1", "---"), ("2.", "Case 2"), ("b", "c")]
+    assert read_cases("Input: a\nOutput:\n\nCase 2\nInput: b\nOutput: c")[0] == ("a", "")
+
+
+@pytest.mark.parametrize("between", [
+    "\n", "\n\n2. ", "\n**2.** ", "\n2.\n", "\n\n### Case 2: hard\n\n", "\n---\n",
+    "\n\nExample:\n", "\n**Case 2**\n", "\n\n---\n\n**Example 2 (rare):**\n", "\nCase 2 - hard\n",
+    "\nTest case 2:\n", "\n### Any\n- "])
+def test_what_stands_between_two_cases_is_no_part_of_them(between):
+    text = f"1. Input: a\nOutput: b{between}Input: c\nOutput: d\n---"
+    for whole in (text, f"{FENCE}\n{text}\n{FENCE}", f"{text}\n{FENCE}"):
+        assert read_cases(whole) == [("a", "b"), ("c", "d")]
+
+
+def test_emphasis_of_a_whole_entry_is_left_out():
+    text = "**Label: positive**\n**Input: I *like* it**\n_Label_: bad\n*Input:* **No**!"
+    assert read_cases(text) == [("I *like* it", "positive"), ("**No**!", "bad")]
+
+
 def test_cases_that_are_dropped():
-    cases = [("a", "b"), ("a", "c"), ("d", "D."), ("", "x"), ("", "y"), ("e", ""), ("f", "g"),
-             ("F", "g"), ("h:", "i"), ("j", "k："), ("l", "the right output."),
-             ("An input with this label", "m")]
-    assert [reason for *_, reason in judge_cases(cases)] == [
+    cases = [("a", "b"), ("a", "c"), ("d", "d"), ("d", "D."), ("", "x"), ("", "y"), ("e", ""),
+             ("f", "g"), ("F", "g"), ("h:", "i"), ("j", "k："), ("l", "the right output."),
+             ("An input with this label", "m"), ("n", None), (None, "o"), ("f", "")]
+    assert [reason for *_, reason in filter_cases(cases)] == [
         "has several outputs for one input", "has several outputs for one input",
-        "repeats its input", "", "", "empty", "", "said already", "ends in a colon",
-        "ends in a colon", "repeats the prompt", "repeats the prompt"]
+        "repeats its input", "", "", "", "empty", "", "said already", "ends in a colon",
+        "ends in a colon", "repeats the prompt", "repeats the prompt", "has one half only",
+        "has one half only", "empty"]
+
+
+def test_labels_without_an_input_contradict_each_other():
+    cases = [("", "glad"), ("", "sad"), ("Hurray!", "glad")]
+    several = "has several outputs for one input"
+    assert [reason for *_, reason in filter_cases(cases, labelled=True)] == [several, several, ""]
+    assert [reason for *_, reason in filter_cases(cases[1:], labelled=True)] == ["", ""]
 
 
 def writes_tasks(question, text):
@@ -331,8 +391,11 @@ def test_a_seed_stands_between_fences_whatever_it_says():
     assert all(" ".join(text.split()) in shown for text in HOSTILE[:3])
 
 
-def test_long_texts_take_no_time_that_grows_with_their_square():
+def test_long_texts_are_read():
     for text in ("\n" * 200_000, "*" * 200_000, "input" + "*" * 200_000, "1. " * 60_000,
-                 "case" + " " * 200_000):
-        read_cases(text)
+                 "case" + " " * 200_000, "[AI]" + " \n" * 100_000, "[AI] " * 40_000,
+                 "```\n" * 20_000, "[AI] a\n" + "---\n" * 20_000, "Input: " + "# " * 100_000,
+                 "1. a\n \n" * 20_000):
+        assert all(input is None or output is None for input, output in read_cases(text))
+        assert len(read_turns(text)) == text.startswith("[AI]")
         read_list(make_question("x", {}), Reply(text))

@@ -4,7 +4,15 @@ import pytest
 from chatserver import Says, fenced, item
 
 from extras.judges.questions import Reply
-from extras.judges.writers import PRINCIPLES, constitutional, find_fault, paraphrase
+from extras.judges.writers import PRINCIPLES, constitutional, find_fault, paraphrase, unquote
+
+
+@pytest.mark.parametrize("text, found", [
+    ('"a b"', "a b"), ("“a”", "a"), ("'Don't do it'", "Don't do it"), ("```py\na\n```", "a"),
+    ('"Say "hello" to him"', 'Say "hello" to him'), ("`a`", "a"), ('"', '"'), ('""', ""),
+    *[(text, text) for text in ('"a" or "b"', "“a” or “b”", "`a` is `b`", "'a', 'b'", '"a" b')]])
+def test_quotation_marks_around_all_of_a_text_are_left_out(text, found):
+    assert unquote(text) == found
 
 
 def test_paraphrases_are_new_checked_and_say_where_they_come_from():
