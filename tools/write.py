@@ -40,7 +40,8 @@ SEED_NAMES = ("instruction", "question", "topic")
 def write_data(cfg) -> None:
     """Carry out a recipe, write both files, and say what was kept and what was dropped."""
     check_choices(cfg)
-    seeds = read_seeds(cfg.seeds)
+    # Tasks are compared and shown without an input, as in the code of self-instruct.
+    seeds = read_seeds(cfg.seeds, inputs=cfg.recipe != "self-instruct")
     if cfg.recipe != "self-instruct":  # which draws from all of them
         seeds = seeds[:cfg.number]
     rows = RECIPES[cfg.recipe](open_writer(cfg), seeds, cfg)
@@ -70,10 +71,10 @@ def check_choices(cfg) -> None:
     check_flags(cfg, asked=cfg.judge == "http")
 
 
-def read_seeds(path) -> list[str]:
-    """The texts of a file of seeds, each once: an instruction with its input, a question, a topic.
+def read_seeds(path, *, inputs: bool = True) -> list[str]:
+    """The texts of a file of seeds, each once: an instruction, a question or a topic.
 
-    Raises ValueError that names the record.
+    inputs: an instruction is followed by its input. Raises ValueError that names the record.
     """
     found = []
     for row, where in read_rows(path, "seeds with an instruction, a question or a topic"):
@@ -82,7 +83,7 @@ def read_seeds(path) -> list[str]:
                "question or topic.")
         text, input = row[names[0]], row.get("input") or ""
         check({names[0]: text, "input": input}, {names[0]: FILLED, "input": TEXT}, where)
-        if input:
+        if input and inputs:
             text = f"{text}\n{input}"
         refuse(SURROGATE.search(text), f"{where} holds half a character (a lone surrogate). Mend "
                "it where it comes from.")

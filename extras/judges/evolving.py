@@ -6,6 +6,7 @@ An instruction whose evolution is eliminated goes back into the pool as it was. 
 """
 
 import random
+import re
 from collections.abc import Callable
 
 from extras.judges.questions import Unread, make_question
@@ -17,15 +18,25 @@ from extras.judges.recipes import (
     TEMPERATURE,
     ask_answer,
     ask_writer,
+    close_mark,
     drop,
     find_answer_fault,
     make_row,
     read_text,
 )
+from extras.judges.writers import unquote
 from judge import normalize, split_words
 
 WAYS = (*DATA["evolving"], "widen")  # five deepen, one widens; each as likely as the others
 COPIED_WORDS = 6  # in a row that also stand in the prompt
+# "Revised instruction: ", "**New prompt**: ", "Sure! Here's a harder version of the instruction: "
+NAMED = r"(?:instructions?|prompts?|version|rewrite)"
+PREAMBLE = re.compile(
+    r"(?i)(?:(?:sure|certainly|of course|okay)\b[^\n:：]{0,40}[!.,:：]\s*)?"
+    r"[# \t]*(?P<mark>[*_]{0,3})"
+    rf"(?:(?:here(?:['’]s| is)|this is)\b[^\n:：]{{0,60}}\b{NAMED}\b[^\n:：]{{0,60}}"
+    rf"|(?:(?:the|my) )?(?:{'|'.join(FILTERS['evolved'])}) (?:{NAMED}|question|task)"
+    r"|(?:instruction|prompt))(?P<tail>[#*_ \t]*)[:：]")
 
 
 def evolve(ask: Callable, seeds: list[str], settings) -> list[dict]:
@@ -68,11 +79,25 @@ def write_evolved(ask: Callable, pool: list[str], ways: list[str], sample: int) 
     replies = ask(questions, temperature=TEMPERATURE, sample=sample)
     for source, way, question, reply in zip(pool, ways, questions, replies, strict=True):
         text, reason = read_text(question, reply, quoted=True)
+        text = unquote(strip_preamble(text, source))
+        if not text:
+            reason = reason or "empty"
         prompt = question.messages[1]["content"].partition("\n\n")[0]
         if not reason and copies_prompt(text, source, prompt):
             reason = "copies words of the prompt"
         rows.append(make_row(way, source, text, reason))
     return rows
+
+
+def strip_preamble(text: str, source: str) -> str:
+    """The text without a first sentence that announces it, unless its source has one, too."""
+    match = PREAMBLE.match(text)
+    if not match or PREAMBLE.match(source):
+        return text
+    text = text[match.end():].strip()
+    if match["mark"] and match["mark"] not in match["tail"]:
+        text = close_mark(match["mark"], text)
+    return text
 
 
 def copies_prompt(text: str, source: str, prompt: str) -> bool:

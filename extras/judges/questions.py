@@ -134,6 +134,14 @@ def make_question(task: str, parts: dict[str, str], *, choices: tuple[str, ...] 
     return Question(messages, max_tokens, nonce, menu, choices, bool(choices) and not think)
 
 
+def strip_turn_ends(text: str) -> str:
+    """The text without marks of an ended turn at its end."""
+    while text.endswith(TURN_ENDS):
+        mark = next(mark for mark in TURN_ENDS if text.endswith(mark))
+        text = text.removesuffix(mark).rstrip()
+    return text
+
+
 def last_line(text: str) -> tuple[str, str]:
     """(the text before its last line, that line in its normal form).
 
@@ -141,10 +149,7 @@ def last_line(text: str) -> tuple[str, str]:
     """
     lines, fenced, last = text.replace("\r", "\n").split("\n"), False, ""
     while lines:
-        last = normal_form(lines.pop()).strip()
-        while last.endswith(TURN_ENDS):
-            mark = next(mark for mark in TURN_ENDS if last.endswith(mark))
-            last = last.removesuffix(mark).rstrip()
+        last = strip_turn_ends(normal_form(lines.pop()).strip())
         if last and (last != "```" or fenced):
             break
         fenced = fenced or bool(last)

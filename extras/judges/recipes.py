@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from extras import tomllib
-from extras.judges.questions import TEXTS, Question, Reply, make_question
+from extras.judges.questions import TEXTS, Question, Reply, make_question, strip_turn_ends
 from extras.judges.writers import unquote
-from judge import count_words, split_words
+from judge import ENDINGS, count_words, split_words
 
 DATA = tomllib.loads(Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8"))
 PROMPTS, FILTERS = DATA["prompts"], DATA["filters"]
@@ -34,6 +34,7 @@ ENTRY_START = r"[ \t>#-]*(?:\*[ \t]+)?(?P<mark>[*_]{0,3})"
 RULE = re.compile(r"(?i)-{3,}|\*{3,}|={3,}|[\[(<*_]+(?:the )?end(?: of [\w ]{1,30})?[\])>*_.]+"
                   r"|(?:the )?end of (?:the )?(?:conversation|dialogue|chat)\.?")
 FENCE = "```"
+AROUND = "*_`()[]<>\"'. "  # what may stand around a word or letter that is a whole text
 
 
 @dataclass
@@ -68,7 +69,7 @@ def read_text(question: Question, reply: Reply, *, quoted: bool = False) -> tupl
 
     quoted: quotation marks or a code fence around all of it are no part of it.
     """
-    text, nonce = reply.text.strip(), reply.nonce or question.nonce
+    text, nonce = strip_turn_ends(reply.text.strip()), reply.nonce or question.nonce
     if quoted:
         text = unquote(text)
     if reply.failure:
@@ -137,8 +138,11 @@ def find_answer_fault(text: str) -> str:
     """Why a text is no answer, by the rules of Evol-Instruct (arXiv 2304.12244); "" if it is one.
 
     It is a refusal in few words, or nothing but punctuation and stop words (English ones).
+    DEVIATION: one letter or symbol is an answer, such as the "A" of a multiple choice, or "+".
     """
-    words = split_words(text)
+    words, core = split_words(text), text.strip(AROUND) or text
+    if len(core) == 1 and core.isprintable() and core not in ENDINGS:
+        return ""
     if "sorry" in words and count_words(text) < REFUSAL_WORDS:
         return "refuses"
     if STOP_WORDS.issuperset(words):

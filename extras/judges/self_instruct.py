@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from extras.judges.questions import Question, Reply, Unread, make_question
 from extras.judges.recipes import (
+    AROUND,
     ENTRY_START,
     FILTERS,
     PLACEHOLDERS,
@@ -36,7 +37,6 @@ CASES = 3  # of a task that is no classification
 SIMILAR = 0.7  # ROUGE-L above this is no new instruction
 SHORTEST, LONGEST = 4, 150  # words of an instruction
 COLONS = (":", "：")
-AROUND = "*_`()[]<>\"'. "  # what may stand around a word that says that there is no input
 
 IMPOSSIBLE = re.compile(rf"(?i)\b(?:{'|'.join(FILTERS['impossible'])})\b")
 NUMBER = r"\(?\d{1,3}[.):]{1,2}"

@@ -180,6 +180,17 @@ def test_inputs_are_a_part_of_the_seed(tmp_path):
     path = tmp_path / "seeds.json"
     path.write_text(json.dumps([{"instruction": "Shorten it.", "input": "A long text."}]))
     assert write.read_seeds(path) == ["Shorten it.\nA long text."]
+    assert write.read_seeds(path, inputs=False) == ["Shorten it."]
+
+
+def test_self_instruct_shows_no_inputs(tmp_path):
+    (tmp_path / "seeds.jsonl").write_text('{"instruction": "Shorten it.", "input": "A long text."}')
+    with ChatServer(answers) as server:
+        for recipe in ("self-instruct", "explain"):
+            assert run(tmp_path / recipe, recipe, tmp_path / "seeds.jsonl", server=server) == 0
+        texts = [request["messages"][-1]["content"] for request, *_ in server.requests]
+    assert "1. Shorten it.\n" in texts[0] and "A long text" not in texts[0]
+    assert texts[-1] == "Shorten it.\nA long text."
 
 
 # ----- Mistakes -----

@@ -61,7 +61,8 @@ def test_all_six_ways_are_taken_and_say_what_to_do():
     ({"compare": "equal"}, "gains no information"),
     ({"write": " "}, "empty"), ({"write": '""'}, "empty"),
     ({"write": "{n} what"}, "repeats the prompt"),
-    ({"write": "The new instruction: name two red fruits."}, "copies words of the prompt"),
+    ({"write": "New instruction:"}, "empty"),
+    ({"write": "Carry out the rewritten instruction."}, "copies words of the prompt"),
     ({"write": "Name two. Add twenty words at most; a person."}, "copies words of the prompt"),
     ({"write": Reply("Name", "cut at max_tokens")}, "cut at max_tokens"),
     ({"answer": "Sorry, no."}, "its answer: refuses"),
@@ -77,6 +78,36 @@ def test_an_eliminated_instruction_goes_back_as_it_was(said, reason):
     assert rows[1]["source"] == seed and not rows[1]["kept"]
     if copied:  # nothing is paid for after a rule has spoken
         assert {kind_of(x, x.messages[1]["content"]) for x in ask.asked} == {"write"}
+
+
+@pytest.mark.parametrize("said", [
+    "{}", "Revised instruction: {}", "**The new instruction:** {}", "### Modified Prompt: {}",
+    "Here is a harder version: {}", "Sure! Here's the modified prompt:\n\n{}", 'New prompt: "{}"',
+    "Certainly, I can do that. Here is a more complex version of the instruction: {}",
+    "Instruction: {}", "Harder question：{}"])
+def test_a_preamble_is_left_out(said):
+    for text in ("Name two: a fruit and a berry.", "**Name** two red fruits."):
+        ask = Says(lambda question, prompt, text=text: evolves(
+            question, prompt, write=said.format(text)))
+        row, = evolve(ask, SEEDS[:1], Settings(rounds=1))
+        assert (row["text"], row["reason"]) == (text, "")
+
+
+@pytest.mark.parametrize("text", [
+    "Here is a list of prices: 3, 5. Add them.", "Write a new instruction for a robot.",
+    "Follow the provided instructions and print the resulting text.", "Question: why is it red?",
+    "Here is a table:\n| a | b |\nAdd it up.", "Instruction manuals: what are they for?",
+    "Task: name fruits. Version: 2. Is it done?", "Sure signs of rain: name two."])
+def test_instructions_that_only_look_like_a_preamble_stay(text):
+    row, = evolve(Says(lambda question, prompt: evolves(question, prompt, write=text)), SEEDS[:1],
+                  Settings(rounds=1))
+    assert (row["text"], row["reason"]) == (text, "")
+
+
+def test_what_the_source_begins_with_is_no_preamble():
+    seed = "Here is a prompt: draw a cat. Make it better."
+    row, = evolve(Says(evolves), [seed], Settings(rounds=1))
+    assert row["text"] == seed + " Then say why."
 
 
 def test_an_instruction_that_nobody_can_compare_is_dropped():

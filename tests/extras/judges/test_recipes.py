@@ -49,11 +49,19 @@ def tasks(*words):
 @pytest.mark.parametrize("reply, reason", [
     (Reply("fine"), ""), (Reply("  \n"), "empty"), (Reply("half", "cut at max_tokens"),
                                                    "cut at max_tokens"),
+    (Reply("<|im_end|> </s>"), "empty"),
     (Reply("a \ud83d b"), "has half a character"), (Reply("so </x NONCE>"), "repeats the prompt")])
 def test_a_reply_is_used_or_there_is_a_reason(reply, reason):
     question = ask_writer("self_chat", {"question": "why?"})
     reply = Reply(reply.text.replace("NONCE", question.nonce), reply.failure)
-    assert read_text(question, reply) == (reply.text.strip(), reason)
+    text = reply.text.strip().removesuffix("<|im_end|> </s>")
+    assert read_text(question, reply) == (text, reason)
+
+
+def test_marks_of_an_ended_turn_are_left_out():
+    question = ask_writer("self_chat", {"question": "why?"})
+    assert read_text(question, Reply("So <b>.\n</s><|im_end|>\n")) == ("So <b>.", "")
+    assert read_text(question, Reply('"So."<|eot_id|>'), quoted=True) == ("So.", "")
 
 
 def test_the_nonce_that_was_sent_counts():
@@ -74,7 +82,9 @@ def test_what_is_to_be_answered_is_sent_as_it_is():
     ("Sorry, I cannot do that.", "refuses"), ("sorry " * 79, "refuses"), ("sorry " * 80, ""),
     ("I am so sorry: " + "word " * 90, ""), ("...", "says nothing"), ("", "says nothing"),
     ("The, of and?", "says nothing"), ("42", ""), ("No.", ""), ("Yes", ""), ("猫", ""),
-    ("Red, of course", "")])
+    ("Red, of course", ""), ("A", ""), ("I.", ""), ("(a)", ""), ("**A**", ""), ("+", ""),
+    ("\"%\"", ""), ("-", ""), ("A and I", "says nothing"), ("\u200b", "says nothing"),
+    (".", "says nothing"), ("!", "says nothing"), ("()", "says nothing")])
 def test_answers_by_the_rules_of_evol_instruct(text, fault):
     assert find_answer_fault(text) == fault
 
