@@ -9,7 +9,9 @@ has rows {"instruction", "input"}, {"question"} or {"topic"}. examples.jsonl has
 or not. The same command goes on where it was stopped, and asks a server nothing twice.
 """
 
+import hashlib
 import json
+import os
 import re
 import shlex
 import sys
@@ -17,23 +19,25 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from extras.formats.checks import FILLED, TEXT, check, name_fields, refuse
+from extras.formats.checks import FILLED, TEXT, check, name_fields, read_object, refuse
 from extras.formats.rows import read_rows
 from extras.judges import ServerFlags, check_flags, client_from_flags
 from extras.judges.dialogues import dialogue, self_chat
 from extras.judges.evolving import evolve
 from extras.judges.questions import describe_problem
-from extras.judges.recipes import SURROGATE, Settings, explain
+from extras.judges.recipes import SURROGATE, Settings, answer_and_explain
 from extras.judges.self_instruct import self_instruct
+from extras.runtime.files import write_folder
 from methods.flags import flag_names, spelled
 from tools import make_main
 from tools.meta_evaluate import MODEL, refuse_unread
 from tools.paraphrase import open_local
 
 RECIPES = {"self-instruct": self_instruct, "evol": evolve, "self-chat": self_chat,
-           "explain": explain, "dialogue": dialogue}
+           "explain": answer_and_explain, "dialogue": dialogue}
 ONLY = {"rounds": "evol", "turns": "dialogue"}  # the recipe that reads a flag
 JUDGED = ("self-instruct", "evol")  # recipes that ask for verdicts
+RESULTS, SETTINGS = ("written.jsonl", "examples.jsonl"), "recipe.json"
 SEED_NAMES = ("instruction", "question", "topic")
 
 
@@ -42,12 +46,14 @@ def write_data(cfg) -> None:
     check_choices(cfg)
     # Tasks are compared and shown without an input, as in the code of self-instruct.
     seeds = read_seeds(cfg.seeds, inputs=cfg.recipe != "self-instruct")
-    if cfg.recipe != "self-instruct":  # which draws from all of them
+    settings = record_settings(cfg, seeds)
+    if cfg.recipe != "self-instruct" and len(seeds) > cfg.number:  # which draws from all of them
+        print(f"The first {cfg.number} of {len(seeds)} seeds are used (--number).")
         seeds = seeds[:cfg.number]
     rows = RECIPES[cfg.recipe](open_writer(cfg), seeds, cfg)
     examples = [row["example"] for row in rows if row["kept"] and "example" in row]
-    write_records(Path(cfg.out) / "written.jsonl", rows)
-    write_records(Path(cfg.out) / "examples.jsonl", examples)
+    files = {SETTINGS: [settings], "written.jsonl": rows, "examples.jsonl": examples}
+    write_files(Path(cfg.out), files)
     report(cfg, rows, len(examples))
 
 
@@ -91,6 +97,18 @@ def read_seeds(path, *, inputs: bool = True) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def record_settings(cfg, seeds: list[str]) -> dict:
+    """What says which run the files in --out are of. Raises ValueError if they are another's."""
+    texts = hashlib.sha256(json.dumps(seeds).encode()).hexdigest()
+    settings = {"recipe": cfg.recipe, "seed": cfg.seed, "seeds": texts}
+    there = [name for name in RESULTS if Path(cfg.out, name).exists()]
+    known = read_object(Path(cfg.out, SETTINGS))
+    names = [name for name in settings if known.get(name) != settings[name]]
+    refuse(there and names, f"{cfg.out} has the {' and '.join(there)} of a run with another "
+           f"{', '.join(map(spelled, names))}. Choose another --out, or remove these files.")
+    return settings
+
+
 def open_writer(cfg) -> Callable:
     """The backend that writes: the model behind --judge-url, or --model itself."""
     if cfg.judge == "http":
@@ -98,11 +116,16 @@ def open_writer(cfg) -> Callable:
     return open_local(cfg)[1]
 
 
-def write_records(path: Path, records: list[dict]) -> None:
-    """Write a file of JSON Lines, in place of one that is there."""
-    with open(path, "w") as file:
-        for record in records:
-            file.write(json.dumps(record) + "\n")
+def write_files(out: Path, files: dict[str, list[dict]]) -> None:
+    """Write files of JSON Lines, {name: records}, in place of those that are there."""
+    def save(part: Path) -> None:
+        for name, records in files.items():
+            (part / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def publish(part: Path) -> None:
+        for name in files:
+            os.replace(part / name, out / name)
+    write_folder(out / ".tmp-written", save, publish)
 
 
 def report(cfg, rows: list[dict], n: int) -> None:

@@ -14,7 +14,7 @@ from extras.judges.recipes import (
     TEMPERATURE,
     ask_writer,
     make_row,
-    read_text,
+    read_written,
     split_entries,
 )
 from judge import normalize
@@ -44,7 +44,7 @@ def self_chat(ask: Callable, seeds: list[str], settings) -> list[dict]:
     replies = ask(questions, temperature=TEMPERATURE, sample=SEED_APART * settings.seed)
     rows = []
     for source, question, reply in zip(seeds, questions, replies, strict=True):
-        text, reason = read_text(question, reply)
+        text, reason = read_written(question, reply)
         messages = read_turns(text)
         if messages and messages[-1]["role"] == "user":  # nobody answers it
             messages.pop()
@@ -111,14 +111,13 @@ def ask_turn(side: str, topic: str, messages: list[dict]) -> Question:
 
 def read_turn(side: str, question: Question, reply: Reply, before: list[dict]) -> tuple[str, str]:
     """(what a side says, why it cannot be used, or ""); the name of the side itself is left out."""
-    text, reason = read_text(question, reply, quoted=side == "user")
-    turns = read_turns(f"{NAMES[side]}\n{text}")
-    if len(turns) == 2 and not turns[0]["content"]:  # it says its own name first
-        turns = turns[1:]
+    text, reason = read_written(question, reply, quoted=side == "user")
+    # A text that begins with a name leaves nothing to the turn that is put before it.
+    turns = [turn for turn in read_turns(f"{NAMES[side]}\n{text}") if turn["content"]]
+    if not reason and not turns:
+        reason = "empty"
     if not reason and (len(turns) > 1 or turns[0]["role"] != side):
         reason = "speaks for the other side"
-    if not reason and not turns[0]["content"]:
-        reason = "empty"
     if not reason:
         text = turns[0]["content"]
     said = {normalize(turn["content"]) for turn in before}

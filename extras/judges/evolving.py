@@ -18,11 +18,11 @@ from extras.judges.recipes import (
     TEMPERATURE,
     ask_answer,
     ask_writer,
-    close_mark,
     drop,
     find_answer_fault,
     make_row,
-    read_text,
+    read_written,
+    text_after,
 )
 from extras.judges.writers import unquote
 from judge import normalize, split_words
@@ -32,8 +32,7 @@ COPIED_WORDS = 6  # in a row that also stand in the prompt
 # "Revised instruction: ", "**New prompt**: ", "Sure! Here's a harder version of the instruction: "
 NAMED = r"(?:instructions?|prompts?|version|rewrite)"
 PREAMBLE = re.compile(
-    r"(?i)(?:(?:sure|certainly|of course|okay)\b[^\n:：]{0,40}[!.,:：]\s*)?"
-    r"[# \t]*(?P<mark>[*_]{0,3})"
+    r"(?i)(?:(?:sure|certainly|of course|okay)\b.{0,40}[!.,:：]\s*)?[# \t]*(?P<mark>[*_]{0,3})"
     rf"(?:(?:here(?:['’]s| is)|this is)\b[^\n:：]{{0,60}}\b{NAMED}\b[^\n:：]{{0,60}}"
     rf"|(?:(?:the|my) )?(?:{'|'.join(FILTERS['evolved'])}) (?:{NAMED}|question|task)"
     r"|(?:instruction|prompt))(?P<tail>[#*_ \t]*)[:：]")
@@ -78,11 +77,11 @@ def write_evolved(ask: Callable, pool: list[str], ways: list[str], sample: int) 
         questions.append(ask_writer(name, {"instruction": source}, length="short", how=how))
     replies = ask(questions, temperature=TEMPERATURE, sample=sample)
     for source, way, question, reply in zip(pool, ways, questions, replies, strict=True):
-        text, reason = read_text(question, reply, quoted=True)
+        text, reason = read_written(question, reply, quoted=True)
         text = unquote(strip_preamble(text, source))
-        if not text:
-            reason = reason or "empty"
         prompt = question.messages[1]["content"].partition("\n\n")[0]
+        if not reason and not text:
+            reason = "empty"
         if not reason and copies_prompt(text, source, prompt):
             reason = "copies words of the prompt"
         rows.append(make_row(way, source, text, reason))
@@ -94,10 +93,7 @@ def strip_preamble(text: str, source: str) -> str:
     match = PREAMBLE.match(text)
     if not match or PREAMBLE.match(source):
         return text
-    text = text[match.end():].strip()
-    if match["mark"] and match["mark"] not in match["tail"]:
-        text = close_mark(match["mark"], text)
-    return text
+    return text_after(match, text[match.end():])
 
 
 def copies_prompt(text: str, source: str, prompt: str) -> bool:
@@ -131,7 +127,7 @@ def write_answers(ask: Callable, rows: list[dict], sample: int) -> None:
     questions = [ask_answer(row["text"]) for row in rows]
     replies = ask(questions, temperature=TEMPERATURE, sample=sample) if rows else []
     for row, question, reply in zip(rows, questions, replies, strict=True):
-        text, reason = read_text(question, reply)
+        text, reason = read_written(question, reply)
         row["example"] = {"instruction": row["text"], "input": "", "output": text}
         reason = reason or find_answer_fault(text)
         if reason:

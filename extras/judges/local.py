@@ -7,7 +7,8 @@ class LocalChat:
     """Answers questions with a model, its tokenizer and a prompt template (data.Template).
 
     Where a question wants one of its choices and nothing else, the more probable one is the
-    verdict; otherwise the model writes. A prompt that does not fit fails and is never truncated.
+    verdict; otherwise the model writes, half of its context at most. A prompt that does not fit
+    fails and is never truncated.
     """
 
     def __init__(self, model, tokenizer, template, *, batch_size: int = 16):
@@ -21,12 +22,13 @@ class LocalChat:
         from methods.examples import keyword_logprobs
         from model import Sampling
 
-        replies, prompts, picked, written = [], [], [], []
+        replies, prompts, longest, picked, written = [], [], [], [], []
         for i, question in enumerate(questions):
             # All but the system prompt goes where no {input} is looked for: texts stay as they are.
             system, *turns = (message["content"] for message in question.messages)
             prompts.append(self.template.render(system, "\n\n".join(turns)))
-            length = len(self.tokenizer.encode_prompt(prompts[i])) + question.max_tokens
+            longest.append(min(question.max_tokens, self.model.config.context // 2))
+            length = len(self.tokenizer.encode_prompt(prompts[i])) + longest[i]
             replies.append(Reply("", "prompt longer than the model takes"))
             if length <= self.model.config.context:
                 group = picked if question.pick else written
@@ -40,7 +42,7 @@ class LocalChat:
             for i, pair in zip(picked, logprobs, strict=True):
                 replies[i] = pick_choice(questions[i], *pair)
         if written:
-            sampling = Sampling(max(questions[i].max_tokens for i in written), temperature)
+            sampling = Sampling(max(longest[i] for i in written), temperature)
             made = complete(self.model, self.tokenizer, [prompts[i] for i in written], sampling,
                             seeds=[1000 * sample + i for i in written], batch_size=self.batch_size)
             for i, answer in zip(written, made, strict=True):

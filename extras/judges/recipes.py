@@ -64,7 +64,7 @@ def ask_answer(text: str, system: str = PROMPTS["assistant"]) -> Question:
     return Question(messages, DATA["lengths"]["long"])
 
 
-def read_text(question: Question, reply: Reply, *, quoted: bool = False) -> tuple[str, str]:
+def read_written(question: Question, reply: Reply, *, quoted: bool = False) -> tuple[str, str]:
     """(the text of a reply, why it cannot be used, or "").
 
     quoted: quotation marks or a code fence around all of it are no part of it.
@@ -103,35 +103,26 @@ def split_entries(start: re.Pattern, text: str,
             fenced = not fenced
     entries = []
     for number, (match, lines) in enumerate(found, 1):
-        strip_rules(lines, heading if number < len(found) else None)
-        said = "\n".join(lines).strip()
-        if match["mark"] and match["mark"] not in match["tail"]:
-            said = close_mark(match["mark"], said)
-        entries.append((match["name"].lower(), said))
+        strip_rules(lines, heading if heading and number < len(found) else RULE)
+        entries.append((match["name"].lower(), text_after(match, "\n".join(lines))))
     return entries
 
 
-def strip_rules(lines: list[str], heading: re.Pattern | None) -> None:
+def strip_rules(lines: list[str], heading: re.Pattern) -> None:
     """Remove lines from the end that are no part of an entry, but never its first."""
     while len(lines) > 1:
         last = lines[-1].strip()
         stray = last == FENCE and "\n".join(lines).count(FENCE) % 2
-        if last and not stray and not RULE.fullmatch(last) and not (
-                heading and heading.fullmatch(last)):
+        if last and not (stray or RULE.fullmatch(last) or heading.fullmatch(last)):
             break
         lines.pop()
 
 
-def close_mark(mark: str, text: str) -> str:
-    """The text without the emphasis that ends one which began before the text."""
-    head, newline, rest = text.partition("\n")
-    if head.startswith(mark):
-        head = head[len(mark):]
-    elif head.endswith(mark):
-        head = head[:-len(mark)]
-    else:
-        head = head.replace(mark, "", 1)
-    return (head + newline + rest).strip()
+def text_after(match: re.Match, text: str) -> str:
+    """The text without the mark that ends an emphasis which began before its entry's name."""
+    if match["mark"] not in match["tail"]:
+        text = text.replace(match["mark"], "", 1)
+    return text.strip()
 
 
 def find_answer_fault(text: str) -> str:
@@ -162,7 +153,7 @@ def drop(row: dict, reason: str) -> None:
 
 
 # ----- Explanations -----
-def explain(ask: Callable, seeds: list[str], settings) -> list[dict]:
+def answer_and_explain(ask: Callable, seeds: list[str], settings) -> list[dict]:
     """Answers to seeds that explain themselves (Orca, Mukherjee et al. 2023, arXiv 2306.02707).
 
     A system prompt is drawn for each. Examples are {"messages"} of the system, user and assistant.
@@ -174,7 +165,7 @@ def explain(ask: Callable, seeds: list[str], settings) -> list[dict]:
     questions = list(map(ask_answer, seeds, systems))
     replies = ask(questions, temperature=TEMPERATURE, sample=SEED_APART * settings.seed)
     for source, question, reply in zip(seeds, questions, replies, strict=True):
-        text, reason = read_text(question, reply)
+        text, reason = read_written(question, reply)
         messages = [*question.messages, {"role": "assistant", "content": text}]
         rows.append(make_row("answer", source, text, reason or find_answer_fault(text),
                              example={"messages": messages}))

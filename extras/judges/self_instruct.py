@@ -23,7 +23,7 @@ from extras.judges.recipes import (
     ask_writer,
     drop,
     make_row,
-    read_text,
+    read_written,
     split_entries,
 )
 from extras.judges.writers import unquote
@@ -50,7 +50,7 @@ ENTRY = re.compile(rf"(?i)(?:(?P<own>[*_]{{0,3}}){NUMBER}(?P=own)[ \t]*)?{ENTRY_
 # What may stand above an entry: "### Any", "Case 2", "**Example 3: hard**", "4."
 HEADING = re.compile(r"(?i)#{2,6} .*|[#*_> ]*(?:test )?(?:case|example) {0,2}"
                      r"(?:\d{1,2}(?:[ *_]{0,3}[:：.)(–-].{0,80})?)?[ *_:：.]*|\(?\d{1,3}[.)][ *_]*")
-EMPHASIS = re.compile(r"([*_]{1,3})(?=[^\s*_])(.*[^\s*_])\1", re.S)
+EMPHASIS = re.compile(r"\A([*_]{1,3})(?![\s*_])((?:(?!\1).)+)(?<![\s*_])\1\Z")  # around all
 
 
 def self_instruct(ask: Callable, seeds: list[str], settings) -> list[dict]:
@@ -75,7 +75,9 @@ def write_instructions(ask: Callable, seeds: list[str], settings) -> list[dict]:
     number, idle = 0, 0
     while len(new) < settings.number and idle < IDLE_ROUNDS:
         prompts = min(PROMPTS_A_ROUND, math.ceil((settings.number - len(new)) / ASKED))
-        questions = [ask_instructions(seeds, new, rng) for _ in range(prompts)]
+        # Of few seeds some prompts are equal, and a server or a model would answer these alike.
+        asked = [ask_instructions(seeds, new, rng) for _ in range(prompts)]
+        questions = list({str(question.messages): question for question in asked}.values())
         replies = ask(questions, temperature=TEMPERATURE,
                       sample=SEED_APART * settings.seed + number)
         number, idle = number + 1, idle + 1
@@ -108,7 +110,7 @@ def read_list(question: Question, reply: Reply) -> list[tuple[str, str]]:
 
     Of a reply that was cut, or failed, nothing is used.
     """
-    text, reason = read_text(question, reply)
+    text, reason = read_written(question, reply)
     items = [item for _, item in split_entries(NUMBERED, text)]
     if not reason and not items:
         reason = "has no numbered list"
@@ -121,10 +123,7 @@ def read_list(question: Question, reply: Reply) -> list[tuple[str, str]]:
     items[-1] = re.split(talk, items[-1], maxsplit=1)[0]
     found = []
     for item in items:
-        item = unquote(" ".join(item.split()))
-        whole = EMPHASIS.fullmatch(item)
-        if whole and whole[1] not in whole[2]:
-            item = unquote(whole[2])
+        item = unquote(EMPHASIS.sub(r"\2", " ".join(item.split())))
         found.append((item[:1].upper() + item[1:], ""))
     return found
 
@@ -185,7 +184,7 @@ def write_cases(ask: Callable, tasks: list[dict], seed: int) -> list[dict]:
         questions.append(ask_writer(name, {"task": task["text"]}, n=CASES))
     replies = ask(questions, sample=SEED_APART * seed) if questions else []
     for task, question, reply in zip(tasks, questions, replies, strict=True):
-        text, reason = read_text(question, reply)
+        text, reason = read_written(question, reply)
         cases = read_cases(text)
         if not reason and not cases:
             reason = "has no case in the form asked for"

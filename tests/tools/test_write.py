@@ -128,11 +128,43 @@ def test_a_stopped_command_goes_on_to_the_same_bytes(recipe, seeds, tmp_path, ca
     assert "--max-requests 2 is reached" in capsys.readouterr().err
 
 
-def test_another_seed_asks_for_other_texts(seeds, tmp_path):
+@pytest.mark.parametrize("recipe", write.RECIPES)
+def test_another_seed_asks_for_other_texts(recipe, seeds, tmp_path):
+    for seed in (0, 1):
+        with ChatServer(answers) as server:
+            assert run(tmp_path / str(seed), recipe, seeds, "--seed", seed, server=server) == 0
+        samples = [request["seed"] for request, *_ in server.requests if request["temperature"]]
+        assert samples and all(sample // 10_000 == seed for sample in samples)
+
+
+def test_the_files_of_another_run_are_not_overwritten(seeds, tmp_path, capsys):
+    def refused(*argv, has="written.jsonl and examples.jsonl"):
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path, *argv, server=server)
+        assert stop.value.code == 2 and files(tmp_path) == before
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {tmp_path} has the {has} of a run with another ")
+        return said.partition("another ")[2].removesuffix("\n")
+
+    end = ". Choose another --out, or remove these files."
     with ChatServer(answers) as server:
-        for seed in (0, 1):
-            assert run(tmp_path / "out", "self-chat", seeds, "--seed", seed, server=server) == 0
-        assert [request["seed"] for request, *_ in server.requests] == [0] * 3 + [10_000] * 3
+        assert run(tmp_path, "explain", seeds, server=server) == 0
+        before = files(tmp_path)
+        assert refused("self-chat", seeds) == f"--recipe{end}"
+        assert refused("explain", seeds, "--seed", 1) == f"--seed{end}"
+        other = tmp_path / "other.jsonl"
+        other.write_text('{"question": "Who?"}')
+        assert refused("evol", other) == f"--recipe, --seeds{end}"
+        asked = len(server.requests)
+        assert run(tmp_path, "explain", seeds, "--number", 2, server=server) == 0
+        assert len(server.requests) == asked and files(tmp_path) != before
+        before = files(tmp_path)
+        (tmp_path / "recipe.json").unlink()  # then nobody knows whose files these are
+        assert refused("explain", seeds) == f"--recipe, --seed, --seeds{end}"
+        for name in ("written", "examples"):
+            (tmp_path / f"{name}.jsonl").unlink()
+        assert run(tmp_path, "self-chat", seeds, server=server) == 0
+        assert not list(tmp_path.glob(".tmp*"))
 
 
 def test_how_many_are_kept_and_what_each_filter_dropped(seeds, tmp_path, capsys):
@@ -169,9 +201,12 @@ def test_dialogues_that_end_early_are_counted(seeds, tmp_path, capsys):
     assert lengths == [4, 2]
 
 
-def test_number_is_how_many_seeds_are_used(seeds, tmp_path):
+def test_number_is_how_many_seeds_are_used(seeds, tmp_path, capsys):
     with ChatServer(answers) as server:
         assert run(tmp_path, "explain", seeds, "--number", 2, server=server) == 0
+        assert "The first 2 of 3 seeds are used (--number).\n" in capsys.readouterr().out
+        assert run(tmp_path / "all", "explain", seeds, "--number", 3, server=server) == 0
+        assert "seeds are used" not in capsys.readouterr().out
     sources = [row["source"] for row in data.read_records(tmp_path / "written.jsonl")]
     assert sources == ["Name a red fruit.", "Why is the sky blue?"]  # each once
 

@@ -66,6 +66,15 @@ def test_order_free_text_and_prompts_that_do_not_fit(parts):
     assert row["failures"] == ["prompt longer than the model takes"] * 2
 
 
+def test_an_answer_has_half_of_the_context_at_most(parts, monkeypatch):
+    monkeypatch.setattr(parts[0].config, "context", 256)
+    texts = ["red", "red " * 200]
+    questions = [make_question("say", {"x": text}, system="", max_tokens=1024) for text in texts]
+    short, long = LocalChat(*parts).ask(questions)
+    assert short.failure in ("", "cut at max_tokens")
+    assert long.failure == "prompt longer than the model takes"
+
+
 def test_a_text_under_judgment_stays_as_it_is(parts):
     model, tokenizer, template = parts
     asked = []

@@ -17,11 +17,11 @@ from extras.judges.recipes import (
     PROMPTS,
     STOP_WORDS,
     Settings,
+    answer_and_explain,
     ask_answer,
     ask_writer,
-    explain,
     find_answer_fault,
-    read_text,
+    read_written,
 )
 from extras.judges.self_instruct import (
     ask_instructions,
@@ -31,6 +31,7 @@ from extras.judges.self_instruct import (
     read_cases,
     read_list,
     self_instruct,
+    write_cases,
     write_instructions,
 )
 from judge import rouge_l
@@ -55,19 +56,19 @@ def test_a_reply_is_used_or_there_is_a_reason(reply, reason):
     question = ask_writer("self_chat", {"question": "why?"})
     reply = Reply(reply.text.replace("NONCE", question.nonce), reply.failure)
     text = reply.text.strip().removesuffix("<|im_end|> </s>")
-    assert read_text(question, reply) == (text, reason)
+    assert read_written(question, reply) == (text, reason)
 
 
 def test_marks_of_an_ended_turn_are_left_out():
     question = ask_writer("self_chat", {"question": "why?"})
-    assert read_text(question, Reply("So <b>.\n</s><|im_end|>\n")) == ("So <b>.", "")
-    assert read_text(question, Reply('"So."<|eot_id|>'), quoted=True) == ("So.", "")
+    assert read_written(question, Reply("So <b>.\n</s><|im_end|>\n")) == ("So <b>.", "")
+    assert read_written(question, Reply('"So."<|eot_id|>'), quoted=True) == ("So.", "")
 
 
 def test_the_nonce_that_was_sent_counts():
     question = ask_writer("self_chat", {"question": "why?"})
-    assert read_text(question, Reply(f"x {question.nonce}", nonce="abc123"))[1] == ""
-    assert read_text(question, Reply("x abc123", nonce="abc123"))[1] == "repeats the prompt"
+    assert read_written(question, Reply(f"x {question.nonce}", nonce="abc123"))[1] == ""
+    assert read_written(question, Reply("x abc123", nonce="abc123"))[1] == "repeats the prompt"
 
 
 def test_what_is_to_be_answered_is_sent_as_it_is():
@@ -75,7 +76,7 @@ def test_what_is_to_be_answered_is_sent_as_it_is():
     question = ask_answer(text, "Be brief.")
     assert [turn["content"] for turn in question.messages] == ["Be brief.", text]
     assert not question.nonce and not question.menu
-    assert read_text(question, Reply("anything"))[1] == ""
+    assert read_written(question, Reply("anything"))[1] == ""
 
 
 @pytest.mark.parametrize("text, fault", [
@@ -234,6 +235,13 @@ def test_one_seed_is_enough():
     assert fenced(ask.asked[0], "list") == f"1. {SEEDS[0]}"
 
 
+def test_equal_prompts_are_asked_once():
+    ask = Says(lambda question, text: "no list")
+    write_instructions(ask, SEEDS[:2], Settings(number=100))
+    prompts = [question.messages[1]["content"] for question in ask.asked]
+    assert len(prompts) == 3 * 2 and len(set(prompts)) == 2  # two orders in each of three rounds
+
+
 # ----- Self-instruct: cases -----
 @pytest.mark.parametrize("text, found", [
     ("Input: a b\nOutput: c", [("a b", "c")]),
@@ -299,6 +307,12 @@ def test_cases_that_are_dropped():
         "has one half only", "empty"]
 
 
+def test_another_seed_asks_for_other_cases():
+    ask = Says(lambda question, text: "Input: a\nOutput: b")
+    write_cases(ask, [{"text": "Do it.", "classification": False}], 1)
+    assert ask.calls == [{"sample": 10_000}]
+
+
 def test_labels_without_an_input_contradict_each_other():
     cases = [("", "glad"), ("", "sad"), ("Hurray!", "glad")]
     several = "has several outputs for one input"
@@ -359,14 +373,14 @@ def test_a_task_without_cases_is_counted(said, reason):
 # ----- Explanations -----
 def test_answers_are_given_under_drawn_system_prompts():
     ask = Says(lambda question, text: "Sorry." if "blue" in text else "Because of " + text)
-    rows = explain(ask, SEEDS, Settings())
+    rows = answer_and_explain(ask, SEEDS, Settings())
     systems = [row["example"]["messages"][0]["content"] for row in rows]
     assert set(systems) <= set(DATA["explain"]["systems"]) and len(set(systems)) > 2
     assert [row["reason"] for row in rows] == ["", "refuses", *[""] * 8]
     for source, row, question in zip(SEEDS, rows, ask.asked, strict=True):
         assert row["source"] == source and row["example"]["messages"][:2] == question.messages
         assert row["example"]["messages"][2] == {"role": "assistant", "content": row["text"]}
-    again = explain(Says(lambda question, text: "x"), SEEDS, Settings(seed=1))
+    again = answer_and_explain(Says(lambda question, text: "x"), SEEDS, Settings(seed=1))
     assert systems != [row["example"]["messages"][0]["content"] for row in again]
 
 
@@ -386,7 +400,7 @@ def test_hostile_texts_leave_rows_that_json_can_hold():
             return Reply("\n".join(rng.choices(HOSTILE, k=3)), rng.choice(["", "http 500: boo"]))
         return writes_tasks(question, text) if kind == 1 else tasks(*rng.choices(HOSTILE, k=8))
     for seed in range(20):
-        for recipe in (self_instruct, explain):
+        for recipe in (self_instruct, answer_and_explain):
             settings = Settings(number=8, seed=seed, max_unparsed=1)
             for row in recipe(Says(decide), HOSTILE, settings):
                 assert json.loads(json.dumps(row)) == row and row["kept"] == (not row["reason"])
