@@ -121,7 +121,8 @@ def strip_rules(lines: list[str], heading: re.Pattern) -> None:
 def text_after(match: re.Match, text: str) -> str:
     """The text without the mark that ends an emphasis which began before its entry's name."""
     if match["mark"] not in match["tail"]:
-        text = text.replace(match["mark"], "", 1)
+        mark = re.escape(match["mark"])
+        text = re.sub(rf"\A\s*{mark}|(?<=\S){mark}(?!\w)", "", text, count=1)
     return text.strip()
 
 

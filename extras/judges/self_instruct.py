@@ -198,23 +198,22 @@ def write_cases(ask: Callable, tasks: list[dict], seed: int) -> list[dict]:
     return rows
 
 
-def read_cases(text: str) -> list[tuple[str, str]]:
+def read_cases(text: str) -> list[tuple[str | None, str | None]]:
     """[(input, output), ...] of entries "Input:" and "Output:", or "Label:" and "Input:".
 
     An entry ends where the next begins. None stands for the half that a case lacks.
     """
-    cases, first = [], None  # the first half of a case
-    for name, value in [*split_entries(ENTRY, text, HEADING), ("", "")]:
-        if first and (first[0], name) == ("input", "output"):
+    cases, first = [], ("", "")  # what may be the first half of a case
+    for name, value in [*split_entries(ENTRY, text, HEADING), ("", "")]:  # and an end
+        pair = (first[0], name)
+        if pair == ("input", "output"):
             cases.append((read_input(first[1]), value))
-        elif first and (first[0], name) == ("label", "input"):
+        elif pair == ("label", "input"):
             cases.append((read_input(value), first[1]))
-        else:
-            if first:
-                cases.append((first[1], None) if first[0] == "input" else (None, first[1]))
-            first = (name, value) if name else None
-            continue
-        first = None
+        elif first[0]:
+            cases.append((first[1], None) if first[0] == "input" else (None, first[1]))
+        whole = pair in (("input", "output"), ("label", "input"))
+        first = ("", "") if whole else (name, value)
     return cases
 
 

@@ -294,6 +294,7 @@ def test_what_stands_between_two_cases_is_no_part_of_them(between):
 def test_emphasis_of_a_whole_entry_is_left_out():
     text = "**Label: positive**\n**Input: I *like* it**\n_Label_: bad\n*Input:* **No**!"
     assert read_cases(text) == [("I *like* it", "positive"), ("**No**!", "bad")]
+    assert read_cases("*Input: 2 * 3*\n_Output: a_b_") == [("2 * 3", "a_b")]
 
 
 def test_cases_that_are_dropped():
