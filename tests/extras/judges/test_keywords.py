@@ -15,7 +15,14 @@ from extras import judges
 from extras.judges.answers import usable
 from extras.judges.client import RUN, ServerFlags
 from extras.judges.judges import HttpJudge
-from extras.judges.pairs import STRATEGIES, evaluate_pairs, preference_probabilities
+from extras.judges.pairs import (
+    EXAMPLES,
+    STRATEGIES,
+    evaluate_pairs,
+    live_question,
+    preference_probabilities,
+    show_pair,
+)
 from extras.judges.questions import (
     JudgeStopped,
     Reply,
@@ -298,3 +305,17 @@ def test_a_small_model_is_read_by_keywords_and_not_by_lines(small_judge):
     by_line = HttpJudge(make_client(small_judge, **flags).ask, reask=0)
     with pytest.raises(JudgeStopped, match="1 of 1 judge replies .*--verdict keyword"):
         by_line.similar_pairs([({}, "blue", "red")])
+
+
+def test_worked_examples_answer_with_a_keyword_too():
+    for n_shots in (0, 1, 2):
+        question = live_question("Which?", show_pair(COLOURS[0], {}, False), "verdict",
+                                 choices=("a", "b"), examples=EXAMPLES[:n_shots])
+        asked = ask_for_keyword(question)
+        roles = [message["role"] for message in asked.messages]
+        assert roles == ["system", *["user", "assistant"] * n_shots, "user"]
+        texts = [message["content"] for message in asked.messages]
+        assert texts[2::2] == [verdict for _, verdict in EXAMPLES[:n_shots]]
+        for text in texts[1::2]:
+            assert text.endswith("Answer with one word alone and nothing else: a or b.")
+            assert "VERDICT" not in text
