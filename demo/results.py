@@ -72,7 +72,8 @@ RANKING = {
 }
 # As many steps on answers that are sampled anew twice.
 THRICE = f"{AGREE} --rounds 3 --pool-per-task 7 --steps 34 --probe-inputs 2"
-RANKING |= {"3 rounds": THRICE, "3 rounds, imitation alone": f"{THRICE} --no-ranking"}
+ROUNDS = {"3 rounds": THRICE, "3 rounds, imitation alone": f"{THRICE} --no-ranking"}
+RANKING |= ROUNDS
 REAL_WORLD = "--model {model} --dtype bfloat16 --max-new-tokens 12"
 REAL = (f"{REAL_WORLD} --tasks demo/real/tasks --paraphrases demo/real/paraphrases.json "
         "--per-task 24")
@@ -90,7 +91,8 @@ REAL_ARMS = {
 }
 # Arms that are compared with each other, too: the second minus the first.
 BETWEEN = (
-    *(("imitation alone", title) for title in RANKING if "imitation" not in title),
+    *(("imitation alone", title) for title in RANKING if title not in ("imitation alone", *ROUNDS)),
+    ("agreement", "3 rounds"), ("imitation alone", "3 rounds, imitation alone"),
     ("3 rounds, imitation alone", "3 rounds"),
     *((f"imitation alone, {100 * flip:.0f} % flipped", f"CAT, {100 * flip:.0f} % flipped")
       for flip in FLIPS),
@@ -176,6 +178,8 @@ class Seed:
         folder = f"{self.out}-{name}"
         words = ["--init", init, *flags.split()]
         ((title, found),) = trials.train(stage, folder, *self.common, *words).items()
+        if Path(folder, "candidates.jsonl").exists():  # it sampled for itself
+            found["sampled"] = sampled_precision(folder)
         return folder, found | describe_run(folder, title)
 
     def arms(self, setting, start, wordings, arms):
@@ -220,10 +224,9 @@ def precision(runs):
 def write_flipped(source, target, share, seed):
     """Candidates of which a share of the different answers has the opposite reward: 2 or 0.
 
-    Which ones follows from the seed and the answer. Returns the precision: the share of right
-    answers among those of reward 2, in the questions that are learnt from: a lower one is there.
+    Which ones follows from the seed and the answer. Returns the `learnt_precision`.
     """
-    groups, lines, learnt = {}, [], []
+    groups, lines = {}, []
     for record in data.read_records(source):
         right, question = record["reward"] == 2, (record["task"], record["id"])
         key = f"{seed}/{record['task']}/{record['id']}/{record['response']}"
@@ -232,10 +235,32 @@ def write_flipped(source, target, share, seed):
         groups.setdefault(question, []).append((record["reward"], right))
         lines.append(json.dumps(record) + "\n")
     target.write_text("".join(lines), encoding="utf-8")
+    return learnt_precision(groups)
+
+
+def learnt_precision(groups):
+    """The share of right answers among those of reward 2; groups: {question: [(reward, right)]}.
+
+    Only questions count that are learnt from: a lower reward is there. nan if there are none.
+    """
+    learnt = []
     for answers in groups.values():
-        if min(reward for reward, _ in answers) < 2:
+        if min((reward for reward, _ in answers if reward is not None), default=2) < 2:
             learnt += [right for reward, right in answers if reward == 2]
-    return sum(learnt) / len(learnt)
+    return sum(learnt) / len(learnt) if learnt else float("nan")
+
+
+def sampled_precision(folder):
+    """`learnt_precision` of what a run sampled for inputs with a target.
+
+    Right are answers that equal it up to case and punctuation.
+    """
+    groups = {}
+    for x in data.read_records(f"{folder}/candidates.jsonl"):
+        if x["target"] is not None:
+            right = normalize(x["response"]) == normalize(x["target"])
+            groups.setdefault((x["task"], x["id"]), []).append((x["reward"], right))
+    return learnt_precision(groups)
 
 
 def ranking(runs):
@@ -376,6 +401,13 @@ def tables(seeds, first=IA):
              trials.table(["arm", *METRICS.values()], deltas)]
     if between:
         found += ["The same between arms.", trials.table(["arms", *METRICS.values()], between)]
+    sampled = {}
+    for title in seeds[0]:
+        if "sampled" in seeds[0][title]:
+            sampled[title] = trials.spread([rows[title]["sampled"] for rows in seeds])
+    if sampled:
+        said = "; ".join(f"{title} {value}" for title, value in sampled.items())
+        found.append(f"Precision of reward 2 in what arms sampled, percent: {said}.")
     return found
 
 

@@ -1,6 +1,7 @@
 """demo/results.py: what its arms learn from, all parts without training, intervals."""
 
 import json
+import math
 import random
 import sys
 from pathlib import Path
@@ -47,9 +48,8 @@ def test_precision_is_that_of_the_questions_that_are_learnt_from(tmp_path):
     found = {}
     for seed in range(40):
         path = tmp_path / f"{seed}.jsonl"
-        try:
-            precision = results.write_flipped(tmp_path / "a.jsonl", path, 0.5, seed)
-        except ZeroDivisionError:  # nothing is learnt from
+        precision = results.write_flipped(tmp_path / "a.jsonl", path, 0.5, seed)
+        if math.isnan(precision):  # nothing is learnt from
             continue
         a1, a2, a3, b1, b2 = (row["reward"] for row in rows(path))
         assert a1 == a2 and b1 == b2
@@ -193,7 +193,20 @@ def test_all_parts_have_folders_of_their_own_and_a_row_for_each_arm(commands, ru
         assert "nan" not in text and text.count("agreement") > 0 or part == "precision"
     assert (out / "plots" / "precision.png").exists() or list(out.rglob("precision.png"))
     assert "share of 100.0" in (out / "real" / "results.md").read_text()
+    assert "agreement 100.0 ± 0.0; " in (out / "ranking" / "results.md").read_text()
     assert " with 30 % flipped." in (out / "precision" / "results.md").read_text()
+
+
+def test_the_precision_of_what_a_run_sampled(tmp_path):
+    rows = [("1", "Yes.", 2), ("1", "no", 2), ("1", "no", 0), ("2", "yes", 2), ("3", "no", None),
+            ("4", "yes", 2), ("4", "no", None), ("4", "no", 1)]
+    (tmp_path / "candidates.jsonl").write_text("".join(json.dumps(
+        {"task": "t", "id": key, "response": said, "target": "yes", "reward": reward}) + "\n"
+        for key, said, reward in rows))
+    assert results.sampled_precision(tmp_path) == 2 / 3  # of questions 1 and 4
+    (tmp_path / "candidates.jsonl").write_text(json.dumps(
+        {"task": "t", "id": "1", "response": "yes", "target": None, "reward": 2}) + "\n")
+    assert math.isnan(results.sampled_precision(tmp_path))
 
 
 def test_the_same_items_are_those_of_the_agreement_arm(commands, run_parts):
