@@ -242,7 +242,7 @@ def test_roles_and_aspects_are_given_to_several_models_in_turn():
 # ----- Annotators -----
 def test_a_quarter_of_the_annotators_verdicts_is_flipped():
     pairs = [PAIR | {"input": f"Name colour {k}.", "output_2": f"{random.random()} \ud800"}
-             for k in range(2000)]
+             for k in range(6000)]
 
     def decide(question, text):
         if not question.menu:
@@ -250,15 +250,15 @@ def test_a_quarter_of_the_annotators_verdicts_is_flipped():
         return "VERDICT {n}: " + letter_of(question, PAIR["output_1"])
     rows = evaluate(Says(decide), "annotators", pairs)
     flipped = sum(row["flipped"] for row in rows)
-    assert abs(flipped - 500) < 5 * (2000 * 0.25 * 0.75) ** 0.5  # 97
+    assert abs(flipped - 1500) < 5 * (6000 * 0.25 * 0.75) ** 0.5  # 168
     for row in rows:
         assert row["unflipped"] == ["1", "1"]
         assert row["winners"] == (["2", "2"] if row["flipped"] else ["1", "1"])
     assert {row["annotator"] for row in rows} == set(STRATEGIES["annotators"].pool)
     found = annotator_metrics({"s": pairs}, {"annotators": {"s": [rows]}, "other": {"s": [
-        [{"winners": ["1", "1"]}] * 2000]}})
+        [{"winners": ["1", "1"]}] * 6000]}})
     assert list(found) == ["annotators"]
-    assert sum(x["pairs"] for x in found["annotators"].values()) == 2000
+    assert sum(x["pairs"] for x in found["annotators"].values()) == 6000
     assert sum(x["flipped"] for x in found["annotators"].values()) == flipped
     for x in found["annotators"].values():
         assert x["before"]["mean"] == 1
