@@ -6,8 +6,8 @@
                                                                  PRD, arXiv 2307.02762
     layers      a scorer for each aspect; those of the next layer see the reviews of their
                 neighbours; the mean of all scores decides       LLMEval^2, arXiv 2308.01862
-    annotators  every pair goes to one of several evaluators, and a share of the verdicts is turned
-                round                                            AlpacaFarm, arXiv 2305.14387
+    annotators  every pair goes to one of several evaluators, and a share of the verdicts is flipped
+                                                                 AlpacaFarm, arXiv 2305.14387
 
 Every remark stands between fences of its own, as the outputs do: it is material, gives no orders,
 and cannot speak for others. Who speaks, how often and under which prompt is in texts.toml. With
