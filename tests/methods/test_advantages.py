@@ -80,7 +80,8 @@ def test_the_clipped_objective_is_that_of_trl():
               "completion_mask": mask, "advantages": advantages, "old_per_token_logps": old}
     wanted = trl.GRPOTrainer._compute_loss(trainer, None, inputs)
     found = policy_loss(new[mask > 0], old[mask > 0], advantages[mask > 0])
-    assert found.mean().item() == pytest.approx(wanted.item(), rel=1e-5)
+    # Terms of either sign nearly cancel at times: what counts is their size, about 1.
+    assert found.mean().item() == pytest.approx(wanted.item(), abs=1e-6)
 
 
 def test_a_clipped_token_has_no_gradient():
