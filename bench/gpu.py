@@ -1,6 +1,7 @@
 """What does one GPU give? LoRA training, one response, many, beside transformers and peft.
 
-    python bench/gpu.py                              # 7B, bfloat16, random weights, two rounds
+    python bench/gpu.py                              # 7B, bfloat16, random weights, 8 minutes
+    python bench/gpu.py                              # again: only the rows that are missing
     python bench/gpu.py --shape tinyllama --rounds 3
     python bench/gpu.py --profile sft                # where the time of one goes
     python bench/gpu.py --only sft --device cpu --quick      # does it run? without a GPU
@@ -11,25 +12,32 @@
     sample   256 prompts (mean 247 tokens), responses of imposed lengths (mean 134, at most 512),
              temperature 1, 128 at a time; new tokens/s; 80 GB for 7B
 
-One system after the other in one process, each with its own model; the first run of each warms up
-and is not counted. peft's adapters are float32 and so are their products, as is its default; ours
-are float32 and multiply in the base's type. "limit" is measured here, too: for sft the rate of a
-plain product of 8,192 x 8,192 matrices, for stream the rate of reading and adding up numbers. "gb"
-is the most memory that the work took beside the weights (torch's own count; on a CPU there is
-none). peft and transformers are needed for their rows only. "own --plain" is the course's code.
+Each row is a process of its own, with its own model; its first run warms up and is not counted. A
+row that is done is kept in --out, so that a loan of a card that ends too early, or --minutes, costs
+one row at most. Systems take turns: ours, then the peers, work by work.
+
+peft's adapters are float32 and so are their products, as is its default; ours are float32 and
+multiply in the base's type. "limit" is measured here, too: for sft the rate of a plain product of
+8,192 x 8,192 matrices, for stream the rate of reading and adding up numbers. "of the peak" is for
+the rate that the maker gives for products of 16 bits (dense). As a mark: NVIDIA's NeMo AutoModel
+reports 12,473 tokens/s and 41 % of an H100's peak for LoRA on Llama 3 8B with full rows of 4,096.
+"gb" is the most memory that the work took beside the weights (torch's own count; on a CPU there is
+none). "own --plain" is the course's code.
 """
 
 import argparse
-import gc
 import importlib.util
+import json
 import statistics
+import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 import work
-from peers import peer_model
+from peers import packed_rows, peer_model
 from work import mask, padded, ragged
 
 from extras.fast.attention import on_gpu
@@ -87,9 +95,9 @@ def sample_own(args, **how):
 
 
 # ----- The peers -----
-def peer(args, adapt: bool = False):
+def peer(args, **how):
     """The model of transformers."""
-    return peer_model(args.config, args.dtype, device=args.device, adapt=adapt)
+    return peer_model(args.config, args.dtype, device=args.device, **how)
 
 
 def sft_peer(args):
@@ -108,6 +116,27 @@ def sft_peer(args):
             labels = ids.masked_fill(real == 0, -100)
             model(input_ids=ids, attention_mask=real, labels=labels, use_cache=False,
                   num_items_in_batch=total).loss.backward()
+    return work.training_step(model, loss)
+
+
+def sft_packed_peer(args):
+    """peft on rows without padding of at most 2,048 tokens, by flash-attn if it is installed."""
+    kernel = "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
+    model = peer(args, adapt=True, attn_implementation=kernel)
+    made = [{"input_ids": ids} for ids in documents(args)]
+    rows, total = packed_rows(made, 2048), sum(len(x["input_ids"]) - 1 for x in made)
+
+    def loss():
+        for row in rows:
+            ids, positions, labels = [], [], []
+            for tokens_of in (x["input_ids"] for x in row):
+                ids += tokens_of
+                positions += range(len(tokens_of))
+                labels += [*tokens_of[1:], -100]  # of the next token; none across documents
+            ids, positions, labels = torch.tensor([[ids], [positions], [labels]]).to(args.device)
+            logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+            ce = torch.nn.functional.cross_entropy(logits.float(), labels[0], reduction="sum")
+            (ce / total).backward()
     return work.training_step(model, loss)
 
 
@@ -137,17 +166,24 @@ def sample_peer(args):
 
 
 PLAN = {
-    "sft": {"peft, padded, sorted": sft_peer, "own --plain": partial(sft_own, plain=True),
-            "own": sft_own},
-    "stream": {"generate": stream_peer,
+    "sft": {"own": sft_own, "peft, padded, sorted": sft_peer,
+            "peft, without padding": sft_packed_peer, "own --plain": partial(sft_own, plain=True)},
+    "stream": {"own": stream_own, "generate": stream_peer,
                "generate, static cache": partial(stream_peer, cache_implementation="static"),
-               "own --plain": partial(stream_own, plain=True), "own": stream_own},
-    "sample": {"generate, sorted": sample_peer, "own --plain": partial(sample_own, plain=True),
-               "own": sample_own},
+               "own --plain": partial(stream_own, plain=True)},
+    "sample": {"own": sample_own, "generate, sorted": sample_peer,
+               "own --plain": partial(sample_own, plain=True)},
 }
+# TFLOP/s of dense products of 16 bits, by the makers' data sheets; the first name that fits
+PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
+         "4090": 165, "A10G": 70, "A10": 125, "T4": 65}
 
 
 # ----- Measuring -----
+MOST_SECONDS = 40  # no further round of a row begins after so many
+LEAST_SECONDS = 20  # no row begins with less time than that
+
+
 def seconds_of(run, device) -> float:
     """How long a run takes, until the device has finished it."""
     if on_gpu(device):
@@ -169,16 +205,43 @@ def limits(args) -> tuple[float, float]:
     return 2 * size**3 / 1e12 / product, x.nbytes / 1e9 / reading
 
 
-def measure(args, build) -> tuple[list[float], float | None]:
-    """Seconds of each round after a first one, and the GB that the work took beside the weights."""
-    run, taken = build(args), None
+def measure(args, build) -> dict:
+    """Seconds of the rounds after a first one, and the GB that the work took beside the weights."""
+    run = build(args)
     if on_gpu(args.device):
         loaded = torch.cuda.memory_allocated(args.device)
         torch.cuda.reset_peak_memory_stats(args.device)
-    seconds = [seconds_of(run, args.device) for _ in range(args.rounds + 1)]
+    seconds = [seconds_of(run, args.device)]
+    while len(seconds) <= args.rounds and (len(seconds) < 2 or sum(seconds) < MOST_SECONDS):
+        seconds.append(seconds_of(run, args.device))
+    found = {"seconds": seconds[1:]}
     if on_gpu(args.device):
-        taken = (torch.cuda.max_memory_allocated(args.device) - loaded) / 1e9
-    return seconds[1:], taken
+        found["gb"] = (torch.cuda.max_memory_allocated(args.device) - loaded) / 1e9
+    return found
+
+
+def be_worker(args) -> None:
+    """Measure one row in this process, and print it as JSON."""
+    name = torch.cuda.get_device_name(args.device) if on_gpu(args.device) else "CPU"
+    if args.worker == ["limits"]:
+        tflops, gbs = limits(args)
+        found = {"tflops": tflops, "gbs": gbs}
+    else:
+        found = measure(args, PLAN[args.worker[0]][args.worker[1]])
+    print(json.dumps({"name": name, **found}))
+
+
+def start_worker(args, row: list[str], seconds: float) -> dict:
+    """Measure one row in a process of its own; {"error": why} if it fails or takes too long."""
+    command = [sys.executable, __file__, *args.words, "--worker", *row]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"error": "there was no time left for it"}
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    if done.returncode or not last.startswith("{"):
+        return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:160]}
+    return json.loads(last)
 
 
 def profile(args, run) -> None:
@@ -192,7 +255,7 @@ def profile(args, run) -> None:
     print(found.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60))
 
 
-def read_flags():
+def read_flags(words: list[str]):
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -206,17 +269,24 @@ def read_flags():
     parser.add_argument("--tokens", type=int, default=32768, help="of a step of sft")
     parser.add_argument("--micro-tokens", type=int, default=8192)
     parser.add_argument("--prompts", type=int, default=256, help="of sample")
+    parser.add_argument("--minutes", type=float, default=8, help="for all that is missing")
+    parser.add_argument("--out", default="runs/gpu.jsonl", help="keeps the rows that are done")
     parser.add_argument("--quick", action="store_true",
                         help="the demo's shape, little work, one round: only shows that it runs")
     parser.add_argument("--profile", choices=PLAN, help="profile this instead of measuring")
-    args = parser.parse_args()
-    args.new, args.longest = 128, 512
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args(words)
+    args.words, args.new, args.longest = words, 128, 512
     if args.quick:
         args.shape, args.rounds, args.tokens, args.micro_tokens = "demo", 1, 1500, 800
         args.prompts, args.new, args.longest = 4, 8, 16
     if on_gpu(args.device) and not torch.cuda.is_available():
         sys.exit(f"error: --device {args.device}, and torch {torch.__version__} finds no GPU here. "
                  "Give --device cpu, or install torch's CUDA build.")
+    # rows of other work, or of another torch, are other rows
+    args.about = {name: getattr(args, name) for name in
+                  ("shape", "device", "dtype", "rounds", "tokens", "micro_tokens", "prompts")}
+    args.about |= {"quick": args.quick, "torch": torch.__version__}
     args.dtype, args.config = getattr(torch, args.dtype), ModelConfig(**SHAPES[args.shape])
     return args
 
@@ -229,41 +299,83 @@ def count_weights(config) -> int:
     return sum(weight.numel() for weight in model.parameters()) - embedding
 
 
-def main() -> None:
-    """Measure and print."""
-    args = read_flags()
-    if args.profile:
-        return profile(args, PLAN[args.profile]["own"](args))
-    (tflops, gbs), weights, name = limits(args), count_weights(args.config), "CPU"
-    if on_gpu(args.device):
-        name = torch.cuda.get_device_name(args.device)
-    print(f"{name}, torch {torch.__version__}, {args.shape}, {str(args.dtype)[6:]}: products "
-          f"{tflops:.3g} TFLOP/s, reading {gbs:.4g} GB/s\n\n"
-          f"| work | system | rate | spread | x the first | of the limit | gb |\n{'|---' * 7}|")
-    useful = {"sft": args.tokens, "stream": args.new, "sample": sum(asked(args)[1])}
-    limit = {"sft": tflops * 1e12 / (4 * weights),
-             "stream": gbs * 1e9 / (weights * args.dtype.itemsize)}
+def read_rows(args) -> dict:
+    """{(work, system): row} of --out, as far as it is about the same work."""
+    found, path = {}, Path(args.out)
+    for line in path.read_text().splitlines() if path.exists() else ():
+        row = json.loads(line)
+        if row["about"] == args.about:
+            found[tuple(row["row"])] = row
+    return found
+
+
+def fill_in(args) -> dict:
+    """Measure the rows that are missing, for --minutes; {(work, system): row} of all."""
+    rows, end = read_rows(args), time.monotonic() + 60 * args.minutes
+    wanted = [("limits",)]
     for workload in args.only:
-        first = None
-        for system, build in PLAN[workload].items():
-            if args.systems and not any(part in system for part in args.systems):
-                continue
-            cells = [workload, system]
-            if system.startswith("own") or (importlib.util.find_spec("peft")
-                                            and importlib.util.find_spec("transformers")):
-                seconds, taken = measure(args, build)
-                middle, spread = statistics.median(seconds), max(seconds) - min(seconds)
-                rate = useful[workload] / middle
-                first = first or rate
-                cells += [f"{rate:.4g}", f"{100 * spread / middle:.0f} %", f"{rate / first:.2f}"]
-                cells.append(f"{100 * rate / limit[workload]:.0f} %" if workload in limit else "")
-                cells.append(f"{taken:.1f}" if taken is not None else "")
-            else:
-                cells += ["transformers or peft is not installed"] + [""] * 4
-            print(f"| {' | '.join(cells)} |", flush=True)
-            gc.collect()  # the model of this row goes before the next comes
-            if on_gpu(args.device):
-                torch.cuda.empty_cache()
+        for system in PLAN[workload]:
+            if not args.systems or any(part in system for part in args.systems):
+                wanted.append((workload, system))
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    for row in wanted:
+        if row not in rows:
+            left = end - time.monotonic()
+            found = {"error": "there was no time left for it"}
+            if left > LEAST_SECONDS:
+                found = start_worker(args, list(row), left)
+            rows[row] = {"row": list(row), "about": args.about, **found}
+            if "error" not in found:
+                with open(args.out, "a") as file:
+                    file.write(json.dumps(rows[row]) + "\n")
+        print(f"{', '.join(row)}: {rows[row].get('error', 'done')}", file=sys.stderr, flush=True)
+    return {row: rows[row] for row in wanted}
+
+
+def table(args, rows: dict) -> str:
+    """Markdown: a row for each system; what failed stands below."""
+    limit, weights, errors = rows.pop(("limits",)), count_weights(args.config), []
+    if "error" in limit:
+        return f"limits: {limit['error']}"
+    peaks = [peak for name, peak in PEAKS.items() if name in limit["name"]]
+    useful = {"sft": args.tokens, "stream": args.new, "sample": sum(asked(args)[1])}
+    most = {"sft": limit["tflops"] * 1e12 / (4 * weights),
+            "stream": limit["gbs"] * 1e9 / (weights * args.dtype.itemsize)}
+    lines = [f"{limit['name']}, torch {torch.__version__}, {args.shape}, {str(args.dtype)[6:]}: "
+             f"products {limit['tflops']:.3g} TFLOP/s, reading {limit['gbs']:.4g} GB/s\n",
+             "| work | system | rate | spread | x best peer | of the limit | of the peak | gb |",
+             "|---" * 8 + "|"]
+    rates = {row: useful[row[0]] / statistics.median(found["seconds"])
+             for row, found in rows.items() if "error" not in found}
+    for (workload, system), found in rows.items():
+        if "error" in found:
+            errors.append(f"\n{workload}, {system}: {found['error']}")
+            continue
+        rate, seconds = rates[workload, system], found["seconds"]
+        peers = [rate for (work, name), rate in rates.items()
+                 if work == workload and not name.startswith("own")]
+        share = (max(seconds) - min(seconds)) / statistics.median(seconds)
+        cells = [workload, system, f"{rate:.4g}", f"{100 * share:.0f} %",
+                 f"{rate / max(peers):.2f}" if peers else "",
+                 f"{100 * rate / most[workload]:.0f} %" if workload in most else ""]
+        trained = peaks and workload == "sft"
+        cells.append(f"{100 * rate * 4 * weights / peaks[0] / 1e12:.0f} %" if trained else "")
+        cells.append(f"{found['gb']:.1f}" if "gb" in found else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    if any("no time" in error for error in errors):
+        errors.append("\nRun the same command again for the rows that had no time.")
+    return "\n".join(lines + errors)
+
+
+def main() -> None:
+    """Measure what is missing, and print all."""
+    args = read_flags(sys.argv[1:])
+    if args.worker:
+        be_worker(args)
+    elif args.profile:
+        profile(args, PLAN[args.profile]["own"](args))
+    else:
+        print(table(args, fill_in(args)))
 
 
 if __name__ == "__main__":

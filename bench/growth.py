@@ -1,16 +1,18 @@
-"""Does the time for a token grow with the work: with examples, with responses, with slots?
+"""Does the time for a token grow with the work: examples, responses, slots, long prompts?
 
     python bench/growth.py --out growth.png          # the table, and the plot if a file is given
     python bench/growth.py --only slots --quick      # does it run? one round of the smallest sizes
 
-Each figure is the median of the rounds, in microseconds per useful token: one that is trained on
-or generated, or, for groups, that stands in the prompt or in a response (a prompt counts once,
-however many responses share it). Only responses go through the last block's MLP and have logits, so
-a token of a group with more of them costs more arithmetic. The table says how much, and the plot
-what would follow from that alone.
+Each figure is the median of the rounds, in microseconds per useful token: one that is trained on,
+generated or read. Of a group, these are the tokens of the prompt and of all its responses. The
+growth exponent e is fitted: time per token = factor * size ** e. It is 0 where nothing grows.
+
+In two series the arithmetic of a token grows, too: of a group, only responses go through the last
+block's MLP and have logits; in a prompt, each token attends to all before it.
 """
 
 import argparse
+import math
 import statistics
 import time
 
@@ -21,8 +23,7 @@ import data
 from model import ModelConfig
 
 CONFIG = ModelConfig(vocab_size=8000, dim=256, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=64,
-                     hidden_dim=688, context=2048)
-COLUMNS = ("", "", "median", "lowest", "highest", "million operations")
+                     hidden_dim=688, context=8192)
 
 
 def words(n: int, seed: int) -> list[int]:
@@ -70,22 +71,40 @@ def slots(model, n: int) -> float:
     return (time.perf_counter() - began) / sum(lengths)
 
 
+def reading(model, n: int) -> float:
+    """Seconds per token of reading 16,000 tokens in prompts of n, with one new token each."""
+    found = [words(n, seed) for seed in range(16000 // n)]  # one prompt alone is not prepacked
+    began = time.perf_counter()
+    work.answer(model, found, [1] * len(found), batch_size=len(found))
+    return (time.perf_counter() - began) / (n * len(found))
+
+
 SERIES = {"examples": (examples, (100, 1000, 10000)),
           "answers in a group": (responses, (2, 4, 8, 16, 32)),
-          "slots": (slots, (1, 4, 16, 64))}
+          "slots": (slots, (1, 4, 16, 64)),
+          "prompt tokens": (reading, (100, 250, 500, 1000, 2000, 4000, 8000))}
 
 
-def operations(n: int) -> float:
-    """Million operations per useful token of a group of n responses, forward and backward.
-
-    Without those of adapters and attention.
-    """
+def linears(share: float) -> float:
+    """Multiplications per token in linear layers; only a share goes beyond the last attention."""
     c = CONFIG
     qkv = c.dim * c.head_dim * (c.n_heads + 2 * c.n_kv_heads)
     rest = c.dim * c.head_dim * c.n_heads + 3 * c.dim * c.hidden_dim
-    share = 30 * n / (200 + 30 * n)  # of tokens that the last block's rest and the head see
-    head = share * c.dim * c.vocab_size
-    return 4e-6 * (c.n_layers * qkv + (c.n_layers - 1 + share) * rest + head)
+    return c.n_layers * qkv + (c.n_layers - 1 + share) * rest + share * c.dim * c.vocab_size
+
+
+def group_operations(n: int) -> float:
+    """Million operations per token, forward and backward, without adapters and attention."""
+    return 4e-6 * linears(30 * n / (200 + 30 * n))
+
+
+def prompt_operations(n: int) -> float:
+    """Million operations per token of a prompt, which sees (n + 1) / 2 tokens on average."""
+    queries = CONFIG.n_layers * CONFIG.n_heads * CONFIG.head_dim
+    return 2e-6 * (linears(1 / n) + (n + 1) * queries)  # a product with the keys, one with values
+
+
+OPERATIONS = {"answers in a group": group_operations, "prompt tokens": prompt_operations}
 
 
 def measure(names: list[str], rounds: int, most: int) -> dict:
@@ -96,41 +115,59 @@ def measure(names: list[str], rounds: int, most: int) -> dict:
         for name in names:
             run, sizes = SERIES[name]
             for n in sizes[:most]:
-                seconds = run(plain if name == "slots" else tuned, n)
+                seconds = run(plain if name in ("slots", "prompt tokens") else tuned, n)
                 if number:
                     found[name].setdefault(n, []).append(1e6 * seconds)
     return found
 
 
+def summarise(name: str, values: dict[int, list[float]]) -> list[list[float]]:
+    """Medians, lowest and highest figures, and operations where they are known: over the sizes."""
+    columns = [[*map(f, values.values())] for f in (statistics.median, min, max)]
+    if name in OPERATIONS:
+        columns.append([OPERATIONS[name](n) for n in values])
+    return columns
+
+
+def fit(sizes, figures: list[float]) -> tuple[float, float]:
+    """(e, height) of log(figure) = e * log(size) + height, by least squares."""
+    return statistics.linear_regression([*map(math.log, sizes)], [*map(math.log, figures)])
+
+
+def print_series(name: str, values: dict[int, list[float]]) -> None:
+    """A line of the table for each size, and one for the growth exponent of each column."""
+    columns = summarise(name, values)
+    for n, *figures in zip(values, *columns, strict=True):
+        print(f"| {name} | {n} | {' | '.join(f'{x:.1f}' for x in figures)} |")
+    exponents = " | ".join(f"{fit(values, column)[0]:.2f}" for column in columns)
+    print(f"| {name} | growth exponent | {exponents} |")
+
+
 def plot(found: dict, path: str) -> None:
-    """Median and range of each series, beside what the operations alone would take."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """Median, range and fit of each series, beside what the operations alone would take."""
+    from matplotlib import figure, style, ticker
 
-    figure, axes = pyplot.subplots(1, len(found), figsize=(3 * len(found), 3), squeeze=False,
-                                   layout="constrained", dpi=160)
-    for axis, (name, values) in zip(axes[0], found.items(), strict=True):
-        sizes = list(values)
-        middle = [statistics.median(values[n]) for n in sizes]
-        below = [m - min(values[n]) for m, n in zip(middle, sizes, strict=True)]
-        above = [max(values[n]) - m for m, n in zip(middle, sizes, strict=True)]
-        axis.errorbar(sizes, middle, yerr=[below, above], marker="o", markersize=4, capsize=2,
-                      color="#4477aa")
-        if "answers" in name:
-            scaled = [middle[0] * operations(n) / operations(sizes[0]) for n in sizes]
-            axis.plot(sizes, scaled, "--", color="#999999", label="by operations alone")
-            axis.legend(frameon=False, loc="lower right")
-        axis.set(xscale="log", xlabel=name, ylim=(0, None))
-        axis.set_xticks(sizes, sizes, minor=False)
+    style.use(work.ROOT / "extras/reports/plots.mplstyle")
+    page = figure.Figure(figsize=(8, 6))
+    axes = page.subplots(-(-len(found) // 2), min(2, len(found)), sharey=True, squeeze=False)
+    for axis, (name, values) in zip(axes.flat, found.items(), strict=False):
+        sizes, (middle, lowest, highest, *operations) = list(values), summarise(name, values)
+        exponent, height = fit(sizes, middle)
+        axis.vlines(sizes, lowest, highest, "C0")
+        axis.loglog(sizes, middle, "C0o", markersize=4)
+        fitted = [math.exp(height) * n**exponent for n in sizes]
+        axis.loglog(sizes, fitted, "C0", label=f"growth exponent {exponent:.2f}")
+        for column in operations:
+            label = f"by operations alone {fit(sizes, column)[0]:.2f}"
+            axis.loglog(sizes, [middle[0] * x / column[0] for x in column], "k:", label=label)
+        axis.legend()
+        axis.set(xlabel=name, ylabel="µs per useful token", xticks=sizes, xticklabels=sizes)
+        axis.yaxis.set(major_locator=ticker.LogLocator(subs=(1, 3)), major_formatter="{x:g}")
         axis.minorticks_off()
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="#dddddd")
-    axes[0, 0].set_title("µs per useful token")
-    figure.savefig(path)
+    page.savefig(path)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure in turn, print, plot."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,18 +175,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one round of two sizes each")
     parser.add_argument("--out", default="", help="a .png")
-    args = parser.parse_args()
-    if args.quick:
-        args.rounds = 1
-    found = measure(args.only, args.rounds, 2 if args.quick else 9)
-    print(f"{torch.get_num_threads()} threads, {args.rounds} rounds; microseconds per useful "
-          f"token\n\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
+    args = parser.parse_args(argv)
+    rounds = 1 if args.quick else args.rounds
+    found = measure(args.only, rounds, 2 if args.quick else 9)
+    print(f"{torch.get_num_threads()} threads, {rounds} rounds; microseconds per useful token\n"
+          f"\n| | | median | lowest | highest | million operations |\n{'|---' * 6}|")
     for name, values in found.items():
-        for n, every in values.items():
-            cells = [name, n, *(round(f(every)) for f in (statistics.median, min, max)), ""]
-            if "answers" in name:
-                cells[-1] = f"{operations(n):.1f}"
-            print(f"| {' | '.join(map(str, cells))} |")
+        print_series(name, values)
     if args.out:
         plot(found, args.out)
 

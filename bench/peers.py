@@ -26,7 +26,8 @@ from work import (
 )
 
 
-def peer_model(config, dtype, *, device="cpu", adapt: bool = False, float32_adapters=True):
+def peer_model(config, dtype, *, device="cpu", adapt: bool = False, float32_adapters=True,
+               attn_implementation: str = "sdpa"):
     """A random LLaMA of transformers in the shape of our config, with `adapt` under peft's LoRA."""
     import peft
     import transformers
@@ -38,7 +39,7 @@ def peer_model(config, dtype, *, device="cpu", adapt: bool = False, float32_adap
     del keys["prompt_template"]
     with new_weights(device, dtype):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-            **keys, pad_token_id=0, attn_implementation="sdpa"))
+            **keys, pad_token_id=0, attn_implementation=attn_implementation))
     if not adapt:
         return model.eval()
     lora = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")

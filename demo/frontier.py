@@ -4,9 +4,10 @@
 
 Per seed: SFT(IA), and a reward model that learns exact rewards of its answers. The same reward
 model then chooses the best of n samples, rewards PPO's answers, and ranks DPO's pairs, each at
-several distances. Asked are held-out inputs under held-out wordings; reward and exact match are of
-sampled answers, and the distance is the KL divergence from SFT(IA) in nats per answer (of the best
-of n the bound log n - (n - 1) / n). Writes results.md and plots/ to --out.
+several distances. DPO's follow from its learning rate: at the default one the model hardly moves in
+100 steps, whatever beta is. Asked are held-out inputs under held-out wordings; reward and exact
+match are of sampled answers, and the distance is the KL divergence from SFT(IA) in nats per answer
+(of the best of n the bound log n - (n - 1) / n). Writes results.md and plots/ to --out.
 """
 
 import numpy as np
@@ -14,7 +15,7 @@ import trials
 
 SAMPLES = 32  # of SFT(IA), for the best of 1, 2, 4, ... of them
 ARMS = {  # {method: {setting: (stage, flags)}}
-    "DPO": {f"beta {beta}": ("dpo", f"--beta {beta}") for beta in (1, 0.3, 0.1, 0.03)},
+    "DPO": {f"rate {rate}": ("dpo", f"--lr {rate}") for rate in ("3e-5", "1e-4", "3e-4", "6e-4")},
     "PPO": {f"KL coefficient {beta}": ("ppo", f"--kl-beta {beta}") for beta in (0.5, 0.1, 0.02)},
 }
 BEST = "best of n"
@@ -30,6 +31,8 @@ def runs_of_seed(args, seed):
     for method, settings in ARMS.items():
         for number, (title, (stage, flags)) in enumerate(settings.items()):
             folder = folders[method, title] = f"{main}-{stage}{number}"
+            if stage == "dpo" and number:  # the first one's answers are what all would sample
+                flags += f" --candidates {main}-dpo0/candidates.jsonl"
             trials.train(stage, folder, *common, *flags.split(), makes="adapter_config.json")
     # What their answers are worth, and how far they went.
     start, asked = f"{main}/sft-ia", ["--split", args.split, "--per-task", str(args.per_task)]

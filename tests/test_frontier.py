@@ -44,6 +44,10 @@ def test_all_methods_have_one_reward_model_and_are_measured_alike(commands, tmp_
         if stage in ("dpo", "ppo"):
             assert flags[flags.index("--reward-model") + 1] == main
             assert flags[flags.index("--init") + 1] == main
+        if stage == "dpo":
+            shared = "--candidates" in flags and flags[flags.index("--candidates") + 1]
+            first = f"{main}-dpo0"
+            assert shared == (folder != first and f"{first}/candidates.jsonl")
         if stage in ("best_of", "eval"):
             assert "--split" in flags and "dev" in flags
         if stage == "eval":

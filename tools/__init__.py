@@ -25,8 +25,6 @@ def make_main(work: Callable, about: str, *, demo: bool = False, **own) -> Calla
     of choices. The exit status is 2 for a mistake, 1 if a judge cannot go on.
     """
     def main(argv: list[str] | None = None) -> int:
-        from extras.runtime import run_program
-
         parser = argparse.ArgumentParser(usage=about, allow_abbrev=False)
         parser.epilog = "The other flags are those of eval.py, see python eval.py --help."
         parser.error = fail
@@ -51,6 +49,8 @@ def make_main(work: Callable, about: str, *, demo: bool = False, **own) -> Calla
                 least = min(default, 1)
             if type(default) in (int, float) and not least <= value < float("inf"):
                 fail(f"{spelled(name)} is {value}. Expected {least} or more.")
+        from extras.runtime import run_program  # torch: after what flags can be wrong about
+
         return run_program(work, cfg)
     return main
 

@@ -22,6 +22,7 @@ HELP = """/reset            begin a new conversation
 
 def chat(cfg) -> None:
     """Read lines, print answers as they come, until /quit or the end of the input."""
+    from extras.fast import prepacked
     from lora import disabled
 
     adapter = cfg.adapter[0] if cfg.adapter else ""
@@ -29,25 +30,26 @@ def chat(cfg) -> None:
     chat_templates = Namespace(**vars(cfg) | {"plain": False})  # the course has no others
     template, messages, adapted = find_template(chat_templates, model, adapter), [], True
     print(f"{cfg.model}{adapter and f' with {adapter}'}: /help lists the commands.")
-    for line in iter(read_line, None):
-        command, _, rest = line.strip().partition(" ")
-        if command == "/quit":
-            break
-        elif command in ("/reset", "/system"):
-            messages = [{"role": "system", "content": rest}] if rest else []
-        elif command == "/adapter" and rest in ("on", "off"):
-            adapted = rest == "on"
-        elif command.startswith("/"):
-            print(HELP)
-        elif line.strip():
-            messages.append({"role": "user", "content": line})
-            try:
-                with nullcontext() if adapted else disabled(model):
-                    text = say_answer(cfg, model, tokenizer, template, messages)
-                messages.append({"role": "assistant", "content": text})
-            except (KeyboardInterrupt, ValueError) as error:
-                print(f"\n({str(error) or 'stopped'})")
-                messages.pop()  # the line is forgotten, the conversation goes on
+    with prepacked(model, 1):  # which would be done for each answer anew
+        for line in iter(read_line, None):
+            command, _, rest = line.strip().partition(" ")
+            if command == "/quit":
+                break
+            elif command in ("/reset", "/system"):
+                messages = [{"role": "system", "content": rest}] if rest else []
+            elif command == "/adapter" and rest in ("on", "off"):
+                adapted = rest == "on"
+            elif command.startswith("/"):
+                print(HELP)
+            elif line.strip():
+                messages.append({"role": "user", "content": line})
+                try:
+                    with nullcontext() if adapted else disabled(model):
+                        text = say_answer(cfg, model, tokenizer, template, messages)
+                    messages.append({"role": "assistant", "content": text})
+                except (KeyboardInterrupt, ValueError) as error:
+                    print(f"\n({str(error) or 'stopped'})")
+                    messages.pop()  # the line is forgotten, the conversation goes on
 
 
 def read_line() -> str | None:

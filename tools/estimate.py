@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 from extras.formats import read_config
-from extras.runtime import run_program
 from methods import torch
 from methods.finding import find_method
 from methods.pretrain import PRESETS
@@ -126,6 +125,8 @@ def estimate(argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run `estimate`; returns the exit status."""
+    from extras.runtime import run_program
+
     return run_program(estimate, sys.argv[1:] if argv is None else argv)
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from model import attention
 
@@ -112,6 +111,13 @@ class Branched:
         keys = torch.tensor([token for segment in self.segments for token in segment.seen])
         keys = put(keys, self.device) if sizes != seen else None
         return keys, *(put(end, self.device) for end in ends), max(sizes), max(seen)
+
+
+def varlen_attn(q: Tensor, k: Tensor, v: Tensor, *lengths, **named) -> Tensor:
+    """torch's kernel, which is imported late: that takes half a second."""
+    from torch.nn.attention import varlen
+
+    return varlen.varlen_attn(q, k, v, *lengths, **named)
 
 
 def varlen_serves(v: Tensor) -> bool:

@@ -7,6 +7,7 @@ chosen tokens, D model dim.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,14 +17,24 @@ from extras.fast.cpu import FastLinear
 from extras.fast.head import HeadLogprobs
 from extras.fast.keywords import keyword_logprobs
 from extras.fast.sampling import decode
-from model import Block, Llama
+from model import Block, Llama, rotate
 
 
 class FastBlock(Block):
-    """A block that goes on with some tokens only."""
+    """A block that goes on with some tokens only, and multiplies as `prepacked` says."""
+
+    products = None  # one for each of `groups`
+
+    def groups(self) -> list[list[nn.Module]]:
+        """Its linears; those in a group read the same numbers."""
+        a, mlp = self.self_attn, self.mlp
+        return [[a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [mlp.gate_proj, mlp.up_proj],
+                [mlp.down_proj]]
 
     def forward(self, x, attend, rope_cos, rope_sin, rows=None):
         """(N, D) -> (M, D). All tokens are attended to, but only `rows` (M,) go further."""
+        if self.products:
+            return self.forward_joined(x, attend, rope_cos, rope_sin, rows)
         if rows is None:
             return super().forward(x, attend, rope_cos, rope_sin)
 
@@ -33,6 +44,20 @@ class FastBlock(Block):
         wanted = x.index_select(0, rows)  # (M, D)
         x = wanted + self.self_attn(self.input_layernorm(x), attend_rows, rope_cos, rope_sin)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward_joined(self, x, attend, rope_cos, rope_sin, rows):
+        """As `forward`, by fewer and wider products."""
+        qkv, o, gate_up, down = self.products
+        a = self.self_attn
+        heads = qkv(self.input_layernorm(x)).unflatten(-1, (-1, a.head_dim))  # (N, H + 2K, Dh)
+        n_kv = a.k_proj.out_features // a.head_dim
+        qk = rotate(heads[:, :-n_kv], rope_cos, rope_sin)  # (N, H + K, Dh)
+        mixed = attend(a.layer, qk[:, :-n_kv], qk[:, -n_kv:], heads[:, -n_kv:]).flatten(1)
+        if rows is not None:
+            x, mixed = x.index_select(0, rows), mixed.index_select(0, rows)
+        x = x + o(mixed)
+        gate, up = gate_up(self.post_attention_layernorm(x)).chunk(2, dim=-1)  # (M, F) each
+        return x + down(F.silu(gate) * up)
 
 
 class FastLlama(Llama):

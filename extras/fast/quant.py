@@ -87,14 +87,37 @@ class QuantLinear(nn.Module):
         """The weight, (out, in)."""
         return self.decode(self.codes, self.scales, dtype)[:, :self.in_features]
 
+    def reads_codes(self, rows: int) -> bool:
+        """Whether torch's kernel for bfloat16 on a CPU takes the codes as they are."""
+        here = self.kind == "int8" and self.codes.device.type == "cpu"
+        return here and 0 < rows <= 16 and self.in_features % 16 == 0  # other widths crash it
+
     def forward(self, x: Tensor) -> Tensor:
-        here = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
-        # torch's kernel reads the codes themselves; it crashes for other widths
-        if self.kind == "int8" and here and 0 < len(x) <= 16 and self.in_features % 16 == 0:
+        reads = x.dtype == torch.bfloat16 and not x.requires_grad and self.reads_codes(len(x))
+        if reads:
             out = torch._weight_int8pack_mm(x, self.codes, self.scales.flatten())
         else:
             out = FrozenProduct.apply(x, self)
         return out if self.bias is None else out + self.bias
+
+
+@torch.inference_mode(False)
+def join(linears: list[QuantLinear]) -> QuantLinear:
+    """Linears of a kind that read the same numbers as one: (N, in) -> (N, out of all of them).
+
+    Their codes and scales become parts of its own.
+    """
+    first, sizes = linears[0], [linear.out_features for linear in linears]
+    if len(linears) == 1:
+        return first
+    joint = QuantLinear(first.in_features, sum(sizes), first.kind, first.scales.dtype, "meta")
+    joint.codes = torch.cat([linear.codes for linear in linears])
+    joint.scales = torch.cat([linear.scales for linear in linears])
+    parts = zip(joint.codes.split(sizes), joint.scales.split(sizes), strict=True)
+    for linear, (codes, scales) in zip(linears, parts, strict=True):
+        linear.codes, linear.scales = codes, scales
+    joint.bias = None if first.bias is None else torch.cat([linear.bias for linear in linears])
+    return joint
 
 
 class FrozenProduct(torch.autograd.Function):

@@ -94,7 +94,10 @@ class Step:
         self.kv, self.position_ids, self.n_keys = rows.kv, position_ids, n_keys
         self.rows = torch.arange(len(position_ids), device=position_ids.device)
         places = torch.arange(n_keys, device=position_ids.device)
-        self.mask = (places <= position_ids[:, None])[:, None, None]  # (B, 1, 1, n_keys)
+        hidden = places > position_ids[:, None]  # (B, n_keys)
+        # as numbers to add, so that they are made once for all layers
+        mask = torch.zeros_like(hidden, dtype=rows.kv.dtype).masked_fill(hidden, float("-inf"))
+        self.mask = mask[:, None, None] if len(position_ids) > 1 or on_gpu(rows.device) else None
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, Dh), k and v (B, K, Dh) -> (B, H, Dh)."""

@@ -139,13 +139,14 @@ def open_library(raw: dict, file: Path) -> tuple:
     except ImportError:
         raise ValueError(f"{file} needs a library that is not installed: pip install tokenizers"
                          ) from None
-    rest = copy.deepcopy(raw)
-    for name in ("pre_tokenizer", "normalizer"):
+    places = ("pre_tokenizer", "normalizer")
+    rest = raw | {name: copy.deepcopy(raw[name]) for name in places if name in raw}
+    for name in places:
         for part in [rest.get(name) or {}, *((rest.get(name) or {}).get("pretokenizers") or [])]:
             if part.get("prepend_scheme") == "first":
                 part["prepend_scheme"] = "never"
     made = []
-    for given in (raw, rest):
+    for given in (raw, rest) if rest != raw else (raw,):
         try:
             library = tokenizers.Tokenizer.from_str(json.dumps(given))
             library.no_truncation()
@@ -158,4 +159,4 @@ def open_library(raw: dict, file: Path) -> tuple:
             raise ValueError(f"{file} is not a tokenizer that the tokenizers library reads "
                              f"({reason}). Get it again.") from None
         made.append(library)
-    return tuple(made)
+    return made[0], made[-1]

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 from extras.formats.checks import check_layout, read_object, refuse
 from extras.formats.config import read_config, to_hf
@@ -70,9 +71,18 @@ def open_model(path, *, dtype: torch.dtype | None = torch.float32, device="cpu",
     return model
 
 
+class Uninitialized(TorchFunctionMode):
+    """Inside, torch.nn.init leaves weights as they are; for those without storage it loads much."""
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return arguments[0] if arguments else named["tensor"]
+        return function(*arguments, **(named or {}))
+
+
 def make_empty(config) -> Llama:
     """A model without storage."""
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialized():
         return Llama(config)
 
 

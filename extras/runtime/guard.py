@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 import data
 from eval import pick_device
@@ -76,9 +75,9 @@ class Guard:
     def clip(self, parameters: list, most: float) -> float:
         """Sum gradients over all processes and clip them by their norm, which is returned."""
         if self.size > 1:
-            ranks.sum_gradients([p for p in parameters if not isinstance(p, DTensor)])
+            ranks.sum_gradients([p for p in parameters if not ranks.is_spread(p)])
         norm = torch.nn.utils.clip_grad_norm_(parameters, most)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return float(norm.full_tensor() if ranks.is_spread(norm) else norm)
 
     def hear(self, number: int, frame) -> None:
         """Handle a signal: the first stops the run after the current step, another at once."""

@@ -12,8 +12,6 @@ from dataclasses import astuple, is_dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 import lora
 from eval import Completion, pick_device
@@ -102,6 +100,9 @@ def spread(model: Llama) -> None:
     A block is gathered while it computes, embeddings and head until the end of the backward pass.
     Adapters come later and stay whole.
     """
+    # torch's modules for this take half a second, and few runs need them
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     accelerate(model)
     for part in (*model.model.layers, model):
         fully_shard(part)
@@ -109,6 +110,11 @@ def spread(model: Llama) -> None:
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no sum with a factor
     register_fsdp_forward_method(model, "hidden")  # what steps call
     model.gather_copy = functools.partial(gather_copy, model)
+
+
+def is_spread(x: Tensor) -> bool:
+    """Whether this process has a part of x only (a DTensor)."""
+    return hasattr(x, "full_tensor")
 
 
 def gather_copy(model: Llama) -> Llama:
@@ -140,7 +146,7 @@ def gather_tensors(tensors: dict[str, Tensor], rank: int, dtype=None) -> dict[st
     """All of each tensor in the first process's main memory; {} in the others."""
     found = {}
     for name, x in tensors.items():
-        x = x.detach().full_tensor() if isinstance(x, DTensor) else x.detach()
+        x = x.detach().full_tensor() if is_spread(x) else x.detach()
         if rank == 0:
             found[name] = x.to("cpu", dtype).contiguous()
     return found
@@ -154,6 +160,8 @@ def gather_model(model: Llama, rank: int, dtype) -> Llama:
 def place_like(x: Tensor, other: Tensor) -> Tensor:
     """x on the device of `other`, and in the same shards."""
     x = x.to(other.device)
-    if not isinstance(other, DTensor):
+    if not is_spread(other):
         return x
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(x, other.device_mesh, other.placements, src_data_rank=None)

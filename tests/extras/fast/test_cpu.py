@@ -21,7 +21,8 @@ ONEDNN = ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 def test_packed_weights_serve_alike_and_come_back(make_model, config, dtype, tolerance, together):
     model = accelerate(make_model(**config)).to(dtype)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    ids, up_proj = torch.randint(300, (23,)), model.model.layers[0].mlp.up_proj
+    ids, block = torch.randint(300, (23,)), model.model.layers[0]
+    storage = block.mlp.up_proj.weight.untyped_storage()
 
     def logits(length, rows=None):
         return model.lm_head(model.hidden(ids[:length], Packed([length]), rows))
@@ -30,14 +31,14 @@ def test_packed_weights_serve_alike_and_come_back(make_model, config, dtype, tol
         with pytest.raises(RuntimeError, match="inside"), prepacked(model, together):
             with prepacked(model, together):
                 inner = logits(23)
-            laid, freed = up_proj.layout is not None, not up_proj.weight.untyped_storage().nbytes()
+            laid, freed = bool(block.products), not storage.nbytes()
             found, few, none = logits(23), logits(1), logits(23, torch.tensor([], dtype=torch.long))
             raise RuntimeError("inside")
     assert laid == freed and none.shape == (0, model.config.vocab_size)
     assert laid == (ONEDNN and (together > 1 or dtype == torch.bfloat16)) or dtype == torch.bfloat16
     bound = tolerance * expected.abs().max()
     assert torch.equal(inner, found) and (found - expected).abs().max() <= bound
-    assert (few - expected[:1]).abs().max() <= bound and up_proj.layout is None
+    assert (few - expected[:1]).abs().max() <= bound and not block.products
     after = model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
 
@@ -47,12 +48,12 @@ def test_packed_weights_serve_alike_and_come_back(make_model, config, dtype, tol
                                               (torch.bfloat16, 3, True)])
 def test_sampling_packs_the_weights(fast, dtype, n, packed):
     model, found = copy.deepcopy(fast).to(dtype), set()
-    up_proj = model.model.layers[1].mlp.up_proj
+    block = model.model.layers[1]
 
     def watch(answer):
-        found.add(up_proj.layout is not None)
+        found.add(bool(block.products))
     generate(model, [[1, 2, 3]] * n, Sampling(3), watch=watch)
-    assert found == {packed} and up_proj.layout is None
+    assert found == {packed} and not block.products
 
 
 @pytest.mark.parametrize("threads", [1, 3])

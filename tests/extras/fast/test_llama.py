@@ -96,8 +96,8 @@ def test_chosen_rows_are_rows_of_all_and_others_go_no_further(fast):
     row, attend = fast.lay_out(random_items())
     ids, seen = torch.tensor(row["input_ids"]), []
     for layer in (0, -1):
-        up_proj = fast.model.layers[layer].mlp.up_proj
-        up_proj.register_forward_hook(lambda part, given, out: seen.append(len(out)))
+        norm = fast.model.layers[layer].post_attention_layernorm
+        norm.register_forward_hook(lambda part, given, out: seen.append(len(out)))
     none = torch.tensor([], dtype=torch.long)
     for rows in (torch.randint(len(ids), (90,)), torch.tensor([3]), none):
         few, every = fast.hidden(ids, attend, rows), fast.hidden(ids, attend)[rows]

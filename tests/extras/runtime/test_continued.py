@@ -9,7 +9,7 @@ import pytest
 
 import train
 from extras.runtime import identity
-from extras.runtime.supervise import summarise
+from extras.runtime.program import summarise
 
 ROOT = Path(train.__file__).parent
 WEIGHTS = "adapter_model.safetensors"

@@ -13,7 +13,7 @@ import short_runs as runs
 
 import train
 from extras.runtime.guard import Guard, Stopped
-from extras.runtime.supervise import explain
+from extras.runtime.program import explain
 
 FAULTS = pytest.mark.faults
 
