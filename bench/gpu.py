@@ -14,20 +14,26 @@
 
 Each row is a process of its own, with its own model; its first run warms up and is not counted. A
 row that is done is kept in --out, so that a loan of a card that ends too early, or --minutes, costs
-one row at most. Systems take turns: ours, then the peers, work by work.
+one row at most. Rows count if card, code, versions of the libraries and work are the same. Systems
+take turns: ours, then the peers, work by work.
 
 peft's adapters are float32 and so are their products, as is its default; ours are float32 and
 multiply in the base's type. "limit" is measured here, too: for sft the rate of a plain product of
-8,192 x 8,192 matrices, for stream the rate of reading and adding up numbers. "of the peak" is for
-the rate that the maker gives for products of 16 bits (dense). As a mark: NVIDIA's NeMo AutoModel
-reports 12,473 tokens/s and 41 % of an H100's peak for LoRA on Llama 3 8B with full rows of 4,096.
+8,192 x 8,192 matrices, for stream the rate of reading and adding up numbers. "of the peak" is of
+the rate that the maker gives for products of 16 bits (dense); a token counts as 4 operations per
+weight that it meets. As a mark: NVIDIA's NeMo AutoModel reports 12,473 tokens/s for LoRA on Llama 3
+8B with full rows of 4,096 on an H100, 41 % of its peak by their count and 38 % by this one.
 "gb" is the most memory that the work took beside the weights (torch's own count; on a CPU there is
 none). "own --plain" is the course's code.
 """
 
 import argparse
+import contextlib
+import hashlib
+import importlib.metadata
 import importlib.util
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -175,13 +181,14 @@ PLAN = {
                "own --plain": partial(sample_own, plain=True)},
 }
 # TFLOP/s of dense products of 16 bits, by the makers' data sheets; the first name that fits
-PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
-         "4090": 165, "A10G": 70, "A10": 125, "T4": 65}
+PEAKS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362,
+         "L40": 181, "L4": 121, "4090": 165, "A10G": 70, "A10": 125, "T4": 65}
 
 
 # ----- Measuring -----
 MOST_SECONDS = 40  # no further round of a row begins after so many
 LEAST_SECONDS = 20  # no row begins with less time than that
+ROW_SECONDS = 150  # no row takes more
 
 
 def seconds_of(run, device) -> float:
@@ -237,7 +244,7 @@ def start_worker(args, row: list[str], seconds: float) -> dict:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return {"error": "there was no time left for it"}
+        return {"error": f"not done after {seconds:.0f} s", "slow": True}
     last = (done.stdout.strip().splitlines() or [""])[-1]
     if done.returncode or not last.startswith("{"):
         return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:160]}
@@ -286,7 +293,10 @@ def read_flags(words: list[str]):
     # rows of other work, or of another torch, are other rows
     args.about = {name: getattr(args, name) for name in
                   ("shape", "device", "dtype", "rounds", "tokens", "micro_tokens", "prompts")}
-    args.about |= {"quick": args.quick, "torch": torch.__version__}
+    args.about |= {"quick": args.quick, "code": hash_code()}
+    for name in ("torch", "transformers", "peft"):
+        found = importlib.util.find_spec(name)
+        args.about[name] = importlib.metadata.version(name) if found else None
     args.dtype, args.config = getattr(torch, args.dtype), ModelConfig(**SHAPES[args.shape])
     return args
 
@@ -299,45 +309,53 @@ def count_weights(config) -> int:
     return sum(weight.numel() for weight in model.parameters()) - embedding
 
 
-def read_rows(args) -> dict:
-    """{(work, system): row} of --out, as far as it is about the same work."""
+def hash_code() -> str:
+    """What changes when the code that is measured does."""
+    files = [*work.ROOT.glob("*.py"), *work.ROOT.glob("extras/fast/*.py"), Path(__file__)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
+
+
+def read_rows(args, name: str) -> dict:
+    """{(work, system): row} of --out, as far as it is about the same work on the card `name`."""
     found, path = {}, Path(args.out)
     for line in path.read_text().splitlines() if path.exists() else ():
-        row = json.loads(line)
-        if row["about"] == args.about:
-            found[tuple(row["row"])] = row
+        with contextlib.suppress(json.JSONDecodeError):  # a line that was cut off
+            row = json.loads(line)
+            if row["about"] == args.about and row["name"] == name:
+                found[tuple(row["row"])] = row
     return found
 
 
 def fill_in(args) -> dict:
     """Measure the rows that are missing, for --minutes; {(work, system): row} of all."""
-    rows, end = read_rows(args), time.monotonic() + 60 * args.minutes
-    wanted = [("limits",)]
+    end, wanted = time.monotonic() + 60 * args.minutes, []
+    limit = start_worker(args, ["limits"], ROW_SECONDS)
+    if "error" in limit:
+        sys.exit(f"error: this card's limits could not be measured: {limit['error']}")
+    rows = read_rows(args, limit["name"])
     for workload in args.only:
         for system in PLAN[workload]:
             if not args.systems or any(part in system for part in args.systems):
                 wanted.append((workload, system))
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    for row in wanted:
-        if row not in rows:
-            left = end - time.monotonic()
+    for row in sorted(wanted, key=lambda row: row in rows):  # what was too slow comes last
+        if row not in rows or "error" in rows[row]:
+            left = min(ROW_SECONDS, end - time.monotonic())
             found = {"error": "there was no time left for it"}
             if left > LEAST_SECONDS:
                 found = start_worker(args, list(row), left)
-            rows[row] = {"row": list(row), "about": args.about, **found}
-            if "error" not in found:
+            rows[row] = {"row": list(row), "about": args.about, "name": limit["name"]} | found
+            if "error" not in found or "slow" in found:
                 with open(args.out, "a") as file:
-                    file.write(json.dumps(rows[row]) + "\n")
+                    file.write("\n" + json.dumps(rows[row]) + "\n")
         print(f"{', '.join(row)}: {rows[row].get('error', 'done')}", file=sys.stderr, flush=True)
-    return {row: rows[row] for row in wanted}
+    return {("limits",): limit} | {row: rows[row] for row in wanted}
 
 
 def table(args, rows: dict) -> str:
     """Markdown: a row for each system; what failed stands below."""
     limit, weights, errors = rows.pop(("limits",)), count_weights(args.config), []
-    if "error" in limit:
-        return f"limits: {limit['error']}"
-    peaks = [peak for name, peak in PEAKS.items() if name in limit["name"]]
+    peaks = [peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", limit["name"])]
     useful = {"sft": args.tokens, "stream": args.new, "sample": sum(asked(args)[1])}
     most = {"sft": limit["tflops"] * 1e12 / (4 * weights),
             "stream": limit["gbs"] * 1e9 / (weights * args.dtype.itemsize)}
@@ -358,7 +376,7 @@ def table(args, rows: dict) -> str:
         cells = [workload, system, f"{rate:.4g}", f"{100 * share:.0f} %",
                  f"{rate / max(peers):.2f}" if peers else "",
                  f"{100 * rate / most[workload]:.0f} %" if workload in most else ""]
-        trained = peaks and workload == "sft"
+        trained = peaks and workload == "sft" and args.dtype.itemsize == 2
         cells.append(f"{100 * rate * 4 * weights / peaks[0] / 1e12:.0f} %" if trained else "")
         cells.append(f"{found['gb']:.1f}" if "gb" in found else "")
         lines.append(f"| {' | '.join(cells)} |")

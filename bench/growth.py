@@ -110,12 +110,12 @@ OPERATIONS = {"answers in a group": group_operations, "prompt tokens": prompt_op
 def measure(names: list[str], rounds: int, most: int) -> dict:
     """{name: {n: microseconds of each round}}; a first round warms up."""
     tuned = work.own_model(CONFIG, torch.float32, adapt=True)
-    plain, found = work.own_model(CONFIG, torch.float32), {name: {} for name in names}
+    bare, found = work.own_model(CONFIG, torch.float32), {name: {} for name in names}
     for number in range(rounds + 1):
         for name in names:
             run, sizes = SERIES[name]
             for n in sizes[:most]:
-                seconds = run(plain if name in ("slots", "prompt tokens") else tuned, n)
+                seconds = run(bare if name in ("slots", "prompt tokens") else tuned, n)
                 if number:
                     found[name].setdefault(n, []).append(1e6 * seconds)
     return found

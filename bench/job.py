@@ -21,9 +21,9 @@ process of its own, timed from the start of Python. The systems take turns.
 
 As the peer does less, there are two totals. Equal losses show that both do the same work. Those of
 the first step of SFT(IA) agree within 1e-5 in float32; in bfloat16 the peer's is about 1 % higher
-(transformers also rounds the logits). Later, adapters that began with other random numbers add to
-the difference. Memory is the most that a process had resident, without the bytes of the weights
-in bfloat16.
+(perhaps since transformers also rounds the logits). Later, adapters that began with other random
+numbers add to the difference. Memory is the most that a process had resident, without the bytes of
+the weights in bfloat16.
 """
 
 import argparse
@@ -282,13 +282,13 @@ def make_work(args) -> dict:
 
 
 # ----- The table -----
-def line(title: str, own: list, peer: list, form: str = ".1f") -> str:
+def line(title: str, own: list, peer: list, form: str = ".1f", compare: bool = True) -> str:
     """A row of the table from the numbers of each round; of one system there may be none."""
     middles, spreads, ratio = [], [], ""
     for every in (own, peer):
         middles.append(f"{statistics.median(every):{form}}" if every else "")
         spreads.append(f"{min(every):{form}} to {max(every):{form}}" if every else "")
-    if own and peer:
+    if own and peer and compare:
         ratio = f"{statistics.median(peer) / statistics.median(own):.2f}"
     return "| " + " | ".join([title, *middles, ratio, *spreads]) + " |"
 
@@ -309,7 +309,8 @@ def table(rows: list[dict], work: dict) -> str:
     for phase in (CHECKS, REST):
         lines.append(line(phase, seconds(own, phase), []))
     every = (*SHARED, CHECKS, REST)
-    lines.append(line("**total**", seconds(own, *every), seconds(peer, *every)))
+    totals = (seconds(found, *every) for found in (own, peer))
+    lines.append(line("**total**", *totals, compare=False))  # the peer does less
     peaks = []
     for found in (own, peer):
         peaks.append([(row["peak"] - work["weights"]) / 2**20 for row in found])

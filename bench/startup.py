@@ -13,6 +13,7 @@ its first line is that of the table.
 import argparse
 import os
 import re
+import select
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+LONGEST = 120  # seconds
 
 
 @dataclass
@@ -49,7 +51,8 @@ def model_rows(model: str, out: str) -> list[Row]:
     return [Row("eval.py to its progress bar", evaluation, b"responses:"),
             Row("eval.py to its table", evaluation, rb"model +\|"),
             Row("python -m tools.chat to its prompt", chat, b"\n> "),
-            Row("python -m tools.chat to the first token", chat, rb"\n> .", b"Who are you?\n")]
+            Row("python -m tools.chat to the first token", chat, rb"\n> [^\r\n(]",
+                b"Who are you?\n")]
 
 
 def seconds_until(row: Row) -> float:
@@ -63,10 +66,13 @@ def seconds_until(row: Row) -> float:
     try:
         process.stdin.write(row.said)
         while not re.search(row.awaited, heard, re.DOTALL):
+            if not select.select([ours], [], [], LONGEST)[0]:
+                raise OSError
             heard += os.read(ours, 4096)  # OSError where the process has ended
         return time.perf_counter() - began
     except OSError:
-        raise ValueError(f"{row.name} ended without {row.awaited}: {heard}") from None
+        raise ValueError(f"{row.name} ended, or was silent for {LONGEST} s, without {row.awaited}: "
+                         f"{heard}") from None
     finally:
         process.kill()
         process.stdin.close()

@@ -4,10 +4,10 @@
     python -m tools.selfcheck --device cuda:1 --dtypes bfloat16
 
 Prints one line, or a sentence that names the part that differs. A tiny random model goes both ways
-through training, sampling and judging, and every fast part that this device uses is compared:
-attention of whole documents and of groups that share a prompt, log-probabilities without logits and
-their gradients, recomputed blocks, sampling with refilled rows (on a GPU by recorded graphs), one
-response at a time, judging behind one header, int8 and NF4 products.
+through training, sampling and judging, and these fast parts are compared: attention of whole
+documents and of groups that share a prompt, log-probabilities without logits and their gradients,
+recomputed blocks, sampling with refilled rows (on a GPU by recorded graphs), one response at a
+time, judging behind one header, int8 and NF4 products.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     for dtype in args.dtypes:
         try:
             parts = check(device, getattr(torch, dtype))
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         worst = max(parts, key=parts.get)

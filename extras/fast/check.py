@@ -109,18 +109,31 @@ def compare_training(plain: Llama, fast: Llama, dice) -> Iterator[tuple[str, Ten
 
 def compare_sampling(plain: Llama, fast: Llama, dice) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Logits of each token of responses: several at a time, refilled, and one at a time."""
-    stem, device = draw(dice, 20), plain.lm_head.weight.device
+    stem = draw(dice, 20)
     prompts = [stem + draw(dice, size) for size in (4, 9, 11)] + [draw(dice, 24), draw(dice, 280)]
     for how, temperature, together in (("greedy", 0.0, 3), ("sampled", 1.0, 3), ("single", 1.0, 1)):
         answers = [Answer(prompt, 12, f"{k}", []) for k, prompt in enumerate(prompts)]
-        for logits, batch in fast.decode(answers, together):
-            draws = [uniform(answer.stream, len(answer.tokens)) for answer in batch]
-            tokens = sample(logits, draws, Sampling(temperature=temperature))
-            for answer, row, token in zip(batch, logits, tokens, strict=True):
-                ids = torch.tensor([answer.prompt + answer.tokens], device=device)
-                yield f"logits of {how} responses", row, plain(ids)[0, -1]
-                answer.tokens.append(token)
-                answer.done = token < 12 or len(answer.tokens) == answer.most
+        for found, expected in answer_twice(plain, fast, answers, temperature, together):
+            yield f"logits of {how} responses", found, expected
+
+
+@torch.inference_mode()  # as `generate` is
+def answer_twice(plain: Llama, fast: Llama, answers: list[Answer], temperature: float,
+                 together: int) -> list[tuple[Tensor, Tensor]]:
+    """Logits of every token of the answers, by the fast and by the plain code: (V,) each."""
+    found, device = [], plain.lm_head.weight.device
+    for logits, batch in fast.decode(answers, together):
+        for answer, row in zip(batch, logits, strict=True):
+            ids = torch.tensor([answer.prompt + answer.tokens], device=device)
+            found.append((row.clone(), plain(ids)[0, -1]))
+        if not logits.isfinite().all():  # the comparison will say so; `sample` blames the model
+            break
+        draws = [uniform(answer.stream, len(answer.tokens)) for answer in batch]
+        tokens = sample(logits, draws, Sampling(temperature=temperature))
+        for answer, token in zip(batch, tokens, strict=True):
+            answer.tokens.append(token)
+            answer.done = token < 12 or len(answer.tokens) == answer.most
+    return found
 
 
 def compare_keywords(plain: Llama, fast: Llama) -> Iterator[tuple[str, Tensor, Tensor]]:

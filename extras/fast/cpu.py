@@ -87,6 +87,12 @@ def packs(linear: nn.Module, rows: int) -> bool:
     return weight.dtype == torch.float32 and rows > 1
 
 
+def reads_codes(linear: nn.Module, rows: int) -> bool:
+    """Whether so many rows are multiplied with 8 bits as they are."""
+    quantised = isinstance(linear, QuantLinear) and linear.scales.dtype == torch.bfloat16
+    return quantised and linear.reads_codes(rows)
+
+
 def make_products(model: nn.Module, rows: int) -> Iterator[tuple[nn.Module, list]]:
     """Yield (part of the model, what is to multiply in it) for blocks and other linears."""
     parts = list(model.modules())
@@ -98,7 +104,7 @@ def make_products(model: nn.Module, rows: int) -> Iterator[tuple[nn.Module, list
             for linear in linears:
                 del free[linear]
             yield block, [Product(group) for group in groups]
-        elif groups and all(isinstance(x, QuantLinear) and x.reads_codes(rows) for x in linears):
+        elif groups and all(reads_codes(linear, rows) for linear in linears):
             yield block, [join(group) for group in groups]
     for linear in free:
         yield linear, [Product([linear])]
@@ -109,7 +115,8 @@ def prepacked(model: nn.Module, rows: int) -> Iterator[None]:
     """Inside, without gradients, a CPU multiplies in the ways that suit few rows.
 
     What reads the same in a block is one product, unless it has adapters. rows: how many are
-    sampled together; any number is served. Nests.
+    sampled together; any number is served. Nests. Inside, weights are not there to be read, copied
+    or saved.
     """
     if getattr(model, "is_prepacked", False):
         yield
@@ -117,16 +124,17 @@ def prepacked(model: nn.Module, rows: int) -> Iterator[None]:
     embedded = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
     changed, model.is_prepacked = [], True
     try:
-        for part, part.products in make_products(model, rows):
+        for part, products in make_products(model, rows):
+            part.products = products
             changed.append(part)
-            for product in part.products:
+            for product in products:
                 if isinstance(product, Product):
                     product.begin(embedded)
         yield
     finally:
-        model.is_prepacked = False
         for part in changed:
             for product in part.products:
                 if isinstance(product, Product):
                     product.end()
             part.products = None
+        model.is_prepacked = False

@@ -93,11 +93,13 @@ class Step:
     def __init__(self, rows: Rows, position_ids: Tensor, n_keys: int):
         self.kv, self.position_ids, self.n_keys = rows.kv, position_ids, n_keys
         self.rows = torch.arange(len(position_ids), device=position_ids.device)
-        places = torch.arange(n_keys, device=position_ids.device)
-        hidden = places > position_ids[:, None]  # (B, n_keys)
-        # as numbers to add, so that they are made once for all layers
-        mask = torch.zeros_like(hidden, dtype=rows.kv.dtype).masked_fill(hidden, float("-inf"))
-        self.mask = mask[:, None, None] if len(position_ids) > 1 or on_gpu(rows.device) else None
+        self.mask = None
+        if len(position_ids) > 1 or on_gpu(rows.device):  # a single row here fills all places
+            places = torch.arange(n_keys, device=position_ids.device)
+            hidden = (places > position_ids[:, None])[:, None, None]  # (B, 1, 1, n_keys)
+            # numbers to add, which are made once for all layers
+            zeros = torch.zeros_like(hidden, dtype=rows.kv.dtype)
+            self.mask = zeros.masked_fill(hidden, float("-inf"))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, Dh), k and v (B, K, Dh) -> (B, H, Dh)."""

@@ -72,7 +72,7 @@ def open_model(path, *, dtype: torch.dtype | None = torch.float32, device="cpu",
 
 
 class Uninitialized(TorchFunctionMode):
-    """Inside, torch.nn.init leaves weights as they are; for those without storage it loads much."""
+    """Inside, torch.nn.init does nothing: on weights without storage it only imports much."""
 
     def __torch_function__(self, function, types, arguments=(), named=None):
         if getattr(function, "__module__", "") == "torch.nn.init":

@@ -81,6 +81,8 @@ BROKEN = {  # what is broken: (where, name, by what, the part that the message n
     "joined": (FastBlock, "forward_joined", wrong(FastBlock.forward_joined),
                "logits of greedy responses"),
     "one row": (sampling.Rows, "compute", wrong_for_one_row, "logits of single responses"),
+    "one row's product": (torch, "bmm", wrong(torch.bmm, 3),
+                          "(logits of single responses|log-probabilities|gradients)"),
     "step": (sampling.Step, "__init__", forgets_the_last, "logits of greedy responses"),
     "rows": (sampling.Rows, "move", moves_nothing, "logits of greedy responses"),
     "keywords": (FastLlama, "keyword_logprobs",
@@ -111,6 +113,13 @@ def test_numbers_that_are_none_differ(elsewhere, monkeypatch):
     nowhere = wrong(FastLlama.fused_logprobs, float("nan"))
     monkeypatch.setattr(FastLlama, "fused_logprobs", nowhere)
     with pytest.raises(RuntimeError, match="log-probabilities differ"):
+        check_once("cpu", torch.float32)
+
+
+def test_numbers_that_are_none_in_sampling_are_the_fast_code_s(elsewhere, monkeypatch):
+    nowhere = wrong(sampling.Rows.compute, float("nan"))
+    monkeypatch.setattr(sampling.Rows, "compute", nowhere)
+    with pytest.raises(RuntimeError, match="the fast code's logits of greedy responses differ"):
         check_once("cpu", torch.float32)
 
 
