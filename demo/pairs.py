@@ -38,7 +38,7 @@ def runs_of_seed(args, seed):
     start = train(START, "sft-ia", "start")
     for judge, words in JUDGES.items():
         rewarded = ["--init", start, "--judge", judge]
-        # One pair of a question, each answer under its own wording, as RLAIF has them.
+        # An item is one pair, each answer under its own wording, as in RLAIF.
         dpo = train(f"DPO, {words}", "dpo", f"dpo-{judge}", *rewarded, "--max-worse", "1",
                     "--condition", "own")
         candidates = f"{dpo}/candidates.jsonl"
