@@ -354,10 +354,15 @@ def fill_in(args) -> dict:
     return {("limits",): limit} | {row: rows[row] for row in wanted}
 
 
+def find_peak(name: str) -> int | None:
+    """TFLOP/s of a card by its name; None for one that is not known."""
+    return next((peak for card, peak in PEAKS.items() if re.search(rf"\b{card}\b", name)), None)
+
+
 def table(args, rows: dict) -> str:
     """Markdown: a row for each system; what failed stands below."""
     limit, weights, errors = rows.pop(("limits",)), count_weights(args.config), []
-    peaks = [peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", limit["name"])]
+    peak = find_peak(limit["name"]) if args.dtype.itemsize == 2 else None
     useful = {"sft": args.tokens, "stream": args.new, "sample": sum(asked(args)[1])}
     most = {"sft": limit["tflops"] * 1e12 / (4 * weights),
             "stream": limit["gbs"] * 1e9 / (weights * args.dtype.itemsize)}
@@ -378,8 +383,8 @@ def table(args, rows: dict) -> str:
         cells = [workload, system, f"{rate:.4g}", f"{100 * share:.0f} %",
                  f"{rate / max(peers):.2f}" if peers else "",
                  f"{100 * rate / most[workload]:.0f} %" if workload in most else ""]
-        trained = peaks and workload == "sft" and args.dtype.itemsize == 2
-        cells.append(f"{100 * rate * 4 * weights / peaks[0] / 1e12:.0f} %" if trained else "")
+        trained = peak and workload == "sft"
+        cells.append(f"{100 * rate * 4 * weights / peak / 1e12:.0f} %" if trained else "")
         cells.append(f"{found['gb']:.1f}" if "gb" in found else "")
         lines.append(f"| {' | '.join(cells)} |")
     if any("no time" in error for error in errors):

@@ -33,10 +33,12 @@ def test_packed_weights_serve_alike_and_come_back(make_model, config, dtype, tol
                 inner = logits(23)
             laid, freed = bool(block.products), not storage.nbytes()
             found, few, none = logits(23), logits(1), logits(23, torch.tensor([], dtype=torch.long))
+            chosen = logits(23, torch.tensor([20, 3]))
             raise RuntimeError("inside")
     assert laid == freed and none.shape == (0, model.config.vocab_size)
     assert laid == (ONEDNN and (together > 1 or dtype == torch.bfloat16)) or dtype == torch.bfloat16
     bound = tolerance * expected.abs().max()
+    assert (chosen - found[[20, 3]]).abs().max() <= bound / 10
     assert torch.equal(inner, found) and (found - expected).abs().max() <= bound
     assert (few - expected[:1]).abs().max() <= bound and not block.products
     after = model.state_dict()

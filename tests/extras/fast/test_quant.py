@@ -9,11 +9,13 @@ from torch import nn
 
 import data
 from eval import DEMO
+from extras.fast import accelerate, prepacked
 from extras.fast.quant import (
     QUANTIZERS,
     QuantLinear,
     from_int8,
     from_nf4,
+    join,
     nf4_levels,
     to_int8,
     to_nf4,
@@ -26,7 +28,7 @@ from lora import (
     lora_modules,
     merge_lora,
 )
-from model import Sampling, generate, load_model
+from model import Packed, Sampling, generate, load_model
 
 # Dettmers et al. 2023, Appendix E
 PUBLISHED = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -210,3 +212,34 @@ def test_a_quantised_base_is_not_merged_into_and_can_be_copied(kind, fast, quant
         merge_lora(model)
     twin = copy.deepcopy(model)
     assert generate(twin, [[1, 5]], Sampling(5)) == generate(model, [[1, 5]], Sampling(5))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_joined_linears_multiply_as_each_alone(kind, bias):
+    weights = [normal(n, 128, seed=n) for n in (48, 16, 16)]
+    linears = [quantised(weight, kind, torch.bfloat16) for weight in weights]
+    for linear in linears:
+        linear.bias = normal(linear.out_features).bfloat16() if bias else None
+    x, before = normal(3, 128).bfloat16(), [linear.codes.clone() for linear in linears]
+    expected = torch.cat([linear(x) for linear in linears], dim=1)
+    with torch.inference_mode():
+        joint = join(linears)
+    assert joint.out_features == 80 and torch.equal(joint(x), expected)
+    assert torch.equal(torch.cat([linear(x) for linear in linears], dim=1), expected)
+    assert all(torch.equal(y.codes, codes) for y, codes in zip(linears, before, strict=True))
+    assert not joint.codes.is_inference() and join(linears[:1]) is linears[0]
+
+
+@pytest.mark.parametrize("rows, dtype, joined", [
+    (1, torch.bfloat16, True), (16, torch.bfloat16, True), (17, torch.bfloat16, False),
+    (1, torch.float32, False)])
+def test_few_rows_of_8_bits_are_multiplied_together(rows, dtype, joined, make_model, quantise):
+    model = accelerate(quantise(make_model(dim=32, hidden_dim=48).to(dtype), "int8"))
+    block, ids = model.model.layers[0], torch.randint(300, (rows,))
+    with torch.inference_mode():
+        expected = model.hidden(ids, Packed([rows]))
+        with prepacked(model, rows):
+            assert bool(block.products) == joined
+            found = model.hidden(ids, Packed([rows]))
+    assert torch.equal(found, expected) and block.products is None
