@@ -132,7 +132,7 @@ def test_the_house_is_small():
     lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in COURSE}
     assert sum(lines.values()) <= 2635
     everything = sum(map(lines_of_code, files()))
-    assert everything <= 14930, f"{everything} lines of code outside tests, bench and demo"
+    assert everything <= 14950, f"{everything} lines of code outside tests, bench and demo"
 
 
 def test_the_sources_of_the_report_page_are_short():

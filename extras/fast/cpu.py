@@ -1,19 +1,70 @@
-"""Products of few rows on a CPU. In sampling, oneDNN's layout of the weights beats torch's.
+"""Products on a CPU by oneDNN, which beats torch's own in float32 and has a layout for few rows.
 
-Training keeps torch's, because oneDNN makes a kernel for each new number of rows.
+Shapes: N rows, in, out features.
 """
 
-import math
+import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from extras.fast.quant import QuantLinear, join
 
 PREPACKED_ROWS = 64  # what oneDNN's layout is chosen for; it serves any number of rows
-PART_ROWS = 256  # rows of a weight that are multiplied by one vector at a time
+KERNELS = "128"  # oneDNN and torch keep so many: one for each shape, of half a megabyte or more
+
+for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product
+    os.environ.setdefault(name, KERNELS)
+
+
+@functools.cache
+def has_onednn() -> bool:
+    """Whether this is an x86 CPU on which torch has oneDNN."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return torch.backends.mkldnn.is_available() and capability.startswith("AVX")
+
+
+def is_faster(weight: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether this is a weight of that type which oneDNN is known to multiply sooner than torch."""
+    here = type(weight.data) is Tensor and weight.device.type == "cpu" and has_onednn()
+    return here and weight.dtype == dtype
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b by oneDNN, without gradients: (N, in), (out, in) in any layout -> (N, out)."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether `multiply` takes both, and is faster: x (N, in) of float32 where nothing casts it."""
+    rows = x.dim() == 2 and len(x) > 0 and x.dtype == torch.float32
+    return rows and is_faster(weight) and not torch.is_autocast_enabled("cpu")
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in the faster way, without gradients: (N, in), (out, in) -> (N, out)."""
+    return multiply(x, weight) if serves(x, weight) else x @ weight.T
+
+
+class FloatProduct(torch.autograd.Function):
+    """x W^T in float32 by oneDNN: (N, in), (out, in) -> (N, out)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return multiply(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        to_x, to_weight = ctx.needs_input_grad
+        return (multiply(grad, weight.T) if to_x else None,
+                multiply(grad.T, x.T) if to_weight else None)
 
 
 class FastLinear(nn.Linear):
@@ -24,16 +75,9 @@ class FastLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.products:
             return self.products[0](x)
-        one_row = x.shape == (1, self.in_features) and x.dtype == torch.float32
-        if not one_row or x.device.type != "cpu" or torch.is_grad_enabled():
+        if not serves(x, self.weight):
             return super().forward(x)
-        # torch multiplies one row on a single thread, but a batch of parts of the matrix on all
-        count = 2 * torch.get_num_threads()
-        while self.out_features > count * PART_ROWS:
-            count *= 2
-        count = math.gcd(self.out_features, count)
-        parts = self.weight.unflatten(0, (count, -1))  # (parts, out / parts, in)
-        y = torch.bmm(parts, x.T.expand(count, -1, -1)).view(1, -1)  # (1, out)
+        y = FloatProduct.apply(x, self.weight)
         return y if self.bias is None else y + self.bias
 
 
@@ -51,7 +95,7 @@ class Product:
         self.layout = torch.ops.mkldnn._reorder_linear_weight(weights, PREPACKED_ROWS)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.layout, self.bias, "none", [], "")
+        return multiply(x, self.layout, self.bias)
 
     def begin(self, embedded: set[int]) -> None:
         """Free the memory of the plain weights, where nothing else needs it."""
@@ -73,18 +117,13 @@ class Product:
                 linear.weight.data.copy_(part)
 
 
-def packs(linear: nn.Module, rows: int) -> bool:
-    """Whether oneDNN's layout of its weight is known to be faster for so many rows."""
+def packs(linear: nn.Module) -> bool:
+    """Whether oneDNN's layout of its weight is known to be faster."""
     if type(linear) is not FastLinear:
         return False
-    weight, capability = linear.weight.data, torch.backends.cpu.get_cpu_capability()
-    if type(weight) is not Tensor or weight.device.type != "cpu":
-        return False
-    if not torch.backends.mkldnn.is_available() or not capability.startswith("AVX"):
-        return False
-    if weight.dtype == torch.bfloat16:
+    if is_faster(linear.weight, torch.bfloat16):
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return weight.dtype == torch.float32 and rows > 1
+    return is_faster(linear.weight)
 
 
 def reads_codes(linear: nn.Module, rows: int) -> bool:
@@ -96,7 +135,7 @@ def reads_codes(linear: nn.Module, rows: int) -> bool:
 def make_products(model: nn.Module, rows: int) -> Iterator[tuple[nn.Module, list]]:
     """Yield (part of the model, what is to multiply in it) for blocks and other linears."""
     parts = list(model.modules())
-    free = dict.fromkeys(part for part in parts if packs(part, rows))
+    free = dict.fromkeys(part for part in parts if packs(part))
     for block in parts:
         groups = block.groups() if hasattr(block, "groups") else []
         linears = [linear for group in groups for linear in group]

@@ -10,6 +10,7 @@ in the forward pass, some rows at a time, and no logit is kept.
 
 import torch
 
+from extras.fast.cpu import product
 from losses import at_least_float32
 
 CPU_ROWS, GPU_ROWS = 256, 4096  # of logits at a time; the cache of a CPU holds no more
@@ -23,7 +24,7 @@ class HeadLogprobs(torch.autograd.Function):
         found, slopes = [], []
         rows = CPU_ROWS if hidden.device.type == "cpu" else GPU_ROWS
         for h, y in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logits = at_least_float32(h @ weight.T)  # (m, V)
+            logits = at_least_float32(product(h, weight))  # (m, V)
             if temperature != 1:
                 logits = logits.div_(temperature)
             own = logits.gather(1, y[:, None])  # (m, 1)
@@ -33,7 +34,7 @@ class HeadLogprobs(torch.autograd.Function):
             found.append(torch.cat([own - total, others - total], dim=1))
             if ctx.needs_input_grad[0]:
                 q = logits.sub_(others).exp_().to(weight.dtype)  # (m, V)
-                slopes.append((weight[y] - q @ weight) / temperature)  # (m, D)
+                slopes.append((weight[y] - product(q, weight.T)) / temperature)  # (m, D)
         logprobs, complements = torch.cat(found).unbind(1)
         if slopes:
             ctx.save_for_backward(torch.cat(slopes), logprobs, complements)

@@ -1,12 +1,15 @@
-"""extras/fast/cpu.py: products by other layouts, and the weights back afterwards."""
+"""extras/fast/cpu.py: oneDNN's products, other layouts, and the weights back afterwards."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from extras.fast import accelerate, prepacked
-from extras.fast.cpu import packs
+from extras.fast import accelerate, cpu, prepacked
+from extras.fast.cpu import FastLinear, packs, product
 from model import Packed, Sampling, generate
 
 CONFIGS = [{}, {"attention_bias": True, "mlp_bias": True, "tie_embeddings": True},
@@ -36,7 +39,7 @@ def test_packed_weights_serve_alike_and_come_back(make_model, config, dtype, tol
             chosen = logits(23, torch.tensor([20, 3]))
             raise RuntimeError("inside")
     assert laid == freed and none.shape == (0, model.config.vocab_size)
-    assert laid == (ONEDNN and (together > 1 or dtype == torch.bfloat16)) or dtype == torch.bfloat16
+    assert laid == ONEDNN or dtype == torch.bfloat16
     bound = tolerance * expected.abs().max()
     assert (chosen - found[[20, 3]]).abs().max() <= bound / 10
     assert torch.equal(inner, found) and (found - expected).abs().max() <= bound
@@ -46,28 +49,79 @@ def test_packed_weights_serve_alike_and_come_back(make_model, config, dtype, tol
 
 
 @pytest.mark.skipif(not ONEDNN, reason="no other layouts on this machine")
-@pytest.mark.parametrize("dtype, n, packed", [(torch.float32, 3, True), (torch.float32, 1, False),
-                                              (torch.bfloat16, 3, True)])
-def test_sampling_packs_the_weights(fast, dtype, n, packed):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 3])
+def test_sampling_packs_the_weights(fast, dtype, n):
     model, found = copy.deepcopy(fast).to(dtype), set()
     block = model.model.layers[1]
 
     def watch(answer):
         found.add(bool(block.products))
     generate(model, [[1, 2, 3]] * n, Sampling(3), watch=watch)
-    assert found == {packed} and not block.products
+    assert found == {dtype == torch.float32 or packs(model.lm_head)} and not block.products
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("out, bias", [(1, True), (7, False), (96, True), (1200, False)])
-def test_one_row_is_multiplied_in_parts(out, bias, threads, fast):
-    linear = fast.lm_head.__class__(40, out, bias)
-    x = torch.randn(1, 40)
-    torch.set_num_threads(threads)
+@pytest.fixture
+def counted(monkeypatch):
+    """A list that grows with every product of oneDNN."""
+    calls, multiply = [], cpu.multiply
+
+    def count(*args):
+        calls.append(args[0].shape)
+        return multiply(*args)
+    monkeypatch.setattr(cpu, "multiply", count)
+    return calls
+
+
+@pytest.mark.skipif(not ONEDNN, reason="torch's own product serves on this machine")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 77, 500])
+def test_float32_rows_and_their_gradients(rows, frozen, bias, counted):
+    plain = torch.nn.Linear(48, 80, bias)
+    linear = FastLinear(48, 80, bias)
+    linear.load_state_dict(plain.state_dict())
+    plain.weight.requires_grad_(not frozen), linear.weight.requires_grad_(not frozen)
+    wide = torch.randn(rows, 96)
+    x, y = (wide[:, ::2].detach().requires_grad_() for _ in range(2))  # not contiguous
+    slopes = torch.randn(80, rows).T
+    (linear(x) * slopes).sum().backward()
+    asked = [(rows, 48), (rows, 80)] + [(80, rows)] * (not frozen)
+    assert counted == asked * (rows > 0)  # no rows: torch's own
+    (plain(y) * slopes).sum().backward()
+    assert torch.allclose(linear(x), plain(y), atol=1e-5)
+    assert torch.allclose(x.grad, y.grad, atol=1e-5)
+    for found, expected in zip(linear.parameters(), plain.parameters(), strict=True):
+        assert (found.grad is None) == (expected.grad is None)
+        if expected.grad is not None:
+            assert torch.allclose(found.grad, expected.grad, atol=1e-4)
     with torch.no_grad():
-        found = linear(x)
-    torch.set_num_threads(1)
-    assert found.shape == (1, out) and not packs(linear, 1)
-    assert torch.allclose(found, torch.nn.functional.linear(x, linear.weight, linear.bias),
-                          atol=1e-6)
-    assert linear(x).requires_grad  # with gradients torch's own product serves
+        assert torch.allclose(product(x, linear.weight), y @ plain.weight.T, atol=1e-5)
+
+
+def test_other_rows_are_left_to_torch(counted):
+    linear, x = FastLinear(48, 80), torch.randn(6, 48, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x).dtype == torch.bfloat16
+    assert linear.double()(x.double()).dtype == torch.float64
+    assert linear.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    assert linear.float()(x.view(2, 3, 48)).shape == (2, 3, 80)
+    assert not counted
+
+
+@pytest.mark.skipif(not ONEDNN, reason="torch's own product serves on this machine")
+def test_a_second_derivative_is_refused():
+    x = torch.randn(3, 48, requires_grad=True)
+    slope, = torch.autograd.grad(FastLinear(48, 80)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+@pytest.mark.parametrize("given", [None, "7"])
+def test_few_kernels_are_kept_unless_the_user_says_how_many(given):
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    other = {key: value for key, value in os.environ.items() if key != name}
+    asked = f"import os, extras.fast; print(os.environ[{name!r}])"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True,
+                          env=other | ({name: given} if given else {}))
+    assert done.stdout.split() == [given or cpu.KERNELS], done.stderr
