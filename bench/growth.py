@@ -73,7 +73,7 @@ def slots(model, n: int) -> float:
 
 def reading(model, n: int) -> float:
     """Seconds per token of reading 16,000 tokens in prompts of n, with one new token each."""
-    found = [words(n, seed) for seed in range(16000 // n)]  # one prompt alone is not prepacked
+    found = [words(n, seed) for seed in range(16000 // n)]
     began = time.perf_counter()
     work.answer(model, found, [1] * len(found), batch_size=len(found))
     return (time.perf_counter() - began) / (n * len(found))

@@ -258,7 +258,7 @@ def measure(args, system: str) -> dict:
         command = [sys.executable, __file__, "--worker", system, str(out), str(began),
                    "--model", args.model, "--work", args.work, "--threads", str(args.threads)]
         done = subprocess.run(command + ["--quick"] * args.quick, stdout=file, stderr=file,
-                              env=os.environ | ENVIRONMENT)
+                              env=ENVIRONMENT)
         elapsed, used, result = time.monotonic() - began, busy() - before, Path(f"{out}.json")
         if done.returncode or not result.exists():
             raise RuntimeError(f"the run of {system} failed; see {log}")

@@ -54,7 +54,8 @@ JOB = {"--sft-steps": 100, "--steps": 25, "--pool-per-task": 5, "--eval-per-task
 SMALL_JOB = {"--sft-steps": 4, "--steps": 2, "--pool-per-task": 1, "--eval-per-task": 1}
 HELD = contextlib.ExitStack()  # what lasts as long as the process
 atexit.register(HELD.close)
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# of the measured processes; what extras/fast sets in this one is not for the peers
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 # ----- Our side -----
@@ -253,7 +254,7 @@ def measure(workload: str, system: str, dtype: str, args) -> dict:
     before, began = busy(), time.perf_counter()
     command = [sys.executable, __file__, "--worker", workload, system, dtype]
     command += ["--threads", str(args.threads)] + ["--quick"] * args.quick
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     last = (done.stdout.strip().splitlines() or [""])[-1]
     if done.returncode or not last.startswith("{"):
         return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:160]}
@@ -273,7 +274,7 @@ def best_rate(run, amount: float) -> float:
 
 
 def limits(dtype) -> dict:
-    """What this machine reaches: GFLOP/s of the fastest product of 512 rows, GB/s of reading.
+    """What this machine reaches: GFLOP/s of the fastest product of 1 to 512 rows, GB/s of reading.
 
     And GFLOP/s of 1, 32 and 512 rows through all weights of the model's size, as torch multiplies
     ("plain") and as extras/fast does while it samples ("fast").

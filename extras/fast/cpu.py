@@ -1,9 +1,8 @@
-"""Products on a CPU by oneDNN, which beats torch's own in float32 and has a layout for few rows.
+"""Products on a CPU by oneDNN: float32 ones, which torch leaves to MKL, and a layout for sampling.
 
 Shapes: N rows, in, out features.
 """
 
-import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,23 +14,23 @@ from torch.autograd.function import once_differentiable
 from extras.fast.quant import QuantLinear, join
 
 PREPACKED_ROWS = 64  # what oneDNN's layout is chosen for; it serves any number of rows
-KERNELS = "128"  # oneDNN and torch keep so many: one for each shape, of half a megabyte or more
+KERNELS = "256"  # so many are kept: one for each shape, of half a megabyte or more
+KEPT = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's number, and torch's
 
-for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product
+for name in KEPT:  # they are read at the first product
     os.environ.setdefault(name, KERNELS)
 
 
-@functools.cache
 def has_onednn() -> bool:
-    """Whether this is an x86 CPU on which torch has oneDNN."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    return torch.backends.mkldnn.is_available() and capability.startswith("AVX")
+    """Whether this is an x86 CPU on which torch has oneDNN, and may use it."""
+    mkldnn, capability = torch.backends.mkldnn, torch.backends.cpu.get_cpu_capability()
+    return mkldnn.is_available() and mkldnn.enabled and capability.startswith("AVX")
 
 
-def is_faster(weight: Tensor, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether this is a weight of that type which oneDNN is known to multiply sooner than torch."""
-    here = type(weight.data) is Tensor and weight.device.type == "cpu" and has_onednn()
-    return here and weight.dtype == dtype
+def suits(weight: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether oneDNN can multiply by this weight: whole, of that type, and on its CPU."""
+    here = type(weight.data) is Tensor and weight.device.type == "cpu"
+    return here and weight.dtype == dtype and has_onednn()
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -40,9 +39,11 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether `multiply` takes both, and is faster: x (N, in) of float32 where nothing casts it."""
-    rows = x.dim() == 2 and len(x) > 0 and x.dtype == torch.float32
-    return rows and is_faster(weight) and not torch.is_autocast_enabled("cpu")
+    """Whether `multiply` takes both: x (N, in) of float32 where nothing casts it, 1 row or more."""
+    if x.dim() != 2 or len(x) == 0 or x.shape[1] != weight.shape[1] or x.device != weight.device:
+        return False
+    cast = torch.is_autocast_enabled("cpu")
+    return x.dtype == torch.float32 and not cast and suits(weight)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class FloatProduct(torch.autograd.Function):
-    """x W^T in float32 by oneDNN: (N, in), (out, in) -> (N, out)."""
+    """x W^T in float32 by oneDNN, without second derivatives: (N, in), (out, in) -> (N, out)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
@@ -63,12 +64,12 @@ class FloatProduct(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         to_x, to_weight = ctx.needs_input_grad
-        return (multiply(grad, weight.T) if to_x else None,
-                multiply(grad.T, x.T) if to_weight else None)
+        # grad^T x is torch's: oneDNN would copy grad^T, which is large where `out` is a vocabulary
+        return multiply(grad, weight.T) if to_x else None, grad.T @ x if to_weight else None
 
 
 class FastLinear(nn.Linear):
-    """nn.Linear in which `prepacked` can put another product: (N, in) -> (N, out)."""
+    """nn.Linear by oneDNN in float32; `prepacked` can put in another: (N, in) -> (N, out)."""
 
     products = None
 
@@ -78,7 +79,7 @@ class FastLinear(nn.Linear):
         if not serves(x, self.weight):
             return super().forward(x)
         y = FloatProduct.apply(x, self.weight)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y.add_(self.bias)
 
 
 class Product:
@@ -118,12 +119,12 @@ class Product:
 
 
 def packs(linear: nn.Module) -> bool:
-    """Whether oneDNN's layout of its weight is known to be faster."""
+    """Whether its weight can be in oneDNN's layout."""
     if type(linear) is not FastLinear:
         return False
-    if is_faster(linear.weight, torch.bfloat16):
+    if suits(linear.weight, torch.bfloat16):
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return is_faster(linear.weight)
+    return suits(linear.weight)
 
 
 def reads_codes(linear: nn.Module, rows: int) -> bool:
