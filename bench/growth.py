@@ -134,12 +134,17 @@ def fit(sizes, figures: list[float]) -> tuple[float, float]:
     return statistics.linear_regression([*map(math.log, sizes)], [*map(math.log, figures)])
 
 
+def exponent(sizes, figures: list[float]) -> str:
+    """The growth exponent, in which -0.00 has no sign."""
+    return f"{round(fit(sizes, figures)[0], 2) + 0.0:.2f}"
+
+
 def print_series(name: str, values: dict[int, list[float]]) -> None:
     """A line of the table for each size, and one for the growth exponent of each column."""
     columns = summarise(name, values)
     for n, *figures in zip(values, *columns, strict=True):
         print(f"| {name} | {n} | {' | '.join(f'{x:.1f}' for x in figures)} |")
-    exponents = " | ".join(f"{fit(values, column)[0]:.2f}" for column in columns)
+    exponents = " | ".join(exponent(values, column) for column in columns)
     print(f"| {name} | growth exponent | {exponents} |")
 
 
@@ -152,13 +157,13 @@ def plot(found: dict, path: str) -> None:
     axes = page.subplots(-(-len(found) // 2), min(2, len(found)), sharey=True, squeeze=False)
     for axis, (name, values) in zip(axes.flat, found.items(), strict=False):
         sizes, (middle, lowest, highest, *operations) = list(values), summarise(name, values)
-        exponent, height = fit(sizes, middle)
+        slope, height = fit(sizes, middle)
         axis.vlines(sizes, lowest, highest, "C0")
         axis.loglog(sizes, middle, "C0o", markersize=4)
-        fitted = [math.exp(height) * n**exponent for n in sizes]
-        axis.loglog(sizes, fitted, "C0", label=f"growth exponent {exponent:.2f}")
+        fitted = [math.exp(height) * n**slope for n in sizes]
+        axis.loglog(sizes, fitted, "C0", label=f"growth exponent {exponent(sizes, middle)}")
         for column in operations:
-            label = f"by operations alone {fit(sizes, column)[0]:.2f}"
+            label = f"by operations alone {exponent(sizes, column)}"
             axis.loglog(sizes, [middle[0] * x / column[0] for x in column], "k:", label=label)
         axis.legend()
         axis.set(xlabel=name, ylabel="µs per useful token", xticks=sizes, xticklabels=sizes)

@@ -34,6 +34,7 @@ import atexit
 import contextlib
 import gc
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -277,11 +278,11 @@ def limits(dtype) -> dict:
     """What this machine reaches: GFLOP/s of the fastest product of 1 to 512 rows, GB/s of reading.
 
     And GFLOP/s of 1, 32 and 512 rows through all weights of the model's size, as torch multiplies
-    ("plain") and as extras/fast does while it samples ("fast").
+    ("plain"), as extras/fast does while it trains ("train") and while it samples ("sample").
     """
     from extras.fast.cpu import FastLinear, prepacked
 
-    n, size, found = 60, 512 * 1376, {"plain": [], "fast": []}
+    n, size, found = 60, 512 * 1376, {"plain": [], "train": [], "sample": []}
     layers = torch.nn.ModuleList(FastLinear(512, 1376, bias=False) for _ in range(n))
     layers.to(dtype).requires_grad_(False)
     multiply, x, first = torch.nn.functional.linear, torch.randn(512, 512).to(dtype), layers[0]
@@ -291,13 +292,13 @@ def limits(dtype) -> dict:
         for rows in (1, 32, 512):
             part, amount = x[:rows], n * 2 * rows * size / 1e9
             plain = best_rate(lambda p=part: [multiply(p, y.weight) for y in layers], amount)
-            with prepacked(layers, rows):
-                fast = best_rate(lambda p=part: [layer(p) for layer in layers], amount)
             found["plain"].append(plain)
-            found["fast"].append(fast)
+            found["train"].append(best_rate(lambda p=part: [y(p) for y in layers], amount))
+            with prepacked(layers, rows):
+                found["sample"].append(best_rate(lambda p=part: [y(p) for y in layers], amount))
         gbs = best_rate(lambda: [y.weight.view(torch.float32).sum() for y in layers],
                         n * first.weight.nbytes / 1e9)
-    gflops = max(gflops, *found["plain"], *found["fast"])
+    gflops = max(gflops, *itertools.chain(*found.values()))
     return {"gflops": gflops, "gbs": gbs, **found}
 
 
@@ -417,9 +418,9 @@ def main() -> None:
         for dtype in args.dtypes:
             reached[dtype] = limit = limits(getattr(torch, dtype))
             print(f"{args.threads} threads, {dtype}: {limit['gflops']:.0f} GFLOP/s, "
-                  f"{limit['gbs']:.1f} GB/s; GFLOP/s of 1, 32, 512 rows: plain "
-                  f"{' '.join(f'{x:.0f}' for x in limit['plain'])}, fast "
-                  f"{' '.join(f'{x:.0f}' for x in limit['fast'])}", flush=True)
+                  f"{limit['gbs']:.1f} GB/s; GFLOP/s of 1, 32, 512 rows: "
+                  + ", ".join(f"{kind} {' '.join(f'{x:.0f}' for x in limit[kind])}"
+                              for kind in ("plain", "train", "sample")), flush=True)
     for number in range(1, args.rounds + 1):
         for workload, dtype, system in jobs(args):
             found = measure(workload, system, dtype, args)
