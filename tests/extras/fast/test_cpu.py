@@ -96,8 +96,12 @@ def test_float32_rows_and_their_gradients(rows, frozen, bias, counted):
         assert (found.grad is None) == (expected.grad is None)
         if expected.grad is not None:
             assert torch.allclose(found.grad, expected.grad, atol=1e-4)
+    counted.clear()
     with torch.no_grad():
         assert torch.allclose(product(x, linear.weight), y @ plain.weight.T, atol=1e-5)
+    assert counted == [(rows, 48)] * (rows > 0)
+    if frozen and rows and not bias:
+        assert linear(x).grad_fn.saved_tensors[0] is None  # what it read is not kept
 
 
 @pytest.mark.skipif(not ONEDNN, reason="torch's own product serves on this machine")
