@@ -79,12 +79,12 @@ def sample(dtype, plain: bool = False):
 
 def stream(dtype, plain: bool = False, quantize: str = ""):
     """One response; the fast weights are laid out once for all of them, as in tools.chat."""
-    from extras.fast import prepacked
-
     model = own_model(dtype, plain)
     if quantize:
         model = quantized(model, quantize)
     if not plain:
+        from extras.fast import prepacked
+
         HELD.enter_context(prepacked(model, 1))
     prompts, lengths = [work.tokens(64, 1)], [SIZES["stream"]]
     return lambda: work.answer(model, prompts, lengths, temperature=0.0)

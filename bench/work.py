@@ -155,13 +155,14 @@ def new_weights(device, dtype):
 
 def own_model(config, dtype, *, device="cpu", adapt: bool = False, plain: bool = False):
     """A random model of ours, with `adapt` under LoRA on all linears; `plain`: without extras."""
-    from extras.fast import accelerate
     from lora import LoraConfig, apply_lora
     from model import Llama
 
     with new_weights(device, dtype):
         model = Llama(config)
     if not plain:
+        from extras.fast import accelerate
+
         accelerate(model)
     if not adapt:
         return model.eval()
